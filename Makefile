@@ -1,0 +1,40 @@
+# `make sample` and `make test` set everything up by themselves.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= python3
+
+.PHONY: sample test lint matrix figures format clean
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+sample: $(READY)
+	$(BIN)/parataxis sample --model digits --sampler ddim --steps 100 --solver picard --guidance 2 --count 20 \
+		--compare --out out/sample.png --trace out/trace.png
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Every pair of the registry on more problems than `make test` takes; goes on where it stopped.
+matrix: $(READY)
+	$(BIN)/python benchmarks/matrix.py
+
+figures: $(READY)
+	$(BIN)/python benchmarks/figures.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out dist

@@ -1,0 +1,30 @@
+"""Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
+
+from .samplers import SAMPLERS, Sampler
+from .schedules import cosine, flow, karras, vp
+from .solve import OutputError, Run, Solution, Solutions, sample, start, together
+from .solvers import LAW_EXACT, SOLVERS, Picard, Sequential
+from .table import LocalForm, Table
+
+__all__ = [
+    "LAW_EXACT",
+    "SAMPLERS",
+    "SOLVERS",
+    "LocalForm",
+    "OutputError",
+    "Picard",
+    "Run",
+    "Sampler",
+    "Sequential",
+    "Solution",
+    "Solutions",
+    "Table",
+    "cosine",
+    "flow",
+    "karras",
+    "sample",
+    "start",
+    "together",
+    "vp",
+]
+__version__ = "0.1.0"

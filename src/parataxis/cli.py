@@ -1,0 +1,319 @@
+"""The command line: ``parataxis sample``, ``parataxis solvers``, ``parataxis models``.
+
+Flags of solvers are made from the fields of their dataclass, flags of samplers from their function's parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import models
+from .samplers import SAMPLERS, options
+from .solve import OutputError, Run, Solver, sample
+from .solvers import SOLVERS, Sequential
+
+__all__ = ["main"]
+
+
+class _Wrong(Exception):
+    """Something that the user can put right, said in one sentence."""
+
+
+def choose(kind: str, name: str, registry: Iterable[str]) -> str:
+    """Return ``name`` if it is registered.
+
+    Raises:
+        ValueError: Else, with the nearest name and the whole list.
+    """
+    names = list(registry)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"there is no {kind} {name!r}.{hint} Choose one of {', '.join(names)}.")
+
+
+def _parser_of(annotation: Any) -> tuple[Callable[[str], Any], str]:
+    """Return how to read a flag of this type, and what to call its value."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        inner = [one for one in arguments if one is not type(None)]
+        read, label = _parser_of(inner[0])
+        return lambda text: None if text.lower() in ("none", "all") else read(text), f"{label}|none"
+    if origin is Literal:
+        return _one_of(arguments), "|".join(str(one) for one in arguments)
+    if annotation is bool:
+        return _boolean, "yes|no"
+    return annotation, annotation.__name__
+
+
+def _one_of(values: Sequence[Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, values))}, got {text!r}")
+        return text
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "true", "false"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return text.lower() in ("yes", "true")
+
+
+def _add_flags(group: Any, parameters: dict[str, tuple[Any, Any]]) -> None:
+    for name, (annotation, default) in parameters.items():
+        read, label = _parser_of(annotation)
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=name, type=read, metavar=label, default=default, help=f"default {default}")
+
+
+def _solver_fields(solver: str) -> dict[str, tuple[Any, Any]]:
+    cls: Any = SOLVERS[solver]
+    types_of = typing.get_type_hints(cls)
+    return {field.name: (types_of[field.name], field.default) for field in dataclasses.fields(cls)}
+
+
+def _sampler_fields(sampler: str) -> dict[str, tuple[Any, Any]]:
+    known = options(sampler)
+    return {name: (one.annotation, one.default) for name, one in known.items() if name != "prediction"}
+
+
+def _sample_parser(solver: str, sampler: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="parataxis sample",
+        description="Draw samples of a shipped model, many time steps side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="digits", help="one of `parataxis models`, or a folder; default digits")
+    parser.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)}; default ddim")
+    parser.add_argument("--steps", type=int, default=50, help="N; default 50")
+    parser.add_argument("--solver", default="picard", help=f"{', '.join(SOLVERS)}; default picard")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="relative error of a sample; default 0.01")
+    parser.add_argument("--label", help="classes, comma-separated, repeated over the samples; default all")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1, none")
+    parser.add_argument("--count", type=int, default=10, help="number of samples; default 10")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
+    parser.add_argument("--max-rows", type=int, default=128, help="most rows of one network call; default 128")
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--out", type=Path, help="image grid to write; its figures go beside it as .json")
+    parser.add_argument("--trace", type=Path, help="picture of the samples after every round")
+    parser.add_argument("--compare", action="store_true", help="run the sequential loop too and compare with it")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, alone, on standard output")
+    _add_flags(parser.add_argument_group(f"options of the solver {solver}"), _solver_fields(solver))
+    _add_flags(parser.add_argument_group(f"options of the sampler {sampler}"), _sampler_fields(sampler))
+    return parser
+
+
+def _writable(path: Path) -> None:
+    """Raise unless a file can be written at ``path``; creates its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise _Wrong(f"{path} cannot be written ({error.strerror}): give another path.") from error
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".json"):
+        raise _Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
+
+
+def _labels(text: str | None, classes: int | None, count: int) -> Tensor | None:
+    if classes is None:
+        if text is not None:
+            raise _Wrong("this model is unconditional: leave --label out.")
+        return None
+    try:
+        chosen = list(range(classes)) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise _Wrong(f"--label must be whole numbers separated by commas, got {text!r}.") from None
+    if not all(0 <= one <= classes for one in chosen):
+        raise _Wrong(f"--label must lie in 0..{classes - 1} (or {classes} for none), got {text!r}.")
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+
+
+def _sample(arguments: Sequence[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--solver", default="picard")
+    first.add_argument("--sampler", default="ddim")
+    named, _ = first.parse_known_args(arguments)
+    solver_name = choose("solver", named.solver, SOLVERS)
+    sampler_name = choose("sampler", named.sampler, SAMPLERS)
+    given = _sample_parser(solver_name, sampler_name).parse_args(arguments)
+
+    for path in (given.out, given.trace):
+        if path is not None:
+            _writable(path)
+    if given.out is not None:
+        _writable(given.out.with_suffix(".json"))
+    if given.count < 1:
+        raise _Wrong(f"--count must be at least 1, got {given.count}.")
+    make_solver: Any = SOLVERS[solver_name]
+    solver: Solver = make_solver(**{name: getattr(given, name) for name in _solver_fields(solver_name)})
+    model_name = given.model if Path(given.model).is_dir() else choose("model", given.model, models.available())
+    model = models.load(model_name, device=given.device)
+    chosen = {name: getattr(given, name) for name in _sampler_fields(sampler_name)}
+    sampler = model.sampler(sampler_name, given.steps, **chosen)
+    labels = _labels(given.label, model.classes, given.count)
+    labels = None if labels is None else labels.to(given.device)
+    denoise = model.denoiser(given.guidance)
+
+    def generators(first: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(first + index) for index in range(given.count)]
+
+    noise = torch.stack([torch.randn(model.shape, generator=one) for one in generators(given.seed)]).to(given.device)
+    rounds: list[Tensor] = []
+
+    def remember(runs: Sequence[Run]) -> None:
+        rounds.append(torch.stack([run.estimate for run in runs[:10]]))
+
+    def solve(with_solver: Solver, *, trace: bool) -> tuple[Any, float]:
+        begun = time.perf_counter()
+        result = sample(
+            denoise,
+            noise,
+            sampler,
+            with_solver,
+            tolerance=given.tolerance,
+            condition=labels,
+            generator=generators(given.seed + 2**32),
+            max_rows=given.max_rows,
+            progress=sys.stderr.isatty() and not given.json,
+            on_round=remember if trace else None,
+        )
+        return result, time.perf_counter() - begun
+
+    result, seconds = solve(solver, trace=given.trace is not None)
+    figures: dict[str, Any] = {
+        "model": model.name,
+        "sampler": sampler_name,
+        "solver": repr(solver),
+        "steps": sampler.steps,
+        "samples": given.count,
+        "tolerance": given.tolerance,
+        "rounds": result.rounds,
+        "evaluations": _median([one.evaluations for one in result]),
+        "work": _median([one.work for one in result]),
+        "peak_width": max(one.peak_width for one in result),
+        "rows_per_level": 1 if given.guidance == 1 else 2,
+        "converged": result.converged,
+        "error_estimate": max(one.error_estimate for one in result),
+        "relative_error": None,
+        "relative_error_worst": None,
+        "seconds": seconds,
+        "sequential_seconds": None,
+    }
+    if given.compare:
+        reference, figures["sequential_seconds"] = solve(Sequential(), trace=False)
+        errors = (result.x - reference.x).flatten(1).norm(dim=1) / reference.x.flatten(1).norm(dim=1)
+        figures["relative_error"] = float(errors.median())
+        figures["relative_error_worst"] = float(errors.max())
+    if given.out is not None or given.trace is not None:
+        from .plots import image_grid, trace_grid
+
+        if given.out is not None:
+            image_grid(result.x, zoom=3).save(given.out)
+            given.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+        if given.trace is not None:
+            trace_grid(rounds, zoom=2).save(given.trace)
+    if given.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _print_table(figures)
+        for path in (given.out, given.trace):
+            if path is not None:
+                print(f"wrote {path}")
+    if not result.converged:
+        raise _Wrong(f"not every sample was finished ({result[0].reason}): what was written is the last estimate.")
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def _print_table(figures: dict[str, Any]) -> None:
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    worst, middle = figures["relative_error_worst"], figures["relative_error"]
+    rows = [
+        ("", "sequential", "parallel"),
+        ("rounds", str(figures["steps"]), str(figures["rounds"])),
+        ("evaluations a sample", str(figures["steps"]), f"{figures['evaluations']:g}"),
+        ("work (evaluations / N)", "1.00", f"{figures['work']:.2f}"),
+        ("peak width", "1", str(figures["peak_width"])),
+        ("relative error, median", "0", "-" if middle is None else f"{middle:.1e}"),
+        ("relative error, worst", "0", "-" if worst is None else f"{worst:.1e}"),
+        ("seconds", seconds(figures["sequential_seconds"]), seconds(figures["seconds"])),
+    ]
+    print(f"{figures['samples']} samples of {figures['model']}: {figures['sampler']}, N = {figures['steps']}")
+    print(f"{figures['solver']}, tolerance {figures['tolerance']:g}")
+    for name, sequential, parallel in rows:
+        print(f"  {name:<24}{sequential:>12}{parallel:>12}")
+
+
+def _solvers(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
+    for name, solver in SOLVERS.items():
+        fields = "  ".join(
+            f"--{field.replace('_', '-')} {default}" for field, (_, default) in _solver_fields(name).items()
+        )
+        print(f"{name:<12} {(inspect.getdoc(solver) or '').splitlines()[0]}")
+        if fields:
+            print(f"{'':<12} {fields}")
+
+
+def _models(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser(prog="parataxis models", description="List the shipped models.").parse_args(arguments)
+    for name in models.available():
+        config = json.loads((models.FOLDER / name / "unet" / "config.json").read_text())
+        scheduler = json.loads((models.FOLDER / name / "scheduler" / "scheduler_config.json").read_text())
+        kind = "eps, variance-preserving" if "beta_schedule" in scheduler else "velocity, flow matching"
+        classes = config.get("num_class_embeds")
+        label = "unconditional" if classes is None else f"{classes - 1} classes"
+        size = config["sample_size"]
+        print(f"{name:<22} {config['in_channels']}x{size}x{size}, {kind}, {label}")
+
+
+_COMMANDS = {
+    "sample": (_sample, "draw samples of a shipped model"),
+    "solvers": (_solvers, "list the solvers and their options"),
+    "models": (_models, "list the shipped models"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, or 2 for something that the user can put right."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    usage = "usage: parataxis COMMAND [options]   (parataxis COMMAND --help)\n"
+    listing = usage + "\n".join(f"  {name:<9} {text}" for name, (_, text) in _COMMANDS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(listing)
+        return 0 if arguments else 2
+    try:
+        _COMMANDS[choose("command", arguments[0], _COMMANDS)][0](arguments[1:])
+    except (_Wrong, ValueError, OutputError, ModuleNotFoundError) as error:
+        print(f"parataxis: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Small trained models that ship with the package, each a folder in diffusers' format.
+
+Each folder has a model card, ``README.md``. Loading needs diffusers (``pip install 'parataxis[models]'``) and reads
+safetensors only: no pickle, no network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..denoisers import guided
+from ..samplers import SAMPLERS, Prediction, Sampler
+from ..schedules import Schedule, Variance, cosine, flow, vp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Model", "available", "load"]
+
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network with what it was trained for.
+
+    Attributes:
+        name: Name of its folder.
+        network: The diffusers ``UNet2DModel``, in float32, frozen.
+        schedule: The schedule it was trained on.
+        prediction: What it returns.
+        shape: Shape of a sample; values are in [-1, 1].
+        classes: Number of classes, or None; class ``classes`` stands for none.
+        folder: Where it was read from; ``diffusers.DiffusionPipeline.from_pretrained`` opens unconditional ones.
+    """
+
+    name: str
+    network: torch.nn.Module
+    schedule: Schedule
+    prediction: Prediction
+    shape: tuple[int, ...]
+    classes: int | None
+    folder: Path
+
+    def denoiser(self, guidance: float = 1.0) -> Callable[..., Tensor]:
+        """Return ``denoise(x, t, label)``, guided unless ``guidance`` is 1; unconditional: ``denoise(x, t)``."""
+        if self.classes is None:
+            if guidance != 1:
+                raise ValueError(f"{self.name} has no classes, so guidance must be 1, got {guidance!r}.")
+            return lambda x, t: self.network(x, t).sample
+
+        def conditional(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            output: Tensor = self.network(x, t, class_labels=label).sample
+            return output
+
+        return guided(conditional, guidance, self.classes)
+
+    def sampler(self, name: str, steps: int, **options: Any) -> Sampler:
+        """Return a sampler of ``SAMPLERS`` on the model's own schedule and prediction type.
+
+        Raises:
+            ValueError: If the model's schedule does not admit this sampler.
+        """
+        if isinstance(self.schedule, Variance) == (name == "flow_euler"):
+            kind = "variance-preserving" if isinstance(self.schedule, Variance) else "flow-matching"
+            fitting = [other for other in SAMPLERS if (other == "flow_euler") != isinstance(self.schedule, Variance)]
+            raise ValueError(
+                f"{self.name} was trained on a {kind} schedule, which {name} is not for: choose one of "
+                f"{', '.join(fitting)}."
+            )
+        return SAMPLERS[name](self.schedule, steps, prediction=self.prediction, **options)
+
+
+def available() -> list[str]:
+    """Return the names of the models in the package."""
+    return sorted(path.name for path in FOLDER.iterdir() if (path / "unet" / "config.json").is_file())
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load a model of the package, or of a folder with the same layout.
+
+    Args:
+        name: One of :func:`available`, or the path of a folder with ``unet/`` and ``scheduler/``.
+        device: Where to put the network.
+        dtype: Of the weights; they are stored in float16.
+
+    Raises:
+        ModuleNotFoundError: If diffusers is not installed, with the command that installs it.
+        ValueError: If there is no such model, or its weights cannot be read.
+    """
+    folder = FOLDER / name if str(name) in available() else Path(name)
+    config_path = folder / "scheduler" / "scheduler_config.json"
+    if not config_path.is_file():
+        raise ValueError(
+            f"there is no model {str(name)!r}: choose one of {', '.join(available())}, or give the path of a "
+            "folder with unet/ and scheduler/."
+        )
+    try:
+        from diffusers import UNet2DModel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the shipped models need diffusers: install it with  pip install 'parataxis[models]'"
+        ) from error
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = json.loads(config_path.read_text())
+    try:
+        network = UNet2DModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+        network.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the weights of {str(name)!r} in {folder / 'unet'} cannot be read ({type(error).__name__}: {error}): the "
+            "file is damaged or not of this model; install the package again."
+        ) from error
+    network = network.to(device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        network = network.to(dtype)
+    size = network.config.sample_size
+    classes = network.config.num_class_embeds
+    prediction: Prediction = "flow"
+    schedule: Schedule = flow(config.get("shift", 1.0), config["num_train_timesteps"])
+    if "beta_schedule" in config:
+        prediction = _PREDICTIONS[config["prediction_type"]]
+        if config["beta_schedule"] == "squaredcos_cap_v2":
+            schedule = cosine(config["num_train_timesteps"])
+        else:
+            ends = config["beta_start"], config["beta_end"]
+            schedule = vp(config["num_train_timesteps"], *ends, config["beta_schedule"])
+    return Model(
+        name=folder.name,
+        network=network,
+        schedule=schedule,
+        prediction=prediction,
+        shape=(network.config.in_channels, size, size),
+        classes=None if classes is None else classes - 1,
+        folder=folder,
+    )

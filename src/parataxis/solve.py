@@ -1,0 +1,754 @@
+r"""Solving: a solver asks, a driver answers.
+
+A solver is a generator written for one trajectory. It never touches a tensor: the driver keeps the rows of
+its memory (states, outputs, whatever it needs), the solver names them by their slots and yields what is to
+be done with them. So the tensor work of all samples of a batch is done at once, and a solver is a
+deterministic function of the few numbers that come back.
+
+=====================  ==========================================================  =======================
+request                meaning                                                     answer
+=====================  ==========================================================  =======================
+:class:`Memory`        give me so many rows                                        None
+:class:`Load`          put rows of the first guess into slots                      None
+:class:`Copy`          put multiples of rows into slots                            None
+:class:`Inner`         inner products of differences of rows                       (R, 3) float64
+:class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
+:class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
+:class:`Settle`        these states are final                                      None
+=====================  ==========================================================  =======================
+
+A solver returns the slot of the sample. Only a Query is a round and costs evaluations of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .samplers import Sampler
+from .table import LocalForm, Plan, Response, Slots, Table, square
+
+__all__ = [
+    "Copy",
+    "Inner",
+    "Load",
+    "Memory",
+    "OutputError",
+    "Problem",
+    "Query",
+    "Request",
+    "Response",
+    "Round",
+    "Rows",
+    "Run",
+    "Settle",
+    "Solution",
+    "Solutions",
+    "Solver",
+    "sample",
+    "start",
+    "together",
+]
+
+Array = NDArray[np.float64]
+
+
+class OutputError(ValueError):
+    """The network returned something that is not an output: a wrong type, shape or dtype, NaN or Inf."""
+
+
+class Memory(NamedTuple):
+    """Give me ``rows`` rows, all zero; asked once, first."""
+
+    rows: int
+
+
+class Load(NamedTuple):
+    """Put the states ``levels`` of the first guess into the slots ``into``; level 0 is the initial state."""
+
+    levels: Slots
+    into: Slots
+
+
+class Copy(NamedTuple):
+    """Put ``factors`` times the rows ``source`` into the slots ``into``; each (R,)."""
+
+    source: Slots
+    into: Slots
+    factors: Array
+
+
+class Inner(NamedTuple):
+    """Measure <l, l>, <l, r>, <r, r> row by row, l = left - left_from and r = right - right_from; slots, (R,)."""
+
+    left: Slots
+    right: Slots
+    left_from: Slots | None = None
+    right_from: Slots | None = None
+
+
+class Query(NamedTuple):
+    """Evaluate these points together: one round.
+
+    Attributes:
+        point: (R,) which evaluations of the loop.
+        states: (R,) slots of the network inputs.
+        outputs: (R,) slots that take the outputs.
+        settled: How many leading rows have a settled input: a non-finite output there is an error; elsewhere it
+            is replaced by the output of the row before and reported.
+    """
+
+    point: Slots
+    states: Slots
+    outputs: Slots
+    settled: int
+
+
+class Settle(NamedTuple):
+    """The states up to level ``front`` are final.
+
+    Attributes:
+        front: The new front.
+        states: Slots of the states behind the old front, up to the new one.
+        error: Estimated relative error of the final sample that has been accepted so far.
+        last: (point, state slot, output slot) of the farthest evaluation, for previews.
+        sample: Slot of the present guess of the sample, where there is one.
+    """
+
+    front: int
+    states: Slots
+    error: float
+    last: tuple[int, int, int]
+    sample: int | None
+
+
+Request = Memory | Load | Copy | Inner | Query | Response | Settle
+Asking = Generator[Request, Any, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a solver knows of one trajectory.
+
+    Attributes:
+        local: The coefficients of the table, with schedule knowledge where there is any.
+        tolerance: Relative error allowed in the final sample.
+        dim: Number of elements of a state.
+        guessed: Whether :class:`Load` has a trajectory to offer.
+        rounding: Unit roundoff of the network's dtype.
+    """
+
+    local: LocalForm
+    tolerance: float
+    dim: int
+    guessed: bool
+    rounding: float
+
+    @property
+    def steps(self) -> int:
+        """N, the number of levels."""
+        return self.local.steps
+
+
+class Solver(Protocol):
+    """A frozen dataclass of options, callable on a problem."""
+
+    def __call__(self, problem: Problem) -> Asking:
+        """Solve one trajectory; yield requests, return the slot of the sample."""
+        ...
+
+    def refuses(self, local: LocalForm) -> str | None:
+        """Return why this solver cannot work on such a table, or None."""
+        ...
+
+
+class Round(NamedTuple):
+    """One round of one run: the front before it, its width, and the error accepted so far."""
+
+    front: int
+    width: int
+    error: float
+
+
+class Rows(NamedTuple):
+    """Rows for the network: u (R, *shape), point (R,) and sample (R,), the last two int64 on the CPU."""
+
+    u: Tensor
+    point: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The result of one run.
+
+    Attributes:
+        x: (*shape) the sample, or the best guess of it if the run ended early.
+        converged: Whether the solver's own test was passed.
+        reason: Why the run ended: ``converged``, ``stopped`` or ``interrupted``.
+        rounds: Network calls that waited for one another.
+        evaluations: Levels evaluated.
+        steps: N.
+        peak_width: Most levels of this sample in one round.
+        error_estimate: Estimated relative error of ``x`` to the sequential sample.
+        history: One entry a round.
+        trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True`` and if converged.
+    """
+
+    x: Tensor
+    converged: bool
+    reason: str
+    rounds: int
+    evaluations: int
+    steps: int
+    peak_width: int
+    error_estimate: float
+    history: tuple[Round, ...]
+    trajectory: Tensor | None = None
+
+    @property
+    def work(self) -> float:
+        """Evaluations over N: 1 for the sequential loop."""
+        return self.evaluations / self.steps
+
+
+class Solutions(Sequence[Solution]):
+    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``."""
+
+    def __init__(self, solutions: Sequence[Solution]) -> None:
+        """Hold the solutions of a batch in its order."""
+        self._solutions = tuple(solutions)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one solution, or a tuple of several."""
+        return self._solutions[index]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self._solutions)
+
+    @property
+    def x(self) -> Tensor:
+        """(B, *shape) the samples."""
+        return torch.stack([solution.x for solution in self._solutions])
+
+    @property
+    def trajectory(self) -> Tensor | None:
+        """(B, N + 1, *shape) the trajectories, if all runs kept and finished theirs."""
+        kept = [solution.trajectory for solution in self._solutions]
+        return None if any(one is None for one in kept) else torch.stack([one for one in kept if one is not None])
+
+    @property
+    def converged(self) -> bool:
+        """Whether every run passed its solver's test."""
+        return all(solution.converged for solution in self._solutions)
+
+    @property
+    def rounds(self) -> int:
+        """Network calls of the batch that waited for one another."""
+        return max(solution.rounds for solution in self._solutions)
+
+    @property
+    def evaluations(self) -> int:
+        """Levels evaluated for all samples."""
+        return sum(solution.evaluations for solution in self._solutions)
+
+
+class _Batch:
+    """The tensors of runs that share a table: their rows of memory and their first guess."""
+
+    def __init__(self, sampler: Sampler, table: Table, guess: Tensor | None, dtype: torch.dtype) -> None:
+        self.sampler, self.table, self.dtype = sampler, table, dtype
+        self.shape = tuple(table.start.shape[1:])
+        self.start = table.start.reshape(len(table.start), -1)
+        self.guess = None if guess is None else guess.reshape(-1, self.start.shape[1])
+        self.stride = 0
+        self.rows = self.start[:0]
+
+    def allocate(self, rows: int) -> None:
+        if rows != self.stride:
+            self.stride = rows
+            self.rows = self.start.new_zeros(len(self.start) * rows, self.start.shape[1])
+
+    def index(self, slots: Slots) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(slots, np.int64)).to(self.rows.device)
+
+    def gather(self, slots: Slots) -> Tensor:
+        return self.rows.index_select(0, self.index(slots))
+
+    def put(self, slots: Slots, rows: Tensor) -> None:
+        self.rows.index_copy_(0, self.index(slots), rows)
+
+
+class Run:
+    """One trajectory being solved: ask for ``query``, evaluate it, tell the ``answer``, until ``done``.
+
+    Made by :func:`start`. :func:`together` drives many runs with one network call a round; alone, a run serves a loop
+    that belongs to someone else::
+
+        while not run.done:
+            run.answer(network(run.query.u, times[run.query.point]))
+        run.solution.x
+    """
+
+    def __init__(self, batch: _Batch, index: int, solver: Solver, problem: Problem, *, keep: bool = False) -> None:
+        """Start the solver; see :func:`start`."""
+        self.index = index
+        self.problem = problem
+        self.solver = solver
+        self.front = 0
+        self.rounds = 0
+        self.evaluations = 0
+        self.peak_width = 0
+        self.error = 0.0
+        self.history: list[Round] = []
+        self._batch = batch
+        self._kept: Tensor | None = None
+        if keep:
+            self._kept = batch.start.new_zeros(problem.steps + 1, batch.start.shape[1])
+            self._kept[0] = batch.start[index]
+        self._reason = ""
+        self._slot: int | None = None
+        self._settle: Settle | None = None
+        self._asking = solver(problem)
+        self._pending: Request | None = next(self._asking)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended."""
+        return bool(self._reason)
+
+    @property
+    def query(self) -> Rows:
+        """The rows that the network is asked for next."""
+        _advance([self])
+        return _merge([self])
+
+    def answer(self, outputs: Tensor) -> None:
+        """Tell the network's outputs for ``query``, (R, *shape)."""
+        _answer([self], outputs)
+        _advance([self])
+
+    def end(self, reason: str) -> None:
+        """End the run before its solver does; the solution holds the present estimate."""
+        if not self.done:
+            self._reason = reason
+            self._asking.close()
+
+    @property
+    def estimate(self) -> Tensor:
+        """(*shape) the present guess of the sample: its row if the window reaches it, else the data prediction."""
+        batch, table = self._batch, self._batch.table
+        if self._slot is not None:
+            row = batch.rows[self._offset + self._slot]
+        elif self._settle is None:
+            row = batch.start[self.index]
+        elif self._settle.sample is not None:
+            row = batch.rows[self._offset + self._settle.sample]
+        else:
+            point, state, output = self._settle.last
+            u, f = batch.rows[self._offset + state], batch.rows[self._offset + output]
+            local = table.local
+            if local.data_input is None or local.data_output is None:
+                one = Table(local, u[None], None if table.noise is None else table.noise[self.index, None].flatten(2))
+                row = one.hop(point, local.steps, u[None], f[None])[0]
+            else:
+                row = local.data_input[point] * u + local.data_output[point] * f
+        return row.view(batch.shape).clone()
+
+    @property
+    def solution(self) -> Solution:
+        """The result; if the run has not ended, what is known now."""
+        converged = self._reason == "converged"
+        trajectory = None
+        if self._kept is not None and converged:
+            trajectory = self._kept.view(-1, *self._batch.shape)
+        return Solution(
+            x=self.estimate,
+            converged=converged,
+            reason=self._reason or "running",
+            rounds=self.rounds,
+            evaluations=self.evaluations,
+            steps=self.problem.steps,
+            peak_width=self.peak_width,
+            error_estimate=self.error,
+            history=tuple(self.history),
+            trajectory=trajectory,
+        )
+
+    @property
+    def _offset(self) -> int:
+        return self.index * self._batch.stride
+
+    def _send(self, answer: Any) -> None:
+        try:
+            self._pending = self._asking.send(answer)
+        except StopIteration as end:
+            self._slot, self._pending = end.value, None
+            self._reason = "converged"
+
+    def _settled(self, request: Settle) -> None:
+        if self._kept is not None and len(request.states):
+            levels = slice(self.front + 1, request.front + 1)
+            self._kept[levels] = self._batch.gather(self._offset + request.states)
+        self.front, self.error, self._settle = request.front, request.error, request
+
+
+def start(
+    sampler: Sampler,
+    table: Table,
+    solver: Solver,
+    *,
+    tolerance: float = 1e-2,
+    guess: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> list[Run]:
+    """Start one run for every sample of a table.
+
+    Args:
+        sampler: The equation; its ``output`` is applied to what the network returns.
+        table: From ``sampler.table(noise)``; its dtype is that of the states.
+        solver: How to solve it.
+        tolerance: Relative error allowed in each final sample, >= 0; with 0 it is the sequential sample up to
+            rounding.
+        guess: (B, N + 1, *shape) trajectories to start from, as ``Solutions.trajectory`` returns them; the first state
+            is always the table's.
+        dtype: What the network is given; default the states' own.
+        keep: Keep every settled state for ``Solution.trajectory``.
+
+    Raises:
+        ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that cannot work on
+            this table (with the reason).
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    refusal = solver.refuses(table.local)
+    if refusal is not None:
+        raise ValueError(f"{solver!r} cannot solve this sampler: {refusal}")
+    states = table.start
+    if guess is not None:
+        expected = (len(states), table.local.steps + 1, *states.shape[1:])
+        if tuple(guess.shape) != expected:
+            raise ValueError(
+                f"guess must have the shape (B, N + 1, *shape) = {expected}, got {tuple(guess.shape)}: pass the "
+                "`trajectory` of a run with the same steps and shape, made with keep=True."
+            )
+        guess = guess.to(states).clone()
+        guess[:, 0] = states
+        if not bool(torch.isfinite(guess).all()):
+            raise ValueError("guess holds NaN or Inf: pass a trajectory whose states are all finite.")
+    dtype = dtype or states.dtype
+    batch = _Batch(sampler, table, guess, dtype)
+    problem = Problem(table.local, float(tolerance), states[0].numel(), guess is not None, torch.finfo(dtype).eps / 2)
+    return [Run(batch, index, solver, problem, keep=keep) for index in range(len(states))]
+
+
+def _offsets(runs: Sequence[Run], slots: Sequence[Slots]) -> Slots:
+    return np.concatenate([run._offset + some for run, some in zip(runs, slots, strict=True)])
+
+
+def _memory(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    for ask in asks:
+        batch.allocate(ask.rows)
+    return [None] * len(runs)
+
+
+def _load(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    into = _offsets(runs, [ask.into for ask in asks])
+    if batch.guess is None:
+        batch.put(into, batch.start.index_select(0, batch.index(np.array([run.index for run in runs]))))
+    else:
+        levels = batch.table.local.steps + 1
+        source = np.concatenate([run.index * levels + ask.levels for run, ask in zip(runs, asks, strict=True)])
+        batch.put(into, batch.guess.index_select(0, batch.index(source)))
+    return [None] * len(runs)
+
+
+def _copy(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    rows = batch.gather(_offsets(runs, [ask.source for ask in asks]))
+    factors = torch.from_numpy(np.concatenate([ask.factors for ask in asks])).to(rows)
+    batch.put(_offsets(runs, [ask.into for ask in asks]), rows * factors[:, None])
+    return [None] * len(runs)
+
+
+def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    left = batch.gather(_offsets(runs, [ask.left for ask in asks]))
+    if asks[0].left_from is not None:
+        left -= batch.gather(_offsets(runs, [ask.left_from for ask in asks]))
+    right = batch.gather(_offsets(runs, [ask.right for ask in asks]))
+    if asks[0].right_from is not None:
+        right -= batch.gather(_offsets(runs, [ask.right_from for ask in asks]))
+    first, last = square(left), square(right)
+    numbers = torch.stack([first, left.mul_(right).sum(-1, dtype=first.dtype), last], -1).cpu().numpy()
+    return np.split(numbers, np.cumsum([len(ask.left) for ask in asks])[:-1])
+
+
+def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    plans = [Plan(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
+    return list(batch.table.respond(batch.rows, plans))
+
+
+def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    for run, ask in zip(runs, asks, strict=True):
+        run._settled(ask)
+    return [None] * len(runs)
+
+
+_ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]] = {
+    Memory: _memory,
+    Load: _load,
+    Copy: _copy,
+    Inner: _inner,
+    Response: _response,
+    Settle: _settle,
+}
+
+
+def _kind(request: Any) -> tuple[Any, ...]:
+    """Return what requests must have in common to be answered at once."""
+    if isinstance(request, Response):
+        return (Response, request.measure)
+    if isinstance(request, Inner):
+        return (Inner, request.left_from is None, request.right_from is None)
+    return (type(request),)
+
+
+def _advance(runs: Sequence[Run]) -> None:
+    """Answer everything but queries, for all runs at once, until each run asks the network or has ended."""
+    while True:
+        groups: dict[tuple[Any, ...], list[Run]] = {}
+        for run in runs:
+            if not run.done and not isinstance(run._pending, Query):
+                groups.setdefault((id(run._batch), *_kind(run._pending)), []).append(run)
+        if not groups:
+            return
+        for group in groups.values():
+            asks = [run._pending for run in group]
+            for run, answer in zip(group, _ANSWERS[type(asks[0])](group[0]._batch, group, asks), strict=True):
+                run._send(answer)
+
+
+def _queries(runs: Sequence[Run]) -> list[Query]:
+    return [run._pending for run in runs if isinstance(run._pending, Query)]
+
+
+def _merge(runs: Sequence[Run]) -> Rows:
+    """Return the rows of all runs, in their order; the runs share one batch."""
+    batch, asks = runs[0]._batch, _queries(runs)
+    u = batch.gather(_offsets(runs, [ask.states for ask in asks])).view(-1, *batch.shape)
+    point = torch.from_numpy(np.concatenate([ask.point for ask in asks]))
+    index = np.repeat([run.index for run in runs], [len(ask.point) for ask in asks])
+    return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
+
+
+def _answer(runs: Sequence[Run], outputs: Tensor) -> None:
+    """Check the network's outputs, apply the sampler's output transform, keep them and tell each run."""
+    batch, asks = runs[0]._batch, _queries(runs)
+    point = np.concatenate([ask.point for ask in asks])
+    expected = (len(point), *batch.shape)
+    if not isinstance(outputs, Tensor):
+        raise OutputError(
+            f"the network returned {type(outputs).__name__}, expected a tensor of shape {expected}: "
+            "return the prediction itself (for a diffusers model, its `.sample`)."
+        )
+    if tuple(outputs.shape) != expected:
+        raise OutputError(f"the network returned the shape {tuple(outputs.shape)}, expected its input's {expected}.")
+    if outputs.dtype != batch.dtype:
+        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {batch.dtype}: convert it.")
+    outputs = outputs.to(batch.rows)
+    states = _offsets(runs, [ask.states for ask in asks])
+    if batch.sampler.transform is not None:
+        u = batch.gather(states).view(expected)
+        outputs = batch.sampler.output(torch.from_numpy(point), u, outputs)
+    rows = outputs.reshape(len(point), -1)
+    batch.put(_offsets(runs, [ask.outputs for ask in asks]), rows)
+    finite = torch.isfinite(rows.sum(1)).cpu().numpy()
+    first = 0
+    for run, ask in zip(runs, asks, strict=True):
+        own = finite[first : first + len(ask.point)]
+        first += len(ask.point)
+        run.rounds += 1
+        run.evaluations += len(ask.point)
+        run.peak_width = max(run.peak_width, len(ask.point))
+        run.history.append(Round(run.front, len(ask.point), run.error))
+        if not own.all():
+            _replace(run, ask, own)
+        run._send(own)
+
+
+def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
+    """Put the last finite output before it in the place of each output that is not finite."""
+    if not finite[: ask.settled].all():
+        step = int(ask.point[int(np.argmin(finite))])
+        raise OutputError(
+            f"the network returned NaN or Inf at step {step} of {run.problem.steps}, sample {run.index}, round "
+            f"{run.rounds}, for an input that is final, so the sequential loop meets it too: check the network at that "
+            "time, its dtype and its conditioning."
+        )
+    nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
+    batch, slots = run._batch, run._offset + ask.outputs
+    kept = batch.gather(slots[np.maximum(nearest, 0)])
+    kept[batch.index(np.flatnonzero(nearest < 0))] = 0
+    batch.put(slots, kept)
+
+
+def together(
+    runs: Sequence[Run],
+    evaluate: Callable[[Rows], Tensor],
+    *,
+    on_round: Callable[[Sequence[Run]], None] | None = None,
+    stop: Callable[[Run], bool] | None = None,
+) -> Iterator[int]:
+    """Drive many runs side by side: one call of ``evaluate`` a round for all that have not ended.
+
+    A sample never depends on its neighbours; finished samples stop costing.
+
+    Args:
+        runs: From :func:`start`; all of one call.
+        evaluate: The network: rows to outputs of the same shape and dtype as ``rows.u``.
+        on_round: Called after every round with all runs; ``run.estimate`` is the present guess of its sample.
+        stop: Asked after every round for each unfinished run; true ends it with its present estimate.
+
+    Yields:
+        The number of rounds so far, after each round.
+    """
+    rounds = 0
+    _advance(runs)
+    while active := [run for run in runs if not run.done]:
+        _answer(active, evaluate(_merge(active)))
+        _advance(active)
+        rounds += 1
+        if on_round is not None:
+            on_round(runs)
+        for run in active:
+            if stop is not None and not run.done and stop(run):
+                run.end("stopped")
+        yield rounds
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The user's callable as a driver sees it: rows to outputs."""
+
+    denoise: Callable[..., Tensor]
+    times: Tensor
+    condition: Any = None
+    max_rows: int | None = None
+    shape: tuple[int, ...] = field(default=())
+
+    def __call__(self, rows: Rows) -> Tensor:
+        limit = self.max_rows or len(rows.u)
+        parts: list[Tensor] = []
+        for first in range(0, len(rows.u), limit):
+            chosen = slice(first, first + limit)
+            u = rows.u[chosen]
+            t = self.times[rows.point[chosen]].to(u.device)
+            if self.condition is None:
+                part = self.denoise(u, t)
+            else:
+                index = rows.sample[chosen]
+                part = self.denoise(u, t, _pick(self.condition, index))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pick(condition: Any, index: Tensor) -> Any:
+    if isinstance(condition, Tensor):
+        return condition[index.to(condition.device)]
+    if isinstance(condition, dict):
+        return {name: _pick(value, index) for name, value in condition.items()}
+    if isinstance(condition, (list, tuple)):
+        return type(condition)(_pick(value, index) for value in condition)
+    return condition
+
+
+def _check_condition(condition: Any, batch: int) -> None:
+    if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
+        raise ValueError(
+            f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
+        )
+    parts = condition.values() if isinstance(condition, dict) else condition
+    if isinstance(condition, (dict, list, tuple)):
+        for value in parts:
+            _check_condition(value, batch)
+
+
+def sample(
+    denoise: Callable[..., Tensor],
+    noise: Tensor,
+    sampler: Sampler,
+    solver: Solver,
+    *,
+    tolerance: float = 1e-2,
+    condition: Any = None,
+    guess: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    keep: bool = False,
+    max_rows: int | None = None,
+    progress: bool = False,
+    on_round: Callable[[Sequence[Run]], None] | None = None,
+    stop: Callable[[Run], bool] | None = None,
+) -> Solutions:
+    """Draw a batch of samples with a network of one's own, many time steps side by side.
+
+    Each sample is solved on its own; a round of the batch is one call of the network.
+
+    Args:
+        denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
+            of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
+            samples and must not influence one another.
+        noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
+            the noise is.
+        sampler: The equation, from :mod:`parataxis.samplers`.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`.
+        tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
+        condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
+            the network row by row.
+        guess: (B, N + 1, *shape) trajectories to start from.
+        generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
+            loop, or one for each sample.
+        keep: Keep the trajectories (memory of N + 1 states a sample).
+        max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same.
+        progress: Show a bar: settled levels of all samples.
+        on_round: Called after every round with the runs; see :func:`together`.
+        stop: Ends a run early; see :func:`together`.
+
+    Returns:
+        One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
+        ``interrupted``.
+
+    Raises:
+        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
+        ValueError: For inputs that do not fit together, with what was given and what was expected.
+    """
+    if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
+        given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
+    if len(noise) == 0:
+        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows!r}.")
+    _check_condition(condition, len(noise))
+    state = torch.promote_types(noise.dtype, torch.float32)
+    table = sampler.table(noise.to(state), generator)
+    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep)
+    network = _Network(denoise, sampler.network_times(noise.dtype), condition, max_rows)
+    total = sampler.steps * len(runs)
+    with tqdm(total=total, unit="level", disable=not progress) as bar:
+        try:
+            with torch.no_grad():
+                for rounds in together(runs, network, on_round=on_round, stop=stop):
+                    bar.set_postfix(rounds=rounds, refresh=False)
+                    bar.update(sum(run.front for run in runs) - bar.n)
+        except KeyboardInterrupt:
+            for run in runs:
+                run.end("interrupted")
+    return Solutions([run.solution for run in runs])

@@ -1,0 +1,17 @@
+"""Solvers: one method a file, all registered here."""
+
+from __future__ import annotations
+
+from ..solve import Solver
+from .picard import Picard
+from .sequential import Sequential
+
+__all__ = ["LAW_EXACT", "SOLVERS", "Picard", "Sequential"]
+
+SOLVERS: dict[str, type[Solver]] = {
+    "sequential": Sequential,
+    "picard": Picard,
+}
+
+# Right in distribution, not the seed's sequential sample.
+LAW_EXACT: dict[str, type[Solver]] = {}

@@ -1,0 +1,94 @@
+"""Picard iteration over a sliding window: ParaDiGMS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..solve import Asking, Problem
+from ..table import LocalForm
+from .window import Window, check_window
+
+__all__ = ["Picard"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Picard:
+    """Picard iteration (ParaDiGMS, 2305.16317): x_{j+1} = x_j + (increments of the present guess).
+
+    In the coordinates in which the state keeps its size, every step is assumed to carry an error on unchanged,
+    J_i = 1. With ``rule="paradigms"`` and ``entry="copy"`` this is the published algorithm: state j is accepted while
+    |new_j - old_j|^2 <= threshold^2 dim v_j, v_j the variance of DDPM's noise at that step, and the first state that
+    fails is taken too. By default states are accepted while their estimated effect on the sample fits in the
+    tolerance, and states that enter the window roll on from its end instead of copying it.
+
+    Attributes:
+        window: Levels evaluated in a round; None for all.
+        rule: ``budget`` (the tolerance bounds the relative error of the sample) or ``paradigms``.
+        threshold: tau of the published rule; the tolerance is then not used.
+        entry: How states enter the window: ``roll`` or ``copy``.
+    """
+
+    window: int | None = None
+    rule: Literal["budget", "paradigms"] = "budget"
+    threshold: float = 0.1
+    entry: Literal["roll", "copy"] = "roll"
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+        if self.rule not in ("budget", "paradigms"):
+            raise ValueError(f"rule must be 'budget' or 'paradigms', got {self.rule!r}.")
+        if self.entry not in ("roll", "copy"):
+            raise ValueError(f"entry must be 'roll' or 'copy', got {self.entry!r}.")
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {self.threshold!r}.")
+
+    def refuses(self, local: LocalForm) -> str | None:
+        """Refuse the published rule where the variance of the noise is unknown."""
+        if self.rule == "paradigms" and (local.alpha is None or local.sigma is None):
+            return "rule='paradigms' compares with alpha and sigma, unknown for this table: use rule='budget'."
+        return None
+
+    def __call__(self, problem: Problem) -> Asking:
+        """Solve one trajectory."""
+        local = problem.local
+        window = Window(problem, self.window)
+        growth = local.size[1:] / local.size[:-1]
+        slopes = local.slopes(growth)
+        variance = _noise_variance(local) if self.rule == "paradigms" else None
+        yield from window.open()
+        while not window.done:
+            lo = window.lo
+            yield from window.query()
+            hi = window.hi
+            yield from window.measure_variance()
+            norms = yield from window.respond(slopes[lo:hi])
+            errors = window.errors(norms, growth[lo:hi])
+            if variance is None:
+                count = window.accept(errors)
+            else:
+                count = self._published(norms[:, 0], variance[lo + 1 : hi + 1] * problem.dim)
+            yield from window.settle(count, float(errors[count - 1]))
+            yield from window.enter(slopes[lo:] if self.entry == "roll" else None)
+        return window.sample()
+
+    def _published(self, changes: Array, scale: Array) -> int:
+        """Return how many states to settle: the leading run that passes, and one more; NaN never passes."""
+        passed = changes <= self.threshold**2 * scale
+        run = len(passed) if passed.all() else int(np.argmin(passed))
+        return min(run + 1, len(passed))
+
+
+def _noise_variance(local: LocalForm) -> Array:
+    """Return (N + 1,) v_j: the variance of DDPM's noise of step j, in the network's input; 0 for the sample."""
+    assert local.alpha is not None
+    assert local.sigma is not None
+    assert local.scale is not None
+    ratio = local.sigma / local.alpha
+    deviation = local.alpha[1:] * ratio[1:] / ratio[:-1] * np.sqrt(np.maximum(ratio[:-1] ** 2 - ratio[1:] ** 2, 0))
+    return np.append((deviation * local.scale[1:]) ** 2, 0.0)

@@ -1,0 +1,171 @@
+"""Train the digit models that ship with the package, on the CPU.
+
+    python training/digits.py DATA digits                # VP, eps-prediction, class-conditional
+    python training/digits.py DATA digits-flow           # flow matching, velocity, class-conditional
+    python training/digits.py DATA digits-unconditional  # a complete DDPM pipeline, from the `digits` weights
+
+DATA is a folder with the MNIST files `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. The run
+keeps its state in `--state` and goes on from there when it is started again; the exponential moving average
+of the weights is written in half precision, in diffusers' own format, to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor
+from tqdm import tqdm
+
+MODELS = Path(__file__).resolve().parent.parent / "src" / "parataxis" / "models"
+CLASSES = 10
+TRAINING_STEPS = 1000
+
+
+def mnist(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return images (n, 1, 28, 28) in [-1, 1] and labels (n,)."""
+
+    def idx(name: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=header)
+
+    labels = idx("t10k-labels-idx1-ubyte.gz", 8)
+    images = idx("t10k-images-idx3-ubyte.gz", 16).reshape(len(labels), 1, 28, 28)
+    return torch.tensor(images).float() / 127.5 - 1, torch.tensor(labels).long()
+
+
+def network(classes: int | None) -> UNet2DModel:
+    """Build a U-Net of 0.7 M parameters and 144 MFLOP a row; class CLASSES is the null class."""
+    return UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        num_class_embeds=None if classes is None else classes + 1,
+    )
+
+
+def unconditional(source: UNet2DModel) -> UNet2DModel:
+    """Fold the null class into the time embedding: an unconditional network with the same outputs."""
+    target = network(None)
+    weights = source.state_dict()
+    null = weights.pop("class_embedding.weight")[CLASSES]
+    weights["time_embedding.linear_2.bias"] += null
+    target.load_state_dict(weights)
+    return target
+
+
+def vp_loss(model: UNet2DModel, images: Tensor, labels: Tensor | None, scheduler: DDPMScheduler) -> Tensor:
+    """Mean squared error of the predicted noise at uniform times."""
+    noise = torch.randn_like(images)
+    t = torch.randint(TRAINING_STEPS, (len(images),))
+    noisy = scheduler.add_noise(images, noise, t)
+    return (model(noisy, t, class_labels=labels).sample.float() - noise).square().mean()
+
+
+def flow_loss(model: UNet2DModel, images: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean squared error of the velocity noise - image at logit-normal times."""
+    noise = torch.randn_like(images)
+    sigma = torch.randn(len(images)).sigmoid()
+    level = sigma[:, None, None, None]
+    noisy = (1 - level) * images + level * noise
+    output = model(noisy, sigma * TRAINING_STEPS, class_labels=labels).sample
+    return (output.float() - (noise - images)).square().mean()
+
+
+def export(name: str, weights: dict[str, Tensor], classes: int | None, scheduler: object, out: Path) -> None:
+    """Write the folder in diffusers' format, weights in float16."""
+    model = network(classes)
+    model.load_state_dict(weights)
+    model = model.half()
+    if name == "digits-unconditional":
+        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(out)
+    else:
+        model.save_pretrained(out / "unet")
+        scheduler.save_pretrained(out / "scheduler")  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Train one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with the MNIST files")
+    parser.add_argument("name", choices=["digits", "digits-flow", "digits-unconditional"])
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: the package's own folder")
+    parser.add_argument("--state", type=Path, default=Path("out/training"))
+    options = parser.parse_args()
+    out = options.out or MODELS / options.name
+    classes = None if options.name == "digits-unconditional" else CLASSES
+    flow = options.name == "digits-flow"
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    images, labels = mnist(options.data)
+    model = network(classes)
+    if options.name == "digits-unconditional":
+        model = unconditional(UNet2DModel.from_pretrained(MODELS / "digits" / "unet"))
+    scheduler = (
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINING_STEPS)
+        if flow
+        else DDPMScheduler(num_train_timesteps=TRAINING_STEPS)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    first = 0
+    options.state.mkdir(parents=True, exist_ok=True)
+    state_path = options.state / f"{options.name}.pt"
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+        torch.manual_seed(options.seed + first)
+
+    losses: list[float] = []
+    progress = tqdm(range(first, options.steps), initial=first, total=options.steps, mininterval=20)
+    for step in progress:
+        warm = min(1.0, (step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        chosen = torch.randint(len(images), (options.batch,))
+        condition = None
+        if classes is not None:
+            condition = torch.where(torch.rand(options.batch) < 0.1, classes, labels[chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (
+                flow_loss(model, images[chosen], condition)
+                if flow
+                else vp_loss(model, images[chosen], condition, scheduler)
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                average[key].lerp_(value, 1 - decay)
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}", refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == options.steps:
+            export(options.name, average, classes, scheduler, out)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save({**state, "step": step + 1}, state_path)
+            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-500:]):.4f}")
+
+
+if __name__ == "__main__":
+    main()
