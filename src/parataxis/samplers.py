@@ -524,7 +524,7 @@ def dpmpp_2m(
         prediction: What the network returns.
         spacing: See :meth:`parataxis.schedules.Variance.grid`.
         offset: Likewise.
-        karras: Space the noise levels evenly in (sigma/alpha)^(1/7).
+        karras: Space the noise levels evenly in (sigma/alpha)^(1/7) over all training levels; ``spacing`` is unused.
         clip: Clip the data prediction to [-clip, clip].
         quantile: Threshold it dynamically instead, at this quantile of |xhat| (0.995 is common).
     """
@@ -534,8 +534,7 @@ def dpmpp_2m(
     if karras:
         if not isinstance(schedule, Variance):
             raise ValueError("karras=True needs a schedule with training steps (vp, cosine).")
-        ratio = grid.sigma / grid.alpha
-        ratio = karras_sigmas(ratio[0], ratio[-2], steps)
+        ratio = karras_sigmas(schedule.ratios[-1], schedule.ratios[0], steps)
         times = np.round(schedule.times_of(ratio))
         alpha = 1 / np.sqrt(1 + ratio**2)
         grid = Grid(times, np.append(alpha, 1.0), np.append(ratio * alpha, 0.0))
