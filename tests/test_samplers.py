@@ -135,7 +135,8 @@ def test_ddpm_is_diffusers(spacing, offset, prediction, variance, exact):
         last = sampler.local.noise[-1]
         assert last == 0
         return _compare_but_last(scheduler, sampler, exact)
-    compare(scheduler, sampler, 1e-10 if exact else 1e-6, stochastic=True)
+    # diffusers clamps the variance to 1e-20: a last step of ours without noise has 1e-10 of it there.
+    compare(scheduler, sampler, 1e-9 if exact else 1e-6, stochastic=True)
     return None
 
 

@@ -85,10 +85,10 @@ class Picard:
 
 
 def _noise_variance(local: LocalForm) -> Array:
-    """Return (N + 1,) v_j: the variance of DDPM's noise of step j, in the network's input; 0 for the sample."""
+    """Return (N + 1,) v_j: the variance of the noise with which DDPM reaches state j, in the network's input."""
     assert local.alpha is not None
     assert local.sigma is not None
     assert local.scale is not None
     ratio = local.sigma / local.alpha
     deviation = local.alpha[1:] * ratio[1:] / ratio[:-1] * np.sqrt(np.maximum(ratio[:-1] ** 2 - ratio[1:] ** 2, 0))
-    return np.append((deviation * local.scale[1:]) ** 2, 0.0)
+    return np.append(0.0, (deviation * local.scale[1:]) ** 2)

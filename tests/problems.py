@@ -1,0 +1,81 @@
+"""Problems with known answers, and every solver and sampler that is registered."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import torch
+
+import parataxis as px
+from parataxis.denoisers import empirical, mixture
+
+DIM = 16
+SCALED = ("euler", "euler_ancestral", "heun")
+
+
+@cache
+def mixtures():
+    """Return the exact problems by name."""
+    data = torch.randn(12, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return {"power law": mixture(DIM, 4, power=1.0), "data set": empirical(data, 0.1)}
+
+
+def sampler(name, points):
+    """Return a registered sampler with this many evaluations (Heun's come in odd numbers: one less)."""
+    if name == "heun":
+        return px.SAMPLERS[name](steps=points // 2)
+    return px.SAMPLERS[name](steps=points)
+
+
+def network(problem, name):
+    """Return the exact network of a problem for a sampler."""
+    if name == "flow_euler":
+        return mixtures()[problem].network(px.flow(), "flow")
+    return mixtures()[problem].network(px.vp(), "eps", scaled=name in SCALED)
+
+
+def noise(count, dtype=torch.float64, seed=0, shape=(DIM,)):
+    """Return standard normal noise, one generator a sample."""
+    rows = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(count)
+    ]
+    return torch.stack(rows).to(dtype)
+
+
+def generators(count, seed=1000):
+    """Return one generator a sample."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def solve(problem, name, points, solver, *, count=2, dtype=torch.float64, **options):
+    """Draw samples of a problem."""
+    return px.sample(
+        network(problem, name),
+        noise(count, dtype),
+        sampler(name, points),
+        solver,
+        generator=generators(count),
+        **options,
+    )
+
+
+@cache
+def reference(problem, name, points, count=2, dtype=torch.float64):
+    """Return the sequential samples."""
+    return solve(problem, name, points, px.Sequential(), count=count, dtype=dtype).x
+
+
+def relative(x, y):
+    """Return the largest relative error of the samples x to y."""
+    return float(((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max())
+
+
+def variants():
+    """Return every registered solver, with its defaults and, if it has a window, with narrow ones."""
+    found = []
+    for cls in px.SOLVERS.values():
+        found.append(cls())
+        if any(field.name == "window" for field in dataclasses.fields(cls)):
+            found += [cls(window=1), cls(window=8)]
+    return found

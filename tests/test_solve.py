@@ -1,0 +1,222 @@
+"""The driver: batches, callbacks, early ends, guesses, and what it refuses."""
+
+from __future__ import annotations
+
+import problems
+import pytest
+import torch
+
+import parataxis as px
+from parataxis.denoisers import guided
+
+
+def setting(count=3, points=25, name="ddim"):
+    return problems.network("power law", name), problems.noise(count), problems.sampler(name, points)
+
+
+def test_a_callable_of_ten_lines_is_enough():
+    network, noise, sampler = setting()
+    result = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-6)
+    assert result.x.shape == noise.shape
+    assert result.converged
+    assert [one.reason for one in result] == ["converged"] * 3
+    assert result[0].work == result[0].evaluations / 25
+    assert len(result[0].history) == result[0].rounds
+
+
+def test_a_round_of_the_batch_is_one_call_of_the_network():
+    network, noise, sampler = setting(5)
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return network(x, t)
+
+    result = px.sample(counted, noise, sampler, px.Picard(window=8), tolerance=1e-4)
+    assert len(calls) == result.rounds
+    assert sum(calls) == result.evaluations
+    assert calls[0] == 5 * 8
+
+
+def test_rows_are_limited_without_changing_the_result():
+    network, noise, sampler = setting()
+    sizes = []
+
+    def counted(x, t):
+        sizes.append(len(x))
+        return network(x, t)
+
+    limited = px.sample(counted, noise, sampler, px.Picard(), max_rows=7)
+    assert max(sizes) == 7
+    assert torch.allclose(limited.x, px.sample(network, noise, sampler, px.Picard()).x, rtol=1e-12)
+
+
+def test_conditions_follow_their_sample():
+    _, noise, sampler = setting(4)
+    seen = {}
+
+    def conditional(x, t, condition):
+        for row, label, extra in zip(x, condition["label"], condition["extra"], strict=True):
+            if bool((t == sampler.times[0]).all()):
+                seen[tuple(row.tolist())] = (int(label), float(extra[0]))
+        return 0.1 * x * condition["label"][:, None] + condition["extra"][:, :1]
+
+    condition = {"label": torch.arange(4), "extra": torch.arange(8.0, dtype=torch.float64).view(4, 2)}
+    batch = px.sample(conditional, noise, sampler, px.Picard(window=4), condition=condition)
+    for b in range(4):
+        one = {name: value[b : b + 1] for name, value in condition.items()}
+        alone = px.sample(conditional, noise[b : b + 1], sampler, px.Picard(window=4), condition=one)
+        assert torch.allclose(alone.x[0], batch.x[b], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"one row a sample, \(4, \.\.\.\), got shape \(3,\)"):
+        px.sample(conditional, noise, sampler, px.Picard(), condition=torch.arange(3))
+
+
+def test_guidance_takes_two_rows_and_one_where_it_changes_nothing():
+    def conditional(x, t, label):
+        return x * label[:, None]
+
+    x, label = torch.ones(2, 3), torch.tensor([2.0, 3.0])
+    output = guided(conditional, 2.5, 0.0)(x, torch.zeros(2), label)
+    assert torch.equal(output, torch.tensor([[5.0] * 3, [7.5] * 3]))
+    assert guided(conditional, 1, 0.0) is conditional
+
+
+def test_one_run_serves_a_loop_that_belongs_to_someone_else():
+    network, noise, sampler = setting()
+    times = sampler.network_times(noise.dtype)
+    [run, *_] = px.start(sampler, sampler.table(noise), px.Picard(window=8), tolerance=1e-4)
+    while not run.done:
+        query = run.query
+        assert query.u.shape == (len(query.point), problems.DIM)
+        run.answer(network(query.u, times[query.point]))
+    expected = px.sample(network, noise, sampler, px.Picard(window=8), tolerance=1e-4)
+    assert torch.allclose(run.solution.x, expected.x[0], rtol=1e-12)
+    assert run.solution.rounds == expected[0].rounds
+
+
+def test_on_round_sees_an_estimate_that_becomes_the_sample():
+    network, noise, sampler = setting(2, 50)
+    expected = px.sample(network, noise, sampler, px.Sequential()).x
+    for solver in (px.Picard(), px.Picard(window=8), px.Sequential()):
+        errors = []
+
+        def watch(runs, errors=errors):
+            errors.append(problems.relative(torch.stack([run.estimate for run in runs]), expected))
+
+        result = px.sample(network, noise, sampler, solver, tolerance=1e-6, on_round=watch)
+        assert len(errors) == result.rounds
+        assert errors[-1] <= 1e-6
+        assert errors[len(errors) // 2] < errors[0]
+
+
+def test_stop_ends_a_run_early_with_its_estimate():
+    network, noise, sampler = setting(3, 50)
+    result = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-8, stop=lambda run: run.rounds >= 4)
+    assert [one.rounds for one in result] == [4, 4, 4]
+    assert [one.reason for one in result] == ["stopped"] * 3
+    assert not result.converged
+    assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) < 0.5
+
+
+def test_interrupting_returns_the_last_estimate():
+    network, noise, sampler = setting(2, 50)
+    calls = []
+
+    def interrupted(x, t):
+        calls.append(len(x))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return network(x, t)
+
+    result = px.sample(interrupted, noise, sampler, px.Picard(), tolerance=1e-10)
+    assert [one.reason for one in result] == ["interrupted"] * 2
+    assert result[0].rounds == 4
+    assert bool(torch.isfinite(result.x).all())
+
+
+def test_a_trajectory_is_a_guess_that_saves_rounds():
+    for name in px.SAMPLERS:
+        network, noise, sampler = setting(2, 50, name)
+        options = {"tolerance": 1e-6}
+        kept = px.sample(
+            network, noise, sampler, px.Picard(), keep=True, generator=problems.generators(2), **options
+        )
+        assert kept.trajectory.shape == (2, sampler.steps + 1, problems.DIM)
+        assert torch.equal(kept.trajectory[:, -1], kept.x)
+        for solver in (px.Picard(), px.Picard(window=16)):
+            cold = px.sample(network, noise, sampler, solver, generator=problems.generators(2), **options)
+            warm = px.sample(
+                network, noise, sampler, solver, guess=kept.trajectory, generator=problems.generators(2), **options
+            )
+            assert warm.rounds < cold.rounds
+            assert problems.relative(warm.x, kept.x) <= 1e-6
+        with pytest.raises(ValueError, match=r"guess must have the shape \(B, N \+ 1, \*shape\)"):
+            px.sample(network, noise, sampler, px.Picard(), guess=kept.trajectory[:, 1:])
+        with pytest.raises(ValueError, match="guess holds NaN"):
+            px.sample(network, noise, sampler, px.Picard(), guess=kept.trajectory * float("nan"))
+
+
+def test_one_generator_draws_in_the_order_of_the_loop():
+    sampler = px.samplers.ddpm(steps=10)
+    noise = problems.noise(3)
+    table = sampler.table(noise, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for i in range(9):
+        drawn = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
+        assert torch.equal(table.noise[:, i], float(sampler.local.noise[i]) * drawn)
+    assert not table.noise[:, 9].any()
+
+
+def test_states_are_kept_in_float32_for_a_network_in_half_precision():
+    network, noise, sampler = setting(2)
+
+    def half(x, t):
+        assert x.dtype == torch.bfloat16
+        return network(x.double(), t).bfloat16()
+
+    result = px.sample(half, noise.bfloat16(), sampler, px.Picard(), tolerance=1e-3)
+    assert result.x.dtype == torch.float32
+    expected = px.sample(half, noise.bfloat16(), sampler, px.Sequential()).x
+    assert problems.relative(result.x, expected) <= 2e-2
+
+
+def test_progress_counts_settled_levels(capsys):
+    network, noise, sampler = setting(2)
+    px.sample(network, noise, sampler, px.Picard(window=8), progress=True)
+    assert "50/50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": -1e-3}, "tolerance must be a relative error of at least 0, got -0.001"),
+        ({"tolerance": float("nan")}, "tolerance must be"),
+        ({"noise": torch.zeros(3, dtype=torch.int64)}, "noise must be a floating-point tensor"),
+        ({"noise": torch.zeros(4)}, "at least 2 dimensions"),
+        ({"noise": torch.zeros(0, 16)}, "holds no sample"),
+        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"sampler": px.samplers.ddpm(steps=5), "generator": [torch.Generator()]}, "3 samples, 1 generators"),
+    ],
+)
+def test_what_does_not_fit_together_is_said(change, message):
+    network, noise, sampler = setting()
+    given = {"noise": noise, "sampler": sampler, **change}
+    with pytest.raises(ValueError, match=message):
+        px.sample(network, given.pop("noise"), given.pop("sampler"), px.Picard(), **given)
+
+
+def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
+    sampler = px.samplers.ddim(steps=20)
+    _, weight = sampler.local.dense()
+    noise = problems.noise(1)
+    table = px.Table.from_dense(weight, sampler.table(noise).base())
+    network, times = problems.network("power law", "ddim"), sampler.network_times(noise.dtype)
+    with pytest.raises(ValueError, match="rule='paradigms' compares with alpha and sigma"):
+        px.start(sampler, table, px.Picard(rule="paradigms"))
+    for solver in (px.Sequential(), px.Picard(window=8)):
+        [run] = px.start(sampler, table, solver, tolerance=0)
+        while not run.done:
+            run.answer(network(run.query.u, times[run.query.point]))
+            assert bool(torch.isfinite(run.estimate).all())
+        expected = px.sample(network, noise, sampler, px.Sequential()).x
+        assert problems.relative(run.solution.x[None], expected) <= 1e-8

@@ -1,0 +1,175 @@
+"""The table: its two forms agree, and the response is the answer to its question."""
+
+from __future__ import annotations
+
+import numpy as np
+import problems
+import pytest
+import torch
+
+import parataxis as px
+from parataxis.table import LocalForm, Plan, Response, Table
+
+NAMES = list(px.SAMPLERS)
+
+
+def affine(table, states, outputs, slopes):
+    """Roll the loop forward with each output f_q + d_q (u - u_q): the response, the slow way."""
+    local = table.local
+    new = [states[0]]
+    models = []
+    for i in range(local.steps):
+        models.append(outputs[i] + slopes[i] * (new[i] - states[i]))
+        row = local.decay[i] * new[i]
+        for lag in range(min(local.lags, i) + 1):
+            row = row + local.weight[i, lag] * models[i - lag]
+        new.append(row if table.noise is None else row + table.noise[0, i])
+    return torch.stack(new), torch.stack(models)
+
+
+def made(name, points=12):
+    sampler = problems.sampler(name, points)
+    table = sampler.table(problems.noise(1), problems.generators(1))
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(sampler.steps + 1, problems.DIM, generator=generator, dtype=torch.float64)
+    outputs = torch.randn(sampler.steps, problems.DIM, generator=generator, dtype=torch.float64)
+    slopes = torch.rand(sampler.steps, generator=generator, dtype=torch.float64).numpy()
+    states[0] = table.start[0]
+    return sampler, table, states, outputs, slopes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_and_local_forms_are_the_same_loop(name):
+    sampler, table, _, outputs, _ = made(name)
+    _, weight = sampler.local.dense()
+    dense = table.base()[0] + torch.from_numpy(weight) @ outputs
+    local, _ = affine(table, dense, outputs, np.zeros(sampler.steps))
+    assert torch.allclose(dense, local, rtol=1e-10)
+    assert table.residual(dense[None], outputs[None]).abs().max() <= 1e-10 * dense.abs().max()
+    assert np.allclose(np.triu(weight), 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dense_table_has_the_local_form_it_came_from(name):
+    sampler, table, _, outputs, _ = made(name)
+    _, weight = sampler.local.dense()
+    again = Table.from_dense(weight, table.base())
+    # A_i is found where earlier outputs enter; the first steps and Heun's alternation need not have a single lag.
+    assert again.local.lags >= sampler.local.lags or sampler.local.lags == 1
+    restored = again.base()[0] + torch.from_numpy(again.local.dense()[1]) @ outputs
+    expected = table.base()[0] + torch.from_numpy(weight) @ outputs
+    assert torch.allclose(restored, expected, rtol=1e-8, atol=1e-10)
+    if sampler.local.lags == 0:
+        assert again.local.lags == 0
+        assert np.allclose(again.local.decay[1:], sampler.local.decay[1:], rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gain_is_the_effect_of_each_output_on_the_sample(name):
+    sampler, table, states, outputs, slopes = made(name)
+    gain = sampler.local.gain(slopes)
+    new, _ = affine(table, states, outputs, slopes)
+    for point in (0, 5, sampler.steps - 1):
+        pushed = outputs.clone()
+        pushed[point] += 1.0
+        moved, _ = affine(table, states, pushed, slopes)
+        assert torch.allclose(moved[-1] - new[-1], torch.full_like(new[-1], gain[point]), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("first", "stop", "last"), [(0, 11, 11), (3, 8, 8), (3, 6, 9), (2, 3, 11), (4, 5, 5)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop, last):
+    _, table, states, outputs, slopes = made(name)
+    lags = table.local.lags
+    # Points before the first are settled: their outputs are final, and the first state follows from them.
+    flat = slopes.copy()
+    flat[:first] = 0.0
+    settled, _ = affine(table, states, outputs, np.zeros_like(slopes))
+    states[: first + 1] = settled[: first + 1]
+    # Points behind the last one evaluated answer with its affine model.
+    for point in range(stop, table.local.steps):
+        states[point], outputs[point], flat[point] = states[stop - 1], outputs[stop - 1], flat[stop - 1]
+    expected, models = affine(table, states, outputs, flat)
+    rows = torch.cat([states, outputs, torch.zeros(40, problems.DIM, dtype=torch.float64)])
+    count, points = len(states), np.arange(first, stop)
+    measure = last == stop
+    into = len(states) + len(outputs) + np.arange(last - first)
+    finals = len(states) + len(outputs) + 20 + np.arange(len(points))
+    response = Response(
+        start=first,
+        states=np.arange(first, stop + measure),
+        outputs=count + points,
+        slopes=slopes[first:stop],
+        first=first + 1,
+        into=into,
+        history=count + np.maximum(np.arange(first - lags, first), 0),
+        finals=finals if lags else None,
+        measure=measure,
+    )
+    [norms] = table.respond(rows, [Plan(0, 0, response)])
+    assert torch.allclose(rows[into], expected[first + 1 : last + 1], rtol=1e-9, atol=1e-10)
+    if lags:
+        assert torch.allclose(rows[finals], models[first:stop], rtol=1e-9, atol=1e-10)
+    if measure:
+        old = states[first + 1 : last + 1]
+        assert np.allclose(norms[:, 0], (rows[into] - old).square().sum(1).numpy())
+        assert np.allclose(norms[:, 1], rows[into].square().sum(1).numpy())
+
+
+def test_responses_of_different_lengths_are_answered_together_as_alone():
+    sampler = problems.sampler("ddpm", 20)
+    table = sampler.table(problems.noise(3), problems.generators(3))
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(3 * 60, problems.DIM, generator=generator, dtype=torch.float64)
+    plans = []
+    for b, (first, stop) in enumerate([(0, 8), (5, 20), (19, 20)]):
+        states, outputs = np.arange(stop - first + 1), 20 + np.arange(stop - first)
+        slopes = np.full(stop - first, 0.3)
+        into = 40 + np.arange(stop - first)
+        none = np.zeros(0, np.int64)
+        plans.append(Plan(b, 60 * b, Response(first, states, outputs, slopes, first + 1, into, none)))
+    together, alone = memory.clone(), memory.clone()
+    answers = table.respond(together, plans)
+    for plan, answer in zip(plans, answers, strict=True):
+        [single] = table.respond(alone, [plan])
+        assert np.allclose(single, answer, rtol=1e-12)
+    assert torch.allclose(together, alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])
+def test_a_hop_of_one_step_is_the_step_and_a_perfect_hop_is_many(name):
+    sampler, table, states, outputs, _ = made(name)
+    stepped = table.step(states[None], outputs[None])[0]
+    for i in (0, 4, sampler.steps - 1):
+        hop = table.hop(i, i + 1, states[None, i], outputs[None, i])
+        assert torch.allclose(hop[0], stepped[i], rtol=1e-9, atol=1e-12)
+    # A network whose data prediction is constant: one hop is the whole way.
+    local = sampler.local
+    data = torch.randn(problems.DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    x = table.start[0]
+    for i in range(sampler.steps):
+        f = (data - local.data_input[i] * x) / local.data_output[i]
+        x = table.step(x.expand(1, sampler.steps + 1, -1), f.expand(1, sampler.steps, -1))[0, i]
+    f = (data - local.data_input[0] * table.start[0]) / local.data_output[0]
+    assert torch.allclose(table.hop(0, sampler.steps, table.start, f[None])[0], x, rtol=1e-8)
+
+
+def test_hops_of_multistep_tables_or_backwards_are_refused():
+    _, table, states, outputs, _ = made("dpmpp_2m")
+    with pytest.raises(ValueError, match="multistep"):
+        table.hop(0, 3, states[None, 0], outputs[None, 0])
+    _, table, states, outputs, _ = made("ddim")
+    with pytest.raises(ValueError, match="forward"):
+        table.hop(3, 3, states[None, 0], outputs[None, 0])
+
+
+def test_what_is_not_a_table_is_named():
+    with pytest.raises(ValueError, match="strictly lower triangular"):
+        LocalForm.from_dense(np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"\(N, L\)"):
+        LocalForm(np.ones(3), np.ones((2, 1)), np.zeros(3))
+    with pytest.raises(ValueError, match="weight of step 1 is not finite"):
+        LocalForm(np.ones(2), np.array([[1.0], [np.inf]]), np.zeros(2))
+    local = LocalForm(np.ones(3), np.ones((3, 1)), np.zeros(3))
+    with pytest.raises(ValueError, match=r"noise must have the shape .*\(2, 3, 5\)"):
+        Table(local, torch.zeros(2, 5), torch.zeros(2, 4, 5))
