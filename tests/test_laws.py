@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import problems
 import pytest
 import torch
 
 import parataxis as px
+import problems
 
 VARIANTS = problems.variants()
 NARROW = [solver for solver in VARIANTS if getattr(solver, "window", 1) is not None]
@@ -148,7 +148,12 @@ def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(sol
     good = problems.network("power law", name)
     times = problems.sampler(name, 25).network_times(torch.float64)
     kept = px.sample(
-        good, problems.noise(1), problems.sampler(name, 25), px.Sequential(), generator=problems.generators(1), keep=True
+        good,
+        problems.noise(1),
+        problems.sampler(name, 25),
+        px.Sequential(),
+        generator=problems.generators(1),
+        keep=True,
     )
     trajectory = kept.trajectory[0, :-1]
 

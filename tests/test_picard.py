@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import problems
 import pytest
 import torch
 
 import parataxis as px
+import problems
 from parataxis.denoisers import mixture
 
 PUBLISHED = {"rule": "paradigms", "entry": "copy"}
@@ -53,9 +53,7 @@ def test_the_published_rule_is_the_published_loop(name, window):
     noise = problems.noise(3, shape=(32,))
     table = sampler.table(noise, problems.generators(3))
     drawn = table.noise if table.noise is not None else torch.zeros(3, 50, 32, dtype=torch.float64)
-    result = px.sample(
-        network, noise, sampler, px.Picard(window=window, **PUBLISHED), generator=problems.generators(3)
-    )
+    result = px.sample(network, noise, sampler, px.Picard(window=window, **PUBLISHED), generator=problems.generators(3))
     for b in range(3):
         x, rounds = paradigms(network, noise[b], sampler, drawn[b], window, 0.1)
         assert result[b].rounds == rounds

@@ -128,7 +128,9 @@ def test_ddpm_is_diffusers(spacing, offset, prediction, variance, exact):
     )
     schedule = double(scheduler) if exact else Variance(scheduler.alphas_cumprod.double().numpy())
     scheduler.set_timesteps(STEPS)
-    sampler = px.samplers.ddpm(schedule, STEPS, variance=variance, prediction=prediction, spacing=spacing, offset=offset)
+    sampler = px.samplers.ddpm(
+        schedule, STEPS, variance=variance, prediction=prediction, spacing=spacing, offset=offset
+    )
     # diffusers adds the last step's noise unless its time is 0; none of these grids but trailing with T / N = 1 and
     # linspace ends there, and its fixed variances are then clamped to 1e-20.
     if spacing != "linspace" and variance == "fixed_large":
@@ -240,7 +242,11 @@ def test_flow_euler_linspace_is_diffusers_default_grid():
 @pytest.mark.parametrize("prediction", NAMES)
 def test_dpmpp_2m_is_diffusers(spacing, offset, prediction):
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SCALED, prediction_type=NAMES[prediction], timestep_spacing=spacing, steps_offset=offset, final_sigmas_type="zero"
+        **SCALED,
+        prediction_type=NAMES[prediction],
+        timestep_spacing=spacing,
+        steps_offset=offset,
+        final_sigmas_type="zero",
     )
     schedule = Variance(scheduler.alphas_cumprod.double().numpy())
     sampler = px.samplers.dpmpp_2m(schedule, STEPS, prediction=prediction, spacing=spacing, offset=offset)

@@ -54,7 +54,10 @@ def test_shift_spends_more_steps_at_high_noise():
         (lambda: px.samplers.ddim(clip=1, quantile=0.9), "clip or quantile, not both"),
         (lambda: px.samplers.ddim(quantile=1.5), r"quantile must be in \(0, 1\]"),
         (lambda: px.samplers.ddim(prediction="noise"), "prediction must be 'eps', 'x0', 'v', 'flow' or 'edm'"),
-        (lambda: px.samplers.ddpm(variance="learned"), "a learned variance scales the noise by a function of the output"),
+        (
+            lambda: px.samplers.ddpm(variance="learned"),
+            "a learned variance scales the noise by a function of the output",
+        ),
         (lambda: px.samplers.euler_ancestral(eta=-1), "eta must be at least 0"),
         (lambda: px.samplers.euler(px.karras(), karras=True), "karras=True needs a schedule with training steps"),
         (lambda: px.samplers.dpmpp_2m(px.flow(), karras=True, spacing="trailing"), "karras=True needs"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
 import torch
 
 import parataxis as px
+import problems
 from parataxis.denoisers import guided
 
 
@@ -138,9 +138,7 @@ def test_a_trajectory_is_a_guess_that_saves_rounds():
     for name in px.SAMPLERS:
         network, noise, sampler = setting(2, 50, name)
         options = {"tolerance": 1e-6}
-        kept = px.sample(
-            network, noise, sampler, px.Picard(), keep=True, generator=problems.generators(2), **options
-        )
+        kept = px.sample(network, noise, sampler, px.Picard(), keep=True, generator=problems.generators(2), **options)
         assert kept.trajectory.shape == (2, sampler.steps + 1, problems.DIM)
         assert torch.equal(kept.trajectory[:, -1], kept.x)
         for solver in (px.Picard(), px.Picard(window=16)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import problems
 import pytest
 import torch
 
 import parataxis as px
+import problems
 from parataxis.table import LocalForm, Plan, Response, Table
 
 NAMES = list(px.SAMPLERS)

@@ -65,12 +65,10 @@ class OutputTransform:
     quantile: float | None = None
 
     def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
-        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,)."""
-
-        def column(values: Array) -> Tensor:
-            return torch.from_numpy(values)[point].to(f).view(-1, *(1,) * (f.ndim - 1))
-
-        data = column(self.data_input) * u + column(self.data_output) * f
+        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
+        chosen = np.stack([self.data_input, self.data_output, self.gain])[:, point.numpy()]
+        p, q, gain = torch.from_numpy(chosen).to(f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
+        data = (q * f).addcmul_(p, u)
         if self.quantile is not None:
             limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(min=1.0)
             limit = limit.view(-1, *(1,) * (f.ndim - 1))
@@ -79,7 +77,7 @@ class OutputTransform:
             clipped = data.clamp(-self.clip, self.clip)
         else:
             return data
-        return data + column(self.gain) * (clipped - data)
+        return data + gain * (clipped - data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .samplers import Sampler
-from .table import LocalForm, Plan, Response, Slots, Table, square
+from .table import LocalForm, Plan, Response, Slots, Table
 
 __all__ = [
     "Copy",
@@ -86,7 +86,11 @@ class Copy(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """Measure <l, l>, <l, r>, <r, r> row by row, l = left - left_from and r = right - right_from; slots, (R,)."""
+    """Measure <l, l>, <l, r>, <r, r> row by row, l = left - left_from and r = right - right_from; slots, (R,).
+
+    The differences are taken first, so that small ones keep their digits; the sums are the states' own matrix
+    products. Both ``left_from`` and ``right_from`` are given, or neither.
+    """
 
     left: Slots
     right: Slots
@@ -480,15 +484,15 @@ def _copy(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
 
 
 def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    left = batch.gather(_offsets(runs, [ask.left for ask in asks]))
+    def pairs(left: str, right: str) -> Tensor:
+        both = [np.stack([getattr(ask, left), getattr(ask, right)], 1).reshape(-1) for ask in asks]
+        return batch.gather(_offsets(runs, both)).view(-1, 2, batch.start.shape[1])
+
+    rows = pairs("left", "right")
     if asks[0].left_from is not None:
-        left -= batch.gather(_offsets(runs, [ask.left_from for ask in asks]))
-    right = batch.gather(_offsets(runs, [ask.right for ask in asks]))
-    if asks[0].right_from is not None:
-        right -= batch.gather(_offsets(runs, [ask.right_from for ask in asks]))
-    first, last = square(left), square(right)
-    numbers = torch.stack([first, left.mul_(right).sum(-1, dtype=first.dtype), last], -1).cpu().numpy()
-    return np.split(numbers, np.cumsum([len(ask.left) for ask in asks])[:-1])
+        rows -= pairs("left_from", "right_from")
+    gram = torch.bmm(rows, rows.mT).cpu().numpy().astype(np.float64).reshape(-1, 4)
+    return np.split(gram[:, [0, 1, 3]], np.cumsum([len(ask.left) for ask in asks])[:-1])
 
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -517,7 +521,7 @@ def _kind(request: Any) -> tuple[Any, ...]:
     if isinstance(request, Response):
         return (Response, request.measure)
     if isinstance(request, Inner):
-        return (Inner, request.left_from is None, request.right_from is None)
+        return (Inner, request.left_from is None)
     return (type(request),)
 
 

@@ -22,6 +22,7 @@ Coefficients are float64 on the CPU; states and outputs keep their own dtype and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,16 +45,18 @@ class Response(NamedTuple):
     ``start + len(outputs)`` on, the affine model of the last point answers.
 
     Attributes:
-        start: The first point; its state is taken as it is.
+        start: The first point.
         states: (R,) slots of the states u_q of points start, start + 1, ..; with ``measure``, (R + 1,): one
             more for the present state behind the last point.
         outputs: (R,) slots of the outputs f_q.
         slopes: (R,) or longer, d_q; the last one is repeated.
         first: The first state wanted, at least start + 1.
         into: Slots that take the states first, first + 1, ..
-        history: (L - 1,) slots of the final outputs of the points before ``start``, for multistep tables.
+        history: (L - 1,) slots of the outputs to be used for the points before ``start``, in multistep tables.
         finals: (R,) slots that take f_q + d_q (new_q - u_q), or none.
-        measure: Whether to answer with the squared norms of new - old and of new, (len(into), 2).
+        measure: Whether to answer with the squared norms of new - old and of new, (len(into), 2); ``first`` is then
+            start + 1, and ``into`` reaches to the last of ``states``.
+        origin: Slot of the state of point ``start`` in the trajectory asked for; default: as it was evaluated.
     """
 
     start: int
@@ -65,6 +68,7 @@ class Response(NamedTuple):
     history: Slots
     finals: Slots | None = None
     measure: bool = True
+    origin: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,17 +201,21 @@ class LocalForm:
         return cls(decay, rest[:, : (used[-1] + 1 if len(used) else 1)].copy(), np.zeros(steps))
 
     def propagation(self, start: int, count: int, slopes: Array) -> Array:
-        """Return (I - K)^{-1} - I of the steps start .. start + count - 1, (count, count), strictly lower."""
+        """Return how changes spread: (count, count), row k for state start + 1 + k, lower triangular.
+
+        Column 0 is the effect of a change of state ``start``, column j that of the residual of state start + j:
+        the rows and columns of (I - K)^{-1} - I that are wanted.
+        """
         if self.lags == 0:
             ratio = self.growth(slopes, start)
-            below = np.tri(count, count, -1, dtype=bool)
+            below = np.tri(count, dtype=bool)
             return np.where(below, np.cumprod(np.where(below, ratio[:, None], 1.0), axis=0), 0.0)
-        inverse = np.eye(count)
-        for k in range(1, count):
-            inverse[k] += self.decay[start + k] * inverse[k - 1]
-            for lag in range(min(self.lags, k - 1) + 1):
-                inverse[k] += self.weight[start + k, lag] * slopes[k - lag] * inverse[k - lag - 1]
-        return inverse - np.eye(count)
+        inverse = np.eye(count + 1)
+        for k in range(count):
+            inverse[k + 1] += self.decay[start + k] * inverse[k]
+            for lag in range(min(self.lags, k) + 1):
+                inverse[k + 1] += self.weight[start + k, lag] * slopes[k - lag] * inverse[k - lag]
+        return (inverse - np.eye(count + 1))[1:, :count]
 
 
 class Plan(NamedTuple):
@@ -324,79 +332,79 @@ class Table:
         local, lags = self.local, self.local.lags
         spans = [plan.response.first + len(plan.response.into) - 1 - plan.response.start for plan in plans]
         count, wanted = max(spans), max(len(plan.response.into) for plan in plans)
-        measure = plans[0].response.measure
         batch = len(plans)
-        extra = 1 if measure else 0
 
-        anchor = np.zeros((batch, count + extra), np.int64)
+        # Shorter plans are padded with rows that enter nothing.
+        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count, 1, count))
         output = np.zeros((batch, lags + count), np.int64)
-        drawn = np.zeros((batch, count), np.int64)
-        decay = np.zeros((batch, count))
-        weight = np.zeros((batch, count, lags + 1))
-        slope = np.zeros((batch, count))
-        carry = np.zeros((batch, wanted, max(count - 1, 0)))
-        chosen = np.zeros((batch, wanted), np.int64)
+        decay, slope = np.zeros((batch, count)), np.zeros((batch, count))
+        weight = np.zeros((batch, lags + 1, count))
+        carry = np.zeros((batch, wanted, count))
         for b, (sample, offset, ask) in enumerate(plans):
-            span, known = spans[b], len(ask.outputs)
-            points = np.arange(ask.start, ask.start + span)
-            nearest = np.minimum(np.arange(count), known - 1)
-            anchor[b, :count] = offset + ask.states[nearest]
-            if measure:
-                anchor[b, span] = offset + ask.states[known]
-            output[b, lags:] = offset + ask.outputs[nearest]
-            output[b, :lags] = offset + ask.history
-            drawn[b, :span] = sample * local.steps + points
-            decay[b, :span] = local.decay[points]
-            weight[b, :span] = local.weight[points]
+            span, size = spans[b], len(ask.into)
+            points = slice(ask.start, ask.start + span)
+            nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
+            anchor[b] = offset + ask.states[nearest]
+            origin[b] = anchor[b, 0] if ask.origin is None else offset + ask.origin
+            output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
+            drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
+            decay[b, :span], weight[b, :, :span] = local.decay[points], local.weight[points].T
             slope[b, :span] = ask.slopes[np.minimum(np.arange(span), len(ask.slopes) - 1)]
-            size = len(ask.into)
-            skip = ask.first - ask.start - 1
-            carry[b, :size, : span - 1] = local.propagation(ask.start, span, slope[b, :span])[skip:, : span - 1]
-            chosen[b, :size] = b * count + skip + np.arange(size)
-
-        def column(values: Array) -> Tensor:
-            return torch.from_numpy(values).to(rows.device, rows.dtype).unsqueeze(-1)
+            carry[b, :size, :span] = local.propagation(ask.start, span, slope[b, :span])[ask.first - ask.start - 1 :]
 
         def gather(source: Tensor, index: Slots) -> Tensor:
             flat = torch.from_numpy(index.reshape(-1)).to(rows.device)
             return source.index_select(0, flat).view(*index.shape, -1)
 
-        states = gather(rows, anchor)
-        outputs = gather(rows, output)
-        weights = column(weight.reshape(batch, -1)).view(batch, count, lags + 1, 1)
-        step = outputs[:, lags:] * weights[:, :, 0]
-        for lag in range(1, lags + 1):
-            step.addcmul_(outputs[:, lags - lag : lags - lag + count], weights[:, :, lag])
-        step.addcmul_(states[:, :count], column(decay))
+        numbers = np.concatenate([decay[:, None], slope[:, None], weight], 1)
+        columns = torch.from_numpy(numbers).to(rows.device, rows.dtype).unsqueeze(-1)
+        spread = torch.from_numpy(carry).to(rows.device, rows.dtype)
         if self.noise is not None:
-            step += gather(self.noise.view(batch_rows(self.noise), -1), drawn)
-        keep_all = wanted == count
-        new = step if keep_all else gather(step.view(batch * count, -1), chosen)
-        if count > 1:
-            residual = step[:, : count - 1] - states[:, 1:count]
-            new = torch.baddbmm(new, torch.from_numpy(carry).to(rows.device, rows.dtype), residual)
-            del residual
-        del step
+            step = gather(self.noise.view(batch_rows(self.noise), -1), drawn)
+        outputs = gather(rows, output)
+        for lag in range(lags + 1):
+            entering, by = outputs[:, lags - lag : lags - lag + count], columns[:, 2 + lag]
+            if lag == 0 and self.noise is None:
+                step = entering * by
+            else:
+                step.addcmul_(entering, by)
+        final = outputs[:, lags:] if any(plan.response.finals is not None for plan in plans) else None
+        del outputs, entering
+        states = gather(rows, anchor)
+        step.addcmul_(states, columns[:, 0])
+        # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
+        states[:, :1].neg_().add_(gather(rows, origin))
+        torch.sub(step[:, : count - 1], states[:, 1:], out=states[:, 1:])
+        if wanted < count:
+            chosen = [b * count + spans[b] - len(plan.response.into) for b, plan in enumerate(plans)]
+            index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
+            step = gather(step.view(batch * count, -1), index)
+        step.baddbmm_(spread, states)
+        del states
 
-        into = np.concatenate([offset + ask.into for _, offset, ask in plans])
-        flat = new.view(batch * wanted, -1)
         full = all(len(plan.response.into) == wanted for plan in plans)
+        flat = step.view(batch * wanted, -1)
         valid = np.concatenate([b * wanted + np.arange(len(plan.response.into)) for b, plan in enumerate(plans)])
+        into = np.concatenate([plan.offset + plan.response.into for plan in plans])
         rows.index_copy_(0, torch.from_numpy(into).to(rows.device), flat if full else gather(flat, valid))
-
-        if any(plan.response.finals is not None for plan in plans):
-            final = outputs[:, lags:]
-            if count > 1:
-                moved = new[:, : count - 1] - states[:, 1:count]
-                final[:, 1:].addcmul_(moved, column(slope)[:, 1:])
+        if final is not None and count > 1:
+            moved = step[:, : count - 1] - gather(rows, anchor[:, 1:])
+            final[:, 1:].addcmul_(moved, columns[:, 1, 1:])
+            del moved
+        if final is not None:
             slots = [(b, p.offset, p.response.finals) for b, p in enumerate(plans) if p.response.finals is not None]
             target = np.concatenate([offset + finals for _, offset, finals in slots])
             source = np.concatenate([b * count + np.arange(len(finals)) for b, _, finals in slots])
-            final = final.reshape(batch * count, -1)
-            rows.index_copy_(0, torch.from_numpy(target).to(rows.device), gather(final, source))
-        if not measure:
+            final = gather(final.reshape(batch * count, -1), source)
+            rows.index_copy_(0, torch.from_numpy(target).to(rows.device), final)
+            del final
+        if not plans[0].response.measure:
             return [None] * batch
-        norms = torch.stack([square(new - states[:, 1:]), square(new)], -1).cpu().numpy()
+        behind = np.zeros((batch, wanted), np.int64)
+        for b, (_, offset, ask) in enumerate(plans):
+            behind[b, : len(ask.into)] = offset + ask.states[1:]
+        change = gather(rows, behind).sub_(step)
+        norms = torch.stack([square(change, scratch=change), square(step, scratch=change)], -1).cpu().numpy()
         return [own[: len(plan.response.into)] for own, plan in zip(norms, plans, strict=True)]
 
 
@@ -405,7 +413,16 @@ def batch_rows(noise: Tensor) -> int:
     return noise.shape[0] * noise.shape[1]
 
 
-def square(rows: Tensor) -> Tensor:
-    """Return the squared norm of every row, (.., dim) to (..), in float64 (float32 on MPS, which has none)."""
+def square(rows: Tensor, *, scratch: Tensor | None = None) -> Tensor:
+    """Return the squared norm of every row, (.., dim) to (..), in float64 (float32 on MPS, which has none).
+
+    Squares are summed in blocks in their own dtype, pairwise, and the blocks in float64: exact enough without a
+    copy of the rows in float64. ``scratch`` may take the squares; it may be ``rows``.
+    """
     exact = torch.float32 if rows.device.type == "mps" else torch.float64
-    return (rows * rows).sum(-1, dtype=exact)
+    squares = torch.mul(rows, rows, out=scratch)
+    dim = squares.shape[-1]
+    block = math.gcd(dim, 1024)
+    if block >= 16:
+        squares = squares.view(*squares.shape[:-1], dim // block, block).sum(-1)
+    return squares.sum(-1, dtype=exact)

@@ -74,7 +74,7 @@ class Picard:
             else:
                 count = self._published(norms[:, 0], variance[lo + 1 : hi + 1] * problem.dim)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(slopes[lo:] if self.entry == "roll" else None)
+            yield from window.enter(slopes[hi - 1 :] if self.entry == "roll" else None)
         return window.sample()
 
     def _published(self, changes: Array, scale: Array) -> int:

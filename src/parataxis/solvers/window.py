@@ -90,7 +90,17 @@ class Window:
 
     def respond(self, slopes: Array) -> Generator[Request, Any, Array]:
         """Correct the window; return the squared norms of the change and of the new states lo + 1 .. hi, (R, 2)."""
-        norms = yield self._response(slopes, self.lo + 1, self.hi, measure=True)
+        lo, hi, lags = self.lo, self.hi, self.local.lags
+        norms = yield Response(
+            start=lo,
+            states=self.states(lo, hi),
+            outputs=self.outputs(lo, hi),
+            slopes=slopes,
+            first=lo + 1,
+            into=self.states(lo + 1, hi, old=True),
+            history=self._final(lo - lags, lo),
+            finals=self._final(lo, hi) if lags else None,
+        )
         self._turn ^= 1
         broken = ~np.isfinite(norms).all(1)
         if broken.any():
@@ -107,22 +117,6 @@ class Window:
             slots = self.states(good, good, old=True), self.states(good, good)
             yield Copy(*slots, np.ones(1))
         yield from self.copy(good, good + 1, self.hi)
-
-    def _response(self, slopes: Array, first: int, last: int, *, measure: bool) -> Response:
-        # Asked before the turn (measure) or after it: the evaluated states are in the other ring then.
-        lo, hi, lags = self.lo, self.hi, self.local.lags
-        old = not measure
-        return Response(
-            start=lo,
-            states=self.states(lo, hi if measure else hi - 1, old=old),
-            outputs=self._outputs[self._turn ^ old] + np.arange(lo, hi) % self.width,
-            slopes=slopes,
-            first=first,
-            into=self.states(first, last, old=not old),
-            history=self._final(lo - lags, lo),
-            finals=self._final(lo, hi) if lags and measure else None,
-            measure=measure,
-        )
 
     def measure_variance(self) -> Asking:
         """Measure the mean square of the data prediction at the last point evaluated, before the response."""
@@ -174,7 +168,7 @@ class Window:
         """Move the window and fill its new rows.
 
         From the given guess; else by rolling on with the affine model of the last point evaluated, with these
-        ``slopes`` (of the window's points, then of the new ones; the last is repeated); with None by copies.
+        ``slopes`` (of that point, then of the new ones; the last is repeated); with None by copies.
         """
         lo = self.lo + self._moved
         last = min(lo + self.width, self.steps)
@@ -185,7 +179,18 @@ class Window:
             elif slopes is None:
                 yield from self.copy(self.hi, first, last)
             else:
-                yield self._response(slopes, first, last, measure=False)
+                point, lags = self.hi - 1, self.local.lags
+                yield Response(
+                    start=point,
+                    states=self.states(point, point, old=True),
+                    outputs=self.outputs(point, point + 1, old=True),
+                    slopes=slopes,
+                    first=first,
+                    into=self.states(first, last),
+                    history=self._final(point - lags, point),
+                    measure=False,
+                    origin=int(self.states(point, point)[0]) if point > self.lo else None,
+                )
         self.lo = lo
 
     def sample(self) -> int:

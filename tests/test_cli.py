@@ -1,0 +1,111 @@
+"""The command line, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from parataxis import plots
+from parataxis.cli import main
+
+KEYS = [
+    "rounds",
+    "evaluations",
+    "steps",
+    "peak_width",
+    "relative_error",
+    "converged",
+    "seconds",
+    "sequential_seconds",
+    "solver",
+    "sampler",
+    "model",
+]
+
+
+def test_sample_writes_pictures_and_figures(tmp_path, capsys):
+    out, trace = tmp_path / "new" / "sample.png", tmp_path / "trace.png"
+    arguments = ["sample", "--steps", "10", "--count", "3", "--label", "7,1", "--guidance", "2", "--compare"]
+    assert main([*arguments, "--out", str(out), "--trace", str(trace)]) == 0
+    assert out.stat().st_size > 0
+    assert trace.stat().st_size > 0
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert set(KEYS) <= set(figures)
+    assert figures["relative_error_worst"] <= 1e-2
+    assert figures["rounds"] <= 10
+    printed = capsys.readouterr().out
+    for line in ("rounds", "evaluations a sample", "work", "peak width", "median", "worst", "seconds"):
+        assert line in printed
+
+
+def test_json_stands_alone_on_standard_output():
+    command = [sys.executable, "-m", "parataxis.cli", "sample", "--steps", "6", "--count", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    assert set(KEYS) <= set(figures)
+    assert figures["relative_error"] is None
+
+
+def test_options_of_solver_and_sampler_are_flags(capsys):
+    arguments = ["sample", "--steps", "8", "--count", "1", "--json"]
+    assert main([*arguments, "--window", "4", "--rule", "paradigms", "--threshold", "0.2", "--entry", "copy"]) == 0
+    assert json.loads(capsys.readouterr().out)["solver"].startswith("Picard(window=4, rule='paradigms', threshold=0.2")
+    assert main([*arguments, "--sampler", "ddpm", "--variance", "fixed_large", "--clip", "1", "--window", "all"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_width"] == 8
+
+
+def test_lists(capsys):
+    assert main(["solvers"]) == 0
+    assert "--window" in capsys.readouterr().out
+    assert main(["models"]) == 0
+    assert "digits-flow" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--solver", "picrd"], "there is no solver 'picrd'. Did you mean 'picard'? Choose one of sequential"),
+        (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
+        (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
+        (["--sampler", "flow_euler"], "which flow_euler is not for: choose one of ddim"),
+        (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        (["--steps", "1001"], "at most the 1000 training steps of this schedule, got 1001"),
+        (["--window", "0"], "window must be a whole number of levels, at least 1, or None for all, got 0"),
+        (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
+        (["--count", "0"], "--count must be at least 1, got 0"),
+        (["--label", "11"], "--label must lie in 0..9 (or 10 for none), got '11'"),
+        (["--label", "x"], "--label must be whole numbers"),
+        (["--model", "digits-unconditional", "--label", "1"], "this model is unconditional"),
+        (["--out", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
+        (["--trace", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
+        (["--out", "x.txt"], "has no picture's ending"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "--steps", "10", "--count", "1", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_an_unknown_command_or_flag_is_refused(capsys):
+    assert main(["sampel"]) == 2
+    assert "Did you mean 'sample'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", "--rule", "other"])
+    assert "must be one of budget, paradigms" in capsys.readouterr().err
+
+
+def test_grids_refuse_what_is_no_picture():
+    with pytest.raises(ValueError, match=r"images must be \(B, 1 or 3, height, width\), got \(2, 5\)"):
+        plots.image_grid(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="no round to show"):
+        plots.trace_grid([])
+    assert plots.image_grid(torch.zeros(5, 3, 4, 6), columns=3, zoom=1).size == (3 * 7 - 1, 2 * 5 - 1)

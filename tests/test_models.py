@@ -1,0 +1,123 @@
+"""The shipped models: they load, they obey the laws, and a damaged file is said to be one."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+
+import pytest
+import torch
+
+import parataxis as px
+import problems
+from parataxis import models
+
+NAMES = models.available()
+VARIANTS = problems.variants()
+
+
+def test_the_promised_models_ship():
+    assert {"digits", "digits-flow", "digits-unconditional"} <= set(NAMES)
+
+
+def samplers_of(model):
+    if isinstance(model.schedule, px.schedules.Variance):
+        return [name for name in px.SAMPLERS if name != "flow_euler"]
+    return ["flow_euler"]
+
+
+CASES = [(name, sampler) for name in NAMES for sampler in samplers_of(models.load(name))]
+
+
+def draw(name, sampler, solver, **options):
+    model = models.load(name)
+    noise = problems.noise(2, torch.float32, shape=model.shape)
+    labels = None if model.classes is None else torch.tensor([3, 7])
+    steps = 8 if sampler == "heun" else 15
+    return px.sample(
+        model.denoiser(),
+        noise,
+        model.sampler(sampler, steps),
+        solver,
+        condition=labels,
+        generator=problems.generators(2),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("solver", [solver for solver in VARIANTS if solver != px.Sequential()], ids=repr)
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_the_laws_hold_on_trained_networks(name, sampler, solver):
+    expected = draw(name, sampler, px.Sequential()).x
+    exact = draw(name, sampler, solver, tolerance=0)
+    assert problems.relative(exact.x, expected) <= 1e-5
+    assert exact.rounds <= exact[0].steps
+    loose = draw(name, sampler, solver, tolerance=1e-2)
+    assert problems.relative(loose.x, expected) <= 1e-2
+    assert loose.rounds <= exact.rounds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_small_and_says_what_it_is(name):
+    model = models.load(name)
+    weights = model.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size <= 5_000_000
+    card = (model.folder / "README.md").read_text()
+    for word in ("MNIST", "licence", "training/digits.py", "MFLOP"):
+        assert word in card
+    from torch.utils.flop_counter import FlopCounterMode
+
+    label = None if model.classes is None else torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.network(torch.zeros(1, *model.shape), torch.zeros(1), class_labels=label)
+    assert counter.get_total_flops() <= 150e6
+
+
+def test_the_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified():
+    import diffusers
+
+    with warnings.catch_warnings():
+        # What diffusers warns of when it opens any pipeline is not ours to settle.
+        warnings.simplefilter("ignore")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(models.FOLDER / "digits-unconditional")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(28, 28)] * 2
+
+
+def test_an_unknown_model_is_named_with_the_list():
+    with pytest.raises(ValueError, match=r"no model 'digit': choose one of digits, digits-flow"):
+        models.load("digit")
+
+
+def test_a_damaged_weight_file_is_said_to_be_one(tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(models.FOLDER / "digits", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot be read .*the file is damaged"):
+        models.load(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        models.load(folder)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'parataxis\[models\]'"):
+        models.load("digits")
+    from parataxis import plots
+
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'parataxis\[plots\]'"):
+        plots.image_grid(torch.zeros(1, 1, 4, 4))
+
+
+def test_a_sampler_that_the_schedule_does_not_admit_is_refused():
+    with pytest.raises(ValueError, match="variance-preserving schedule, which flow_euler is not for"):
+        models.load("digits").sampler("flow_euler", 10)
+    with pytest.raises(ValueError, match="flow-matching schedule, which ddim is not for: choose one of flow_euler"):
+        models.load("digits-flow").sampler("ddim", 10)
+    with pytest.raises(ValueError, match="no classes, so guidance must be 1"):
+        models.load("digits-unconditional").denoiser(2.0)

@@ -1,0 +1,30 @@
+"""The solver's own work is bounded: operations a round and memory, counted."""
+
+from __future__ import annotations
+
+import pytest
+
+import parataxis as px
+import problems
+from meter import measure
+
+SOLVERS = [solver for solver in problems.variants() if getattr(solver, "window", None) == 8]
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_operations_a_round_depend_neither_on_n_nor_on_the_number_of_samples(solver, name):
+    figures = [
+        measure(px.SAMPLERS[name](steps=steps), solver, count, shape=(4, 16, 16))["operations_a_round"]
+        for steps, count in ((40, 1), (40, 6), (200, 1))
+    ]
+    assert max(figures) <= 150
+    assert max(figures) <= 1.1 * min(figures)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_memory_is_at_most_six_windows_and_a_trajectory(solver, name):
+    figures = measure(px.SAMPLERS[name](steps=100), solver, 2, shape=(4, 16, 16))
+    # The noise of a stochastic sampler is not in "windows"; everything else is, start and rings of W + 1 included.
+    assert figures["windows"] <= 6 + (0 if name == "ddpm" else 100 / 8)
