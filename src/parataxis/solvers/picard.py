@@ -25,7 +25,8 @@ class Picard:
     J_i = 1. With ``rule="paradigms"`` and ``entry="copy"`` this is the published algorithm: state j is accepted while
     |new_j - old_j|^2 <= threshold^2 dim v_j, v_j the variance of DDPM's noise at that step, and the first state that
     fails is taken too. By default states are accepted while their estimated effect on the sample fits in the
-    tolerance, and states that enter the window roll on from its end instead of copying it.
+    tolerance, and states that enter the window roll on from its end with the last output held (where steps add
+    noise: the last data prediction) instead of copying it.
 
     Attributes:
         window: Levels evaluated in a round; None for all.
@@ -60,6 +61,7 @@ class Picard:
         window = Window(problem, self.window)
         growth = local.size[1:] / local.size[:-1]
         slopes = local.slopes(growth)
+        held = _held_slopes(local)
         variance = _noise_variance(local) if self.rule == "paradigms" else None
         yield from window.open()
         while not window.done:
@@ -74,7 +76,7 @@ class Picard:
             else:
                 count = self._published(norms[:, 0], variance[lo + 1 : hi + 1] * problem.dim)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(slopes[hi - 1 :] if self.entry == "roll" else None)
+            yield from window.enter(held[hi - 1 : hi] if self.entry == "roll" else None)
         return window.sample()
 
     def _published(self, changes: Array, scale: Array) -> int:
@@ -82,6 +84,13 @@ class Picard:
         passed = changes <= self.threshold**2 * scale
         run = len(passed) if passed.all() else int(np.argmin(passed))
         return min(run + 1, len(passed))
+
+
+def _held_slopes(local: LocalForm) -> Array:
+    """Return the (N,) slopes with which a point's output is held by later ones: 0, or -p/q to hold p u + q f."""
+    if not local.noise.any() or local.data_input is None or local.data_output is None:
+        return np.zeros(local.steps)
+    return -local.data_input / local.data_output
 
 
 def _noise_variance(local: LocalForm) -> Array:
