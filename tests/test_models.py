@@ -80,7 +80,7 @@ def test_the_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified()
     with warnings.catch_warnings():
         # What diffusers warns of when it opens any pipeline is not ours to settle.
         warnings.simplefilter("ignore")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(models.FOLDER / "digits-unconditional")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(models.FOLDER / "digits-unconditional"))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
     assert [image.size for image in images] == [(28, 28)] * 2

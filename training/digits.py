@@ -5,10 +5,13 @@
     python training/digits.py DATA digits --start src/parataxis/models/digits/unet --steps 2000 --rate 5e-4 --emphasis 20
     python training/digits.py DATA digits-unconditional --steps 1500 --rate 5e-4 --emphasis 20
 
-DATA is a folder with the MNIST files `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. The unconditional model is a complete DDPM pipeline and starts from the `digits` weights with their null class.
-The second stage weighs high noise up: with the plain loss the network's relative error there, small as it is, leaves
-too much noise in some samples. A run keeps its state in `--state` and goes on from there when it is started again; the exponential moving average
-of the weights is written in half precision, in diffusers' own format, to `--out`.
+DATA is a folder with the MNIST files `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. The second stage
+of `digits` weighs high noise up: with the plain loss the network's relative error there, small as it is, leaves noise
+in some samples. The unconditional model is a complete DDPM pipeline and starts from the `digits` weights with their
+null class.
+
+A run keeps its state in `--state` and goes on from there when it is started again (remove it before another stage);
+the exponential moving average of the weights is written in half precision, in diffusers' own format, to `--out`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""Examples and the README's code run as they stand."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_runs(path, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_names_targets_and_pictures_that_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
+    assert {"sample", "test"} <= set(targets)
+    listed = subprocess.run(["make", "-qp"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    for target in targets:
+        assert f"\n{target}:" in listed
+    for picture in re.findall(r"\((docs/[^)]+)\)", text):
+        assert (ROOT / picture).is_file(), picture
+
+
+def test_nothing_is_left_out_of_the_version():
+    import parataxis
+
+    assert parataxis.__version__ in (ROOT / "CHANGELOG.md").read_text()
