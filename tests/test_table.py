@@ -120,7 +120,7 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
     sampler = problems.sampler("ddpm", 20)
     table = sampler.table(problems.noise(3), problems.generators(3))
     generator = torch.Generator().manual_seed(0)
-    memory = torch.randn(3 * 60, problems.DIM, generator=generator, dtype=torch.float64)
+    memory = torch.randn(3 * 60 + 1, problems.DIM, generator=generator, dtype=torch.float64)
     plans = []
     for b, (first, stop) in enumerate([(0, 8), (5, 20), (19, 20)]):
         states, outputs = np.arange(stop - first + 1), 20 + np.arange(stop - first)
@@ -133,7 +133,7 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
     for plan, answer in zip(plans, answers, strict=True):
         [single] = table.respond(alone, [plan])
         assert np.allclose(single, answer, rtol=1e-12)
-    assert torch.allclose(together, alone, rtol=1e-12)
+    assert torch.allclose(together[:-1], alone[:-1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])

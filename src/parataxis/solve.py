@@ -5,13 +5,13 @@ its memory (states, outputs, whatever it needs), the solver names them by their 
 be done with them. So the tensor work of all samples of a batch is done at once, and a solver is a
 deterministic function of the few numbers that come back.
 
-=====================  ==========================================================  =======================
-request                meaning                                                     answer
-=====================  ==========================================================  =======================
+=====================  ===========================================================  =======================
+request                meaning                                                      answer
+=====================  ===========================================================  =======================
 :class:`Memory`        give me so many rows                                        None
 :class:`Load`          put rows of the first guess into slots                      None
-:class:`Copy`          put multiples of rows into slots                            None
-:class:`Inner`         inner products of differences of rows                       (R, 3) float64
+:class:`Combine`       put linear combinations of rows (and step noise) into slots  None
+:class:`Inner`         inner products of rows, or of differences of rows           (R, k, k) float64
 :class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
 :class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
 :class:`Settle`        these states are final                                      None
@@ -36,7 +36,7 @@ from .samplers import Sampler
 from .table import LocalForm, Plan, Response, Slots, Table
 
 __all__ = [
-    "Copy",
+    "Combine",
     "Inner",
     "Load",
     "Memory",
@@ -77,25 +77,35 @@ class Load(NamedTuple):
     into: Slots
 
 
-class Copy(NamedTuple):
-    """Put ``factors`` times the rows ``source`` into the slots ``into``; each (R,)."""
+class Combine(NamedTuple):
+    """Put sum_a factors[:, a] rows[a] into the slots ``into``, summed from the last a to the first.
 
-    source: Slots
-    into: Slots
+    Attributes:
+        rows: k arrays of slots, (R,) each.
+        factors: (R, k).
+        into: (R,) slots; they may be among ``rows``.
+        noise: (R,) points whose noise C_i z_i is added, or -1 for none.
+    """
+
+    rows: tuple[Slots, ...]
     factors: Array
+    into: Slots
+    noise: Slots | None = None
 
 
 class Inner(NamedTuple):
-    """Measure <l, l>, <l, r>, <r, r> row by row, l = left - left_from and r = right - right_from; slots, (R,).
+    """Measure all inner products of k vectors, row by row: (R, k, k).
 
-    The differences are taken first, so that small ones keep their digits; the sums are the states' own matrix
-    products. Both ``left_from`` and ``right_from`` are given, or neither.
+    Vector a is rows[a], or rows[a] - less[a]: differences are taken first, so that small ones keep their digits. The
+    sums are the states' own matrix products.
+
+    Attributes:
+        rows: k arrays of slots, (R,) each.
+        less: As many, or None.
     """
 
-    left: Slots
-    right: Slots
-    left_from: Slots | None = None
-    right_from: Slots | None = None
+    rows: tuple[Slots, ...]
+    less: tuple[Slots, ...] | None = None
 
 
 class Query(NamedTuple):
@@ -133,7 +143,7 @@ class Settle(NamedTuple):
     sample: int | None
 
 
-Request = Memory | Load | Copy | Inner | Query | Response | Settle
+Request = Memory | Load | Combine | Inner | Query | Response | Settle
 Asking = Generator[Request, Any, int]
 
 
@@ -279,7 +289,7 @@ class _Batch:
     def allocate(self, rows: int) -> None:
         if rows != self.stride:
             self.stride = rows
-            self.rows = self.start.new_zeros(len(self.start) * rows, self.start.shape[1])
+            self.rows = self.start.new_zeros(len(self.start) * rows + 1, self.start.shape[1])
 
     def index(self, slots: Slots) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(slots, np.int64)).to(self.rows.device)
@@ -476,23 +486,38 @@ def _load(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
     return [None] * len(runs)
 
 
-def _copy(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    rows = batch.gather(_offsets(runs, [ask.source for ask in asks]))
-    factors = torch.from_numpy(np.concatenate([ask.factors for ask in asks])).to(rows)
-    batch.put(_offsets(runs, [ask.into for ask in asks]), rows * factors[:, None])
+def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    factors = torch.from_numpy(np.concatenate([ask.factors for ask in asks])).to(batch.rows).unsqueeze(-1)
+    total: Tensor | None = None
+    for term in reversed(range(len(asks[0].rows))):
+        rows = batch.gather(_offsets(runs, [ask.rows[term] for ask in asks]))
+        total = rows.mul_(factors[:, term]) if total is None else total.addcmul_(rows, factors[:, term])
+    assert total is not None
+    noise = batch.table.noise
+    if noise is not None and asks[0].noise is not None:
+        steps = batch.table.local.steps
+        point = np.concatenate([ask.noise for ask in asks])
+        first = np.repeat([run.index * steps for run in runs], [len(ask.into) for ask in asks])
+        drawn = np.flatnonzero(point >= 0)
+        if len(drawn):
+            rows = noise.view(-1, total.shape[1]).index_select(0, batch.index((first + point)[drawn]))
+            total.index_add_(0, batch.index(drawn), rows)
+    batch.put(_offsets(runs, [ask.into for ask in asks]), total)
     return [None] * len(runs)
 
 
 def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    def pairs(left: str, right: str) -> Tensor:
-        both = [np.stack([getattr(ask, left), getattr(ask, right)], 1).reshape(-1) for ask in asks]
-        return batch.gather(_offsets(runs, both)).view(-1, 2, batch.start.shape[1])
+    count = len(asks[0].rows)
 
-    rows = pairs("left", "right")
-    if asks[0].left_from is not None:
-        rows -= pairs("left_from", "right_from")
-    gram = torch.bmm(rows, rows.mT).cpu().numpy().astype(np.float64).reshape(-1, 4)
-    return np.split(gram[:, [0, 1, 3]], np.cumsum([len(ask.left) for ask in asks])[:-1])
+    def vectors(chosen: Sequence[tuple[Slots, ...]]) -> Tensor:
+        slots = [np.stack(one, 1).reshape(-1) for one in chosen]
+        return batch.gather(_offsets(runs, slots)).view(-1, count, batch.start.shape[1])
+
+    rows = vectors([ask.rows for ask in asks])
+    if asks[0].less is not None:
+        rows -= vectors([ask.less for ask in asks])
+    gram = torch.bmm(rows, rows.mT).cpu().numpy().astype(np.float64)
+    return np.split(gram, np.cumsum([len(ask.rows[0]) for ask in asks])[:-1])
 
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -509,7 +534,7 @@ def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any
 _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]] = {
     Memory: _memory,
     Load: _load,
-    Copy: _copy,
+    Combine: _combine,
     Inner: _inner,
     Response: _response,
     Settle: _settle,
@@ -519,9 +544,11 @@ _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]
 def _kind(request: Any) -> tuple[Any, ...]:
     """Return what requests must have in common to be answered at once."""
     if isinstance(request, Response):
-        return (Response, request.measure)
+        return (Response, request.measure, request.residuals)
     if isinstance(request, Inner):
-        return (Inner, request.left_from is None)
+        return (Inner, len(request.rows), request.less is None)
+    if isinstance(request, Combine):
+        return (Combine, len(request.rows), request.noise is None)
     return (type(request),)
 
 

@@ -56,6 +56,8 @@ class Response(NamedTuple):
         finals: (R,) slots that take f_q + d_q (new_q - u_q), or none.
         measure: Whether to answer with the squared norms of new - old and of new, (len(into), 2); ``first`` is then
             start + 1, and ``into`` reaches to the last of ``states``.
+        residuals: Whether ``measure`` also answers with the squared norms of the residuals r, (len(into), 3).
+        order: Terms kept of (I - K)^{-1} = I + K + K^2 + ..; None keeps all, 1 is the sequential step of each state.
         origin: Slot of the state of point ``start`` in the trajectory asked for; default: as it was evaluated.
     """
 
@@ -68,6 +70,8 @@ class Response(NamedTuple):
     history: Slots
     finals: Slots | None = None
     measure: bool = True
+    residuals: bool = False
+    order: int | None = None
     origin: int | None = None
 
 
@@ -200,16 +204,27 @@ class LocalForm:
         used = np.flatnonzero(rest.any(0))
         return cls(decay, rest[:, : (used[-1] + 1 if len(used) else 1)].copy(), np.zeros(steps))
 
-    def propagation(self, start: int, count: int, slopes: Array) -> Array:
+    def propagation(self, start: int, count: int, slopes: Array, order: int | None = None) -> Array:
         """Return how changes spread: (count, count), row k for state start + 1 + k, lower triangular.
 
         Column 0 is the effect of a change of state ``start``, column j that of the residual of state start + j:
-        the rows and columns of (I - K)^{-1} - I that are wanted.
+        the rows and columns of (I - K)^{-1} - I that are wanted; with ``order`` k, of K + .. + K^{k-1}.
         """
         if self.lags == 0:
             ratio = self.growth(slopes, start)
             below = np.tri(count, dtype=bool)
-            return np.where(below, np.cumprod(np.where(below, ratio[:, None], 1.0), axis=0), 0.0)
+            spread = np.where(below, np.cumprod(np.where(below, ratio[:, None], 1.0), axis=0), 0.0)
+            return spread if order is None else spread - np.tril(spread, 1 - order)
+        if order is not None and order <= count:
+            step = np.zeros((count + 1, count + 1))
+            for k in range(count):
+                step[k + 1, k] = self.decay[start + k]
+                for lag in range(min(self.lags, k) + 1):
+                    step[k + 1, k - lag] += self.weight[start + k, lag] * slopes[k - lag]
+            total = np.zeros_like(step)
+            for _ in range(order - 1):
+                total = step + step @ total
+            return total[1:, :count]
         inverse = np.eye(count + 1)
         for k in range(count):
             inverse[k + 1] += self.decay[start + k] * inverse[k]
@@ -323,11 +338,11 @@ class Table:
         The number of tensor operations depends neither on N nor on the number of runs.
 
         Args:
-            rows: (slots, dim) the driver's memory; results are written into it.
+            rows: (slots + 1, dim) the driver's memory; results are written into it. The last row takes the waste.
             plans: (sample, offset, response) of each run; the run's slots start at ``offset``.
 
         Returns:
-            For each plan the (len(into), 2) squared norms of new - old and of new, or None without ``measure``.
+            For each plan the squared norms that it asked for, or None.
         """
         local, lags = self.local, self.local.lags
         spans = [plan.response.first + len(plan.response.into) - 1 - plan.response.start for plan in plans]
@@ -350,7 +365,9 @@ class Table:
             drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
             decay[b, :span], weight[b, :, :span] = local.decay[points], local.weight[points].T
             slope[b, :span] = ask.slopes[np.minimum(np.arange(span), len(ask.slopes) - 1)]
-            carry[b, :size, :span] = local.propagation(ask.start, span, slope[b, :span])[ask.first - ask.start - 1 :]
+            carry[b, :size, :span] = local.propagation(ask.start, span, slope[b, :span], ask.order)[
+                ask.first - ask.start - 1 :
+            ]
 
         def gather(source: Tensor, index: Slots) -> Tensor:
             flat = torch.from_numpy(index.reshape(-1)).to(rows.device)
@@ -379,14 +396,25 @@ class Table:
             chosen = [b * count + spans[b] - len(plan.response.into) for b, plan in enumerate(plans)]
             index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
             step = gather(step.view(batch * count, -1), index)
+        ask = plans[0].response
+        behind = np.zeros((batch, wanted), np.int64)
+        squares = []
+        if ask.measure:
+            for b, plan in enumerate(plans):
+                behind[b, : len(plan.response.into)] = plan.offset + plan.response.states[1:]
+        if ask.residuals:
+            squares.append(square((rest := gather(rows, behind).sub_(step)), scratch=rest))
+            del rest
         step.baddbmm_(spread, states)
         del states
 
-        full = all(len(plan.response.into) == wanted for plan in plans)
         flat = step.view(batch * wanted, -1)
-        valid = np.concatenate([b * wanted + np.arange(len(plan.response.into)) for b, plan in enumerate(plans)])
-        into = np.concatenate([plan.offset + plan.response.into for plan in plans])
-        rows.index_copy_(0, torch.from_numpy(into).to(rows.device), flat if full else gather(flat, valid))
+        into = np.full((batch, wanted), len(rows) - 1)
+        for b, plan in enumerate(plans):
+            into[b, : len(plan.response.into)] = plan.offset + plan.response.into
+        if ask.measure:
+            change = gather(rows, behind).sub_(step)  # before the result may take the place of what it replaces
+        rows.index_copy_(0, torch.from_numpy(into.reshape(-1)).to(rows.device), flat)
         if final is not None and count > 1:
             moved = step[:, : count - 1] - gather(rows, anchor[:, 1:])
             final[:, 1:].addcmul_(moved, columns[:, 1, 1:])
@@ -398,13 +426,10 @@ class Table:
             final = gather(final.reshape(batch * count, -1), source)
             rows.index_copy_(0, torch.from_numpy(target).to(rows.device), final)
             del final
-        if not plans[0].response.measure:
+        if not ask.measure:
             return [None] * batch
-        behind = np.zeros((batch, wanted), np.int64)
-        for b, (_, offset, ask) in enumerate(plans):
-            behind[b, : len(ask.into)] = offset + ask.states[1:]
-        change = gather(rows, behind).sub_(step)
-        norms = torch.stack([square(change, scratch=change), square(step, scratch=change)], -1).cpu().numpy()
+        squares[:0] = [square(change, scratch=change), square(step, scratch=change)]
+        norms = torch.stack(squares, -1).cpu().numpy()
         return [own[: len(plan.response.into)] for own, plan in zip(norms, plans, strict=True)]
 
 

@@ -70,6 +70,7 @@ class Picard:
             hi = window.hi
             yield from window.measure_variance()
             norms = yield from window.respond(slopes[lo:hi])
+            window.turn()
             errors = window.errors(norms, growth[lo:hi])
             if variance is None:
                 count = window.accept(errors)

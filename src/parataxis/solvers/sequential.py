@@ -28,6 +28,7 @@ class Sequential:
         while not window.done:
             yield from window.query()
             yield from window.respond(np.zeros(1))
+            window.turn()
             yield from window.settle(1, 0.0)
             yield from window.enter(None)
         return window.sample()
