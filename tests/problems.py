@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 
 import torch
@@ -71,6 +72,19 @@ def relative(x, y):
     return float(((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max())
 
 
+def bound(solver, steps):
+    """Return the most levels that a solver may evaluate in a round, by its options."""
+    if isinstance(solver, px.Parareal):
+        blocks = solver.blocks or round(math.sqrt(3 * steps))
+        return min(solver.width or blocks, blocks)
+    return min(getattr(solver, "window", 1) or steps, steps)
+
+
+def works(solver, name):
+    """Return whether a solver admits a sampler; tests/test_admits.py prints the table and its reasons."""
+    return solver.refuses(sampler(name, 25).local) is None
+
+
 def variants():
     """Return every registered solver, with its defaults and, if it has a window, with narrow ones."""
     found = []
@@ -78,4 +92,6 @@ def variants():
         found.append(cls())
         if any(field.name == "window" for field in dataclasses.fields(cls)):
             found += [cls(window=1), cls(window=8)]
+        if any(field.name == "width" for field in dataclasses.fields(cls)):
+            found.append(cls(width=3))
     return found

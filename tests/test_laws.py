@@ -11,8 +11,9 @@ import parataxis as px
 import problems
 
 VARIANTS = problems.variants()
-NARROW = [solver for solver in VARIANTS if getattr(solver, "window", 1) is not None]
+NARROW = [solver for solver in VARIANTS if getattr(solver, "window", 8) == 8]
 NAMES = list(px.SAMPLERS)
+PAIRS = [(solver, name) for solver in VARIANTS for name in NAMES if problems.works(solver, name)]
 PROBLEMS = list(problems.mixtures())
 
 
@@ -22,8 +23,7 @@ def identify(value):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("points", [10, 25, 100])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_with_tolerance_zero_the_result_is_sequential_in_at_most_n_rounds(problem, solver, name, points, dtype):
     result = problems.solve(problem, name, points, solver, dtype=dtype, tolerance=0)
@@ -34,8 +34,7 @@ def test_with_tolerance_zero_the_result_is_sequential_in_at_most_n_rounds(proble
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", [solver for solver in NARROW if getattr(solver, "window", 0) != 1], ids=identify)
+@pytest.mark.parametrize(("solver", "name"), [pair for pair in PAIRS if pair[0] in NARROW], ids=identify)
 def test_with_tolerance_zero_a_thousand_steps_are_sequential(solver, name, dtype):
     result = problems.solve("power law", name, 1000, solver, dtype=dtype, tolerance=0, count=1)
     expected = problems.reference("power law", name, 1000, count=1, dtype=dtype)
@@ -43,35 +42,35 @@ def test_with_tolerance_zero_a_thousand_steps_are_sequential(solver, name, dtype
     assert result.rounds <= result[0].steps
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 def test_every_query_lies_on_the_loop_within_the_width(solver, name):
     sampler = problems.sampler(name, 25)
     noise = problems.noise(3)
     runs = px.start(sampler, sampler.table(noise, problems.generators(3)), solver, tolerance=1e-3)
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
-    width = getattr(solver, "window", None) or (sampler.steps if hasattr(solver, "window") else 1)
+    width = problems.bound(solver, sampler.steps)
     asked = []
 
     def evaluate(rows):
         for index in range(3):
-            own = rows.point[rows.sample == index]
+            own = rows.point[rows.sample == index].tolist()
             assert len(own) <= width
-            assert bool((own.diff() == 1).all()), "one level once, in order"
-            assert bool(((own >= 0) & (own < sampler.steps)).all())
+            assert len(set(own)) == len(own)
+            assert set(own) <= set(range(sampler.steps))
         asked.append(set(rows.point.tolist()))
         return network(rows.u, times[rows.point])
 
     fronts = [0] * 3
     for _ in px.together(runs, evaluate):
-        assert all(run.front > before or run.done for run, before in zip(runs, fronts, strict=True))
+        assert all(run.front >= before for run, before in zip(runs, fronts, strict=True))
+        if not isinstance(solver, px.Parareal):
+            assert all(run.front > before or run.done for run, before in zip(runs, fronts, strict=True))
         fronts = [run.front for run in runs]
     assert set.union(*asked) == set(range(sampler.steps))
-    assert [run.peak_width for run in runs] == [min(width, sampler.steps)] * 3
+    assert max(run.peak_width for run in runs) == width
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 def test_the_same_inputs_give_the_same_bits(solver, name):
     first, second = (problems.solve("power law", name, 25, solver, tolerance=1e-3) for _ in range(2))
     assert torch.equal(first.x, second.x)
@@ -92,8 +91,7 @@ FACTOR, ROUNDING = 1.0, 1e-12
 
 
 @pytest.mark.parametrize("points", [25, 100])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem, solver, name, points):
     expected = problems.reference(problem, name, points, count=4)
@@ -109,8 +107,7 @@ def test_the_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem
     assert worst[-1] <= 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 def test_a_sample_alone_is_the_sample_in_a_batch(solver, name):
     together = problems.solve("power law", name, 25, solver, count=5, tolerance=1e-3)
     for index in range(5):
@@ -142,8 +139,7 @@ def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value
         px.sample(broken, problems.noise(2), problems.sampler("ddim", 25), solver)
 
 
-@pytest.mark.parametrize("solver", VARIANTS, ids=identify)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
 def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(solver, name):
     good = problems.network("power law", name)
     times = problems.sampler(name, 25).network_times(torch.float64)

@@ -2,7 +2,7 @@
 
     python training/digits.py DATA digits                # VP, eps-prediction, class-conditional
     python training/digits.py DATA digits-flow           # flow matching, velocity, class-conditional
-    python training/digits.py DATA digits --start src/parataxis/models/digits/unet --steps 2000 --rate 5e-4 --emphasis 20
+    python training/digits.py DATA digits --start MODELS/digits/unet --steps 2000 --rate 5e-4 --emphasis 20
     python training/digits.py DATA digits-unconditional --steps 1500 --rate 5e-4 --emphasis 20
 
 DATA is a folder with the MNIST files `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. The second stage

@@ -3,15 +3,17 @@
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
-from .solvers import LAW_EXACT, SOLVERS, Picard, Sequential
+from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Sequential
 from .table import LocalForm, Table
 
 __all__ = [
     "LAW_EXACT",
     "SAMPLERS",
     "SOLVERS",
+    "Anderson",
     "LocalForm",
     "OutputError",
+    "Parareal",
     "Picard",
     "Run",
     "Sampler",

@@ -213,7 +213,8 @@ class Solution:
         peak_width: Most levels of this sample in one round.
         error_estimate: Estimated relative error of ``x`` to the sequential sample.
         history: One entry a round.
-        trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True`` and if converged.
+        trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True``, if converged, and from
+            solvers that settle every state (not parareal).
     """
 
     x: Tensor
@@ -409,6 +410,8 @@ class Run:
             self._reason = "converged"
 
     def _settled(self, request: Settle) -> None:
+        if self._kept is not None and len(request.states) != request.front - self.front:
+            self._kept = None  # this solver does not keep every state
         if self._kept is not None and len(request.states):
             levels = slice(self.front + 1, request.front + 1)
             self._kept[levels] = self._batch.gather(self._offset + request.states)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from ..solve import Solver
+from .anderson import Anderson
+from .parareal import Parareal
 from .picard import Picard
 from .sequential import Sequential
 
-__all__ = ["LAW_EXACT", "SOLVERS", "Picard", "Sequential"]
+__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Parareal", "Picard", "Sequential"]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
     "picard": Picard,
+    "anderson": Anderson,
+    "parareal": Parareal,
 }
 
 # Right in distribution, not the seed's sequential sample.

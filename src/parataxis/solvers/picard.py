@@ -12,7 +12,7 @@ from ..solve import Asking, Problem
 from ..table import LocalForm
 from .window import Window, check_window
 
-__all__ = ["Picard"]
+__all__ = ["Picard", "noise_variance"]
 
 Array = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ class Picard:
         growth = local.size[1:] / local.size[:-1]
         slopes = local.slopes(growth)
         held = _held_slopes(local)
-        variance = _noise_variance(local) if self.rule == "paradigms" else None
+        variance = noise_variance(local) if self.rule == "paradigms" else None
         yield from window.open()
         while not window.done:
             lo = window.lo
@@ -94,7 +94,7 @@ def _held_slopes(local: LocalForm) -> Array:
     return -local.data_input / local.data_output
 
 
-def _noise_variance(local: LocalForm) -> Array:
+def noise_variance(local: LocalForm) -> Array:
     """Return (N + 1,) v_j: the variance of the noise with which DDPM reaches state j, in the network's input."""
     assert local.alpha is not None
     assert local.sigma is not None
