@@ -113,7 +113,7 @@ def test_stop_ends_a_run_early_with_its_estimate():
     network, noise, sampler = setting(3, 50)
     result = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-8, stop=lambda run: run.rounds >= 4)
     assert [one.rounds for one in result] == [4, 4, 4]
-    assert [one.reason for one in result] == ["stopped"] * 3
+    assert [one.reason for one in result] == ["stopped: <lambda>"] * 3
     assert not result.converged
     assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) < 0.5
 
@@ -218,3 +218,66 @@ def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
             assert bool(torch.isfinite(run.estimate).all())
         expected = px.sample(network, noise, sampler, px.Sequential()).x
         assert problems.relative(run.solution.x[None], expected) <= 1e-8
+
+
+def test_the_rule_that_ended_a_run_is_named():
+    network, noise, sampler = setting(2, 50)
+    for stop, name in [
+        (px.stopping.rounds(3), "rounds(most=3)"),
+        (px.stopping.error_below(1e-3), "error_below(bound=0.001)"),
+        (px.stopping.preview_settled(psnr=35.0), "preview_settled("),
+    ]:
+        result = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-9, stop=stop)
+        assert all(one.reason.startswith("stopped: ") for one in result)
+        assert name in result[0].reason
+        assert not result.converged
+    for broken in (lambda: px.stopping.rounds(0), lambda: px.stopping.error_below(0)):
+        with pytest.raises(ValueError, match="must be"):
+            broken()
+
+
+def test_a_settled_preview_is_close_to_the_sample():
+    network, noise, sampler = setting(4, 100)
+    expected = px.sample(network, noise, sampler, px.Sequential()).x
+    early = px.sample(network, noise, sampler, px.Anderson(), tolerance=1e-9, stop=px.stopping.preview_settled())
+    late = px.sample(network, noise, sampler, px.Anderson(), tolerance=1e-9)
+    assert early.rounds < late.rounds
+    error = (early.x - expected).square().mean(1)
+    assert bool((10 * torch.log10(4 / error) >= 35).all())
+
+
+def test_trajectories_survive_the_disk(tmp_path):
+    network, noise, sampler = setting(2, 20)
+    kept = px.sample(network, noise, sampler, px.Picard(), keep=True)
+    path = tmp_path / "kept.safetensors"
+    px.save_trajectory(path, kept.trajectory, sampler)
+    assert torch.equal(px.load_trajectory(path, sampler), kept.trajectory)
+    with pytest.raises(ValueError, match="written for ddim with other times"):
+        px.load_trajectory(path, px.samplers.ddim(steps=20, spacing="leading"))
+    with pytest.raises(ValueError, match=r"trajectory must be \(B, 21"):
+        px.save_trajectory(path, kept.trajectory[:, 1:], sampler)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read as a trajectory"):
+        px.load_trajectory(path, sampler)
+
+
+def test_frozen_states_stay_and_the_others_follow_from_them():
+    network, noise, sampler = setting(2, 50)
+    kept = px.sample(network, noise, sampler, px.Sequential(), keep=True).trajectory
+    other = problems.mixtures()["data set"].network(px.vp())
+    for solver in (px.Picard(), px.Picard(window=8), px.Anderson(window=16)):
+        result = px.sample(other, noise, sampler, solver, guess=kept, frozen=20, keep=True, tolerance=0)
+        assert torch.equal(result.trajectory[:, :21], kept[:, :21])
+        x, times = kept[:, 20], sampler.network_times(noise.dtype)
+        for i in range(20, 50):
+            f = other(x, times[i].expand(2))
+            x = float(sampler.local.decay[i]) * x + float(sampler.local.weight[i, 0]) * f
+        assert problems.relative(result.x, x) <= 1e-9
+        assert result.rounds <= 30
+    for options, message in [
+        ({"frozen": 5}, "pass one"),
+        ({"frozen": 50, "guess": kept}, "frozen < N = 50"),
+        ({"frozen": 5, "guess": kept, "solver": px.Parareal()}, "a solver with a window"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            px.sample(network, noise, sampler, options.pop("solver", px.Picard()), **options)

@@ -1,10 +1,12 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
+from . import stopping
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
 from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Sequential
 from .table import LocalForm, Table
+from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
     "LAW_EXACT",
@@ -24,8 +26,11 @@ __all__ = [
     "cosine",
     "flow",
     "karras",
+    "load_trajectory",
     "sample",
+    "save_trajectory",
     "start",
+    "stopping",
     "together",
     "vp",
 ]

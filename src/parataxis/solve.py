@@ -12,6 +12,7 @@ request                meaning                                                  
 :class:`Load`          put rows of the first guess into slots                      None
 :class:`Combine`       put linear combinations of rows (and step noise) into slots  None
 :class:`Inner`         inner products of rows, or of differences of rows           (R, k, k) float64
+:class:`Distance`      mean absolute difference of rows                             (R,) float64
 :class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
 :class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
 :class:`Settle`        these states are final                                      None
@@ -37,6 +38,7 @@ from .table import LocalForm, Plan, Response, Slots, Table
 
 __all__ = [
     "Combine",
+    "Distance",
     "Inner",
     "Load",
     "Memory",
@@ -108,6 +110,13 @@ class Inner(NamedTuple):
     less: tuple[Slots, ...] | None = None
 
 
+class Distance(NamedTuple):
+    """Measure the mean of |left - right| of two rows; slots, (R,) each."""
+
+    left: Slots
+    right: Slots
+
+
 class Query(NamedTuple):
     """Evaluate these points together: one round.
 
@@ -143,7 +152,7 @@ class Settle(NamedTuple):
     sample: int | None
 
 
-Request = Memory | Load | Combine | Inner | Query | Response | Settle
+Request = Memory | Load | Combine | Inner | Distance | Query | Response | Settle
 Asking = Generator[Request, Any, int]
 
 
@@ -157,6 +166,7 @@ class Problem:
         dim: Number of elements of a state.
         guessed: Whether :class:`Load` has a trajectory to offer.
         rounding: Unit roundoff of the network's dtype.
+        frozen: Level that the guess is settled up to.
     """
 
     local: LocalForm
@@ -164,6 +174,7 @@ class Problem:
     dim: int
     guessed: bool
     rounding: float
+    frozen: int = 0
 
     @property
     def steps(self) -> int:
@@ -206,7 +217,7 @@ class Solution:
     Attributes:
         x: (*shape) the sample, or the best guess of it if the run ended early.
         converged: Whether the solver's own test was passed.
-        reason: Why the run ended: ``converged``, ``stopped`` or ``interrupted``.
+        reason: Why the run ended: ``converged``, ``interrupted``, or ``stopped:`` with the rule that ended it.
         rounds: Network calls that waited for one another.
         evaluations: Levels evaluated.
         steps: N.
@@ -427,6 +438,7 @@ def start(
     guess: Tensor | None = None,
     dtype: torch.dtype | None = None,
     keep: bool = False,
+    frozen: int = 0,
 ) -> list[Run]:
     """Start one run for every sample of a table.
 
@@ -438,6 +450,8 @@ def start(
             rounding.
         guess: (B, N + 1, *shape) trajectories to start from, as ``Solutions.trajectory`` returns them; the first state
             is always the table's.
+        frozen: Levels of the guess that stay as they are: windowed solvers start behind them. That is fast, and not the
+            sequential sample of the new condition, but a variation between the two (ParaTAA); needs a guess.
         dtype: What the network is given; default the states' own.
         keep: Keep every settled state for ``Solution.trajectory``.
 
@@ -464,7 +478,14 @@ def start(
             raise ValueError("guess holds NaN or Inf: pass a trajectory whose states are all finite.")
     dtype = dtype or states.dtype
     batch = _Batch(sampler, table, guess, dtype)
-    problem = Problem(table.local, float(tolerance), states[0].numel(), guess is not None, torch.finfo(dtype).eps / 2)
+    if frozen and (guess is None or not 0 < frozen < table.local.steps):
+        raise ValueError(
+            f"frozen={frozen!r} keeps states of a guess: pass one, and 0 <= frozen < N = {table.local.steps}."
+        )
+    if frozen and (not hasattr(solver, "window") or table.local.lags):
+        raise ValueError("frozen needs a solver with a window and a one-step sampler: choose such, or frozen=0.")
+    rounding = torch.finfo(dtype).eps / 2
+    problem = Problem(table.local, float(tolerance), states[0].numel(), guess is not None, rounding, frozen)
     return [Run(batch, index, solver, problem, keep=keep) for index in range(len(states))]
 
 
@@ -512,15 +533,28 @@ def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[An
 def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
     count = len(asks[0].rows)
 
-    def vectors(chosen: Sequence[tuple[Slots, ...]]) -> Tensor:
-        slots = [np.stack(one, 1).reshape(-1) for one in chosen]
-        return batch.gather(_offsets(runs, slots)).view(-1, count, batch.start.shape[1])
+    def slots(vector: int, *, less: bool = False) -> Slots:
+        return _offsets(runs, [(ask.less if less else ask.rows)[vector] for ask in asks])
 
-    rows = vectors([ask.rows for ask in asks])
-    if asks[0].less is not None:
-        rows -= vectors([ask.less for ask in asks])
-    gram = torch.bmm(rows, rows.mT).cpu().numpy().astype(np.float64)
+    rows = np.stack([slots(vector) for vector in range(count)], 1)
+    less = None if asks[0].less is None else np.stack([slots(vector, less=True) for vector in range(count)], 1)
+    grams = []
+    # In two parts, so that the differences take no more than one window for each two vectors.
+    for part in np.array_split(np.arange(len(rows)), 2 if len(rows) > 1 else 1):
+        vectors = batch.gather(rows[part].reshape(-1))
+        if less is not None:
+            vectors -= batch.gather(less[part].reshape(-1))
+        vectors = vectors.view(len(part), count, -1)
+        grams.append(torch.bmm(vectors, vectors.mT))
+    gram = torch.cat(grams).cpu().numpy().astype(np.float64)
     return np.split(gram, np.cumsum([len(ask.rows[0]) for ask in asks])[:-1])
+
+
+def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    away = batch.gather(_offsets(runs, [ask.left for ask in asks]))
+    away -= batch.gather(_offsets(runs, [ask.right for ask in asks]))
+    means = away.abs_().mean(1).cpu().numpy().astype(np.float64)
+    return np.split(means, np.cumsum([len(ask.left) for ask in asks])[:-1])
 
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -539,6 +573,7 @@ _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]
     Load: _load,
     Combine: _combine,
     Inner: _inner,
+    Distance: _distance,
     Response: _response,
     Settle: _settle,
 }
@@ -664,7 +699,7 @@ def together(
             on_round(runs)
         for run in active:
             if stop is not None and not run.done and stop(run):
-                run.end("stopped")
+                run.end(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
         yield rounds
 
 
@@ -726,6 +761,7 @@ def sample(
     guess: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     keep: bool = False,
+    frozen: int = 0,
     max_rows: int | None = None,
     progress: bool = False,
     on_round: Callable[[Sequence[Run]], None] | None = None,
@@ -746,10 +782,12 @@ def sample(
         tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
             the network row by row.
-        guess: (B, N + 1, *shape) trajectories to start from.
+        guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
+            are free, so the result is the sample of the new condition.
         generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
             loop, or one for each sample.
         keep: Keep the trajectories (memory of N + 1 states a sample).
+        frozen: Levels of the guess that stay as they are; see :func:`start`.
         max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same.
         progress: Show a bar: settled levels of all samples.
         on_round: Called after every round with the runs; see :func:`together`.
@@ -773,7 +811,7 @@ def sample(
     _check_condition(condition, len(noise))
     state = torch.promote_types(noise.dtype, torch.float32)
     table = sampler.table(noise.to(state), generator)
-    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep)
+    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
     network = _Network(denoise, sampler.network_times(noise.dtype), condition, max_rows)
     total = sampler.steps * len(runs)
     with tqdm(total=total, unit="level", disable=not progress) as bar:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
+from ..solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..table import LocalForm
 
 __all__ = ["Parareal"]
@@ -45,8 +45,8 @@ class Parareal:
         width: Most levels evaluated in a round; None for all that can run.
         iterations: Most iterations; None for M, after which the sample is exact.
         rule: ``change`` (stop when no boundary changed by more than the tolerance, relative), ``srds`` (as published:
-            when the sample changed by less than ``threshold`` a value, root mean square) or ``none``.
-        threshold: Of the published rule: 0.1 of 255 for values in [-1, 1].
+            when the sample changed by less than ``threshold`` a value, on average) or ``none``.
+        threshold: Of the published rule: 0.1 of 255, for values in [-1, 1].
     """
 
     blocks: int | None = None
@@ -106,6 +106,8 @@ def _rows(solver: Parareal, steps: int, lags: int, guessed: bool) -> int:
             answer = None
             if isinstance(request, Query):
                 answer = np.ones(len(request.point), bool)
+            elif isinstance(request, Distance):
+                answer = np.ones(len(request.left))
             elif isinstance(request, Inner):
                 answer = np.ones((len(request.rows[0]), len(request.rows), len(request.rows)))
     except StopIteration:
@@ -166,7 +168,7 @@ class _Pipeline:
         self.front = 0
         self.error = float("inf")
         self.changes: list[list[tuple[int, float]]] = [[] for _ in self.bounds]  # (p, relative change) of a boundary
-        self.moved = float("inf")  # root mean square change of the sample
+        self.moved = float("inf")  # mean absolute change of the sample
         self.doubtful: set[int] = set()  # iterations that met an output that is not finite
 
     def take(self) -> int:
@@ -323,6 +325,7 @@ class _Pipeline:
         """Compare new boundary states with the last ones, start their chains; return the sample's slot or -1."""
         if not known:
             return -1
+        known = sorted(known, key=lambda one: (one.j, one.p))
         old = [one for one in known if one.j in self.known]
         if old:
             new = np.array([one.x for one in old])
@@ -330,6 +333,8 @@ class _Pipeline:
             gram = yield Inner((new, new), (last, np.full(len(new), self.zero)))
             for one, own in zip(old, gram, strict=True):
                 self._compare(one, own[0, 0], own[1, 1])
+            if self.solver.rule == "srds" and old[-1].j == self.blocks:
+                self.moved = float((yield Distance(new[-1:], last[-1:]))[0])
         for one in known:
             if one.j not in self.known:
                 self.known[one.j] = self.take()
@@ -360,7 +365,6 @@ class _Pipeline:
             # Each boundary counts with its newest change that can have reached this sample.
             reached = [[by for p, by in changes if p <= one.p] for changes in self.changes]
             self.error = relative if self.solver.rule == "srds" else max(some[-1] for some in reached if some)
-            self.moved = float(np.sqrt(change / self.problem.dim))
 
     def _passes(self, p: int) -> bool:
         """Whether the stop test allows the sample of iteration p."""

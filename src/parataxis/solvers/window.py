@@ -36,8 +36,8 @@ class Window:
         self.local = problem.local
         self.steps = problem.steps
         self.width = min(width or self.steps, self.steps)
-        self.lo = 0
-        self.hi = self.width
+        self.lo = problem.frozen
+        self.hi = min(self.lo + self.width, self.steps)
         self.spent = 0.0
         self.finite = np.ones(0, bool)
         self.variance = 1.0
@@ -79,10 +79,21 @@ class Window:
         """Fill the first window: the given guess, or the initial state in the proportion of the expected size."""
         yield Memory(self._rows)
         if self.problem.guessed:
-            yield Load(np.arange(self.hi + 1), self.states(0, self.hi))
+            if self.lo:
+                yield from self._frozen()
+            yield Load(np.arange(self.lo, self.hi + 1), self.states(self.lo, self.hi))
         else:
             yield Load(np.zeros(1, np.int64), self.states(0, 0))
             yield self._copies(self.states(0, 0), 0, self.states(1, self.hi), 1)
+        return 0
+
+    def _frozen(self) -> Asking:
+        """Settle the states of the guess that stay as they are, as many at a time as there is room for."""
+        for first in range(1, self.lo + 1, self.width):
+            last = min(first + self.width - 1, self.lo)
+            yield Load(np.arange(first, last + 1), self.states(first, last))
+            slot = int(self.states(last, last)[0])
+            yield Settle(last, self.states(first, last), 0.0, (0, slot, slot), slot)
         return 0
 
     def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:

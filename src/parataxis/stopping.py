@@ -1,0 +1,84 @@
+"""Ends of a solve before its own test: a budget of rounds, or a preview that no longer changes for a person.
+
+Each is a callable for ``stop=`` of :func:`parataxis.sample`; :attr:`parataxis.Solution.reason` then says ``stopped:``
+and its name. What comes back is the present estimate: close to the sample, not certified to be it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .solve import Run
+
+__all__ = ["error_below", "preview_settled", "rounds"]
+
+
+@dataclass(frozen=True)
+class rounds:
+    """Stop after so many rounds."""
+
+    most: int
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.most!r}.")
+
+    def __call__(self, run: Run) -> bool:
+        """Return whether the run has had its rounds."""
+        return run.rounds >= self.most
+
+
+@dataclass(frozen=True)
+class error_below:
+    """Stop when the sample would change by less than this, relative, between two rounds: |x_r - x_{r-1}| / |x_r|."""
+
+    bound: float
+    _last: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"the bound must be positive, got {self.bound!r}.")
+
+    def __call__(self, run: Run) -> bool:
+        """Return whether the estimate of the sample has come to rest."""
+        estimate = run.estimate
+        before = self._last.get(id(run))
+        self._last[id(run)] = estimate
+        return before is not None and float((estimate - before).norm()) <= self.bound * float(estimate.norm())
+
+
+@dataclass(frozen=True)
+class preview_settled:
+    """Stop when two previews in a row differ from the one before by at least ``psnr`` decibels (methods: ParaTAA).
+
+    PSNR = 10 log10(peak^2 / mean squared difference). Early previews can stand still before the sample has formed, so
+    a difference counts only when the estimate itself changed less than in the round before.
+
+    Attributes:
+        decode: From an estimate (*shape) to what a person sees; the identity for pixel models.
+        psnr: Decibels; 40 is hardly visible.
+        peak: Range of the preview's values; 2 for [-1, 1].
+    """
+
+    decode: Callable[[Tensor], Tensor] = lambda x: x
+    psnr: float = 40.0
+    peak: float = 2.0
+    _seen: dict[int, tuple[Tensor, Tensor, float, int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __call__(self, run: Run) -> bool:
+        """Return whether the preview has come to rest."""
+        estimate = run.estimate
+        preview = self.decode(estimate).float()
+        change, streak = float("inf"), 0
+        if id(run) in self._seen:
+            last, picture, previous, streak = self._seen[id(run)]
+            change = float((estimate - last).norm())
+            error = float((preview - picture).square().mean())
+            quiet = error == 0 or 10 * torch.log10(torch.tensor(self.peak**2 / error)) >= self.psnr
+            streak = streak + 1 if quiet and change <= previous else 0
+        self._seen[id(run)] = (estimate, preview, change, streak)
+        return streak >= 2

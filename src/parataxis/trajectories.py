@@ -1,0 +1,48 @@
+"""Save and load trajectories, to start other solves from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .samplers import Sampler
+
+__all__ = ["load_trajectory", "save_trajectory"]
+
+
+def save_trajectory(path: str | Path, trajectory: Tensor, sampler: Sampler) -> None:
+    """Write trajectories (B, N + 1, *shape) as safetensors, with the sampler's name and times.
+
+    Raises:
+        ValueError: If the trajectory is not of this sampler's length.
+    """
+    if trajectory.ndim < 3 or trajectory.shape[1] != sampler.steps + 1:
+        raise ValueError(
+            f"trajectory must be (B, {sampler.steps + 1}, *shape) for this sampler, got {tuple(trajectory.shape)}."
+        )
+    told = {"sampler": sampler.name, "times": json.dumps(sampler.times.tolist())}
+    save_file({"trajectory": trajectory.contiguous()}, str(path), metadata=told)
+
+
+def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:
+    """Read trajectories for ``guess=`` of :func:`parataxis.sample`.
+
+    Raises:
+        ValueError: If the file cannot be read, or was written for other times.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            told = file.metadata() or {}
+            trajectory: Tensor = file.get_tensor("trajectory")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a trajectory ({error}): save it with save_trajectory.") from error
+    if json.loads(told.get("times", "[]")) != sampler.times.tolist():
+        raise ValueError(
+            f"{path} was written for {told.get('sampler', 'another sampler')} with other times: use the same schedule, "
+            "steps and spacing."
+        )
+    return trajectory

@@ -1,0 +1,124 @@
+"""SRDS: the ticks of its data flow, its exactness, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import parataxis as px
+import problems
+from parataxis.denoisers import mixture
+
+
+def ticks(steps, count=1, name="ddim", tolerance=1e-2, seed=0, **options):
+    sampler = px.SAMPLERS[name](steps=steps)
+    network = mixture(64, 10, power=0.0).network(px.vp())
+    noise = problems.noise(count, shape=(64,), seed=seed)
+    solver = px.Parareal(**options)
+    return px.sample(network, noise, sampler, solver, tolerance=tolerance, generator=problems.generators(count))
+
+
+@pytest.mark.parametrize(
+    ("steps", "blocks", "iterations", "expected"),
+    [(25, 5, 1, 9), (25, 5, 3, 17), (100, 10, 1, 19), (100, 10, 3, 37), (961, 31, 1, 61), (961, 31, 3, 121)],
+)
+def test_pipelined_ticks_are_those_of_the_formula(steps, blocks, iterations, expected):
+    length = steps // blocks
+    assert expected == iterations * length + blocks - iterations
+    result = ticks(steps, blocks=blocks, iterations=iterations, rule="none")
+    assert result.rounds == expected
+    evaluations = sum(steps - q * length for q in range(iterations)) + blocks - iterations
+    assert result.evaluations == evaluations
+    assert result[0].peak_width <= blocks
+
+
+@pytest.mark.parametrize(("steps", "blocks"), [(25, 5), (23, 7), (50, 9), (10, 10), (12, 1), (100, 17)])
+def test_with_the_stop_test_off_the_pipeline_takes_exactly_n_rounds(steps, blocks):
+    for width in (None, 1, 2, 5):
+        result = ticks(steps, blocks=blocks, rule="none", width=width)
+        assert result.rounds == steps
+        assert result[0].peak_width <= (width or blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_parareal_is_exact_after_as_many_iterations_as_blocks(pipelined, dtype):
+    sampler = px.samplers.ddim(steps=30)
+    exact = mixture(32, 6).network(px.vp())
+
+    def network(x, t):
+        return exact(x.float(), t).to(dtype)
+
+    noise = problems.noise(2, dtype, shape=(32,))
+    sequential = px.sample(network, noise, sampler, px.Sequential()).x
+    result = px.sample(network, noise, sampler, px.Parareal(blocks=6, pipelined=pipelined, rule="none"))
+    assert torch.equal(result.x, sequential)
+    assert result[0].error_estimate == 0.0
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "flow_euler", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("coarse", ["hop", "two-step"])
+@pytest.mark.parametrize("width", [None, 3])
+def test_every_admitted_sampler_ends_at_its_own_sequential_sample(name, coarse, width):
+    for points in (25, 40):
+        solver = px.Parareal(coarse=coarse, width=width)
+        result = problems.solve("power law", name, points, solver, tolerance=0)
+        assert problems.relative(result.x, problems.reference("power law", name, points)) <= 1e-10
+        assert result.rounds <= points
+
+
+def test_the_published_stop_test_takes_the_published_ticks():
+    for steps, expected in ((25, 20), (100, 43)):
+        result = ticks(steps, 8, blocks=math.isqrt(steps), rule="srds")
+        assert abs(np.mean([one.rounds for one in result]) - expected) <= 6
+    for steps, most in ((25, 16), (100, 28)):
+        best = min(
+            np.mean([one.rounds for one in ticks(steps, 8, blocks=blocks, rule="srds", coarse="two-step")])
+            for blocks in (
+                math.isqrt(steps),
+                round(1.5 * steps**0.5),
+                round(3**0.5 * steps**0.5),
+                2 * math.isqrt(steps),
+            )
+        )
+        assert best <= most
+
+
+def test_the_noise_of_the_block_makes_the_coarse_step_good_for_stochastic_samplers():
+    result = ticks(100, 4, name="ddpm", blocks=10)
+    assert np.mean([one.rounds for one in result]) <= 55
+
+
+def test_a_guess_replaces_the_first_sweep():
+    sampler = px.samplers.ddim(steps=49)
+    network = mixture(32, 6).network(px.vp())
+    noise = problems.noise(2, shape=(32,))
+    kept = px.sample(network, noise, sampler, px.Sequential(), keep=True)
+    cold = px.sample(network, noise, sampler, px.Parareal(blocks=7), tolerance=1e-4)
+    warm = px.sample(network, noise, sampler, px.Parareal(blocks=7), tolerance=1e-4, guess=kept.trajectory)
+    assert warm.rounds < cold.rounds
+    assert problems.relative(warm.x, kept.x) <= 1e-10
+    assert px.sample(network, noise, sampler, px.Parareal(), keep=True).trajectory is None
+
+
+def test_what_parareal_refuses_is_said_with_the_reason():
+    noise = problems.noise(1)
+    for name, options, message in [
+        ("heun", {}, "one-step table, or one earlier output that is a data prediction"),
+        ("ddim", {"blocks": 30}, "blocks=30 is more than the 25 steps"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            px.sample(problems.network("power law", name), noise, problems.sampler(name, 25), px.Parareal(**options))
+    for options, message in [
+        ({"blocks": 0}, "blocks must be a whole number of at least 1, or None, got 0"),
+        ({"width": 1.5}, "width must be"),
+        ({"iterations": -1}, "iterations must be"),
+        ({"coarse": "none"}, "coarse must be 'hop' or 'two-step'"),
+        ({"rule": "always"}, "rule must be 'change', 'srds' or 'none'"),
+        ({"threshold": -0.1}, "threshold must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            px.Parareal(**options)
