@@ -1,6 +1,6 @@
 """Rounds and evaluations that every solver needs to come within an error of the sequential sample.
 
-    python benchmarks/rounds.py [--models digits mixture-64 ..] [--hours H] [--most-steps N]
+    python benchmarks/rounds.py [--models digits mixture-64 ..] [--hours H] [--steps N ..]
 
 Full width: one run a seed with a tolerance of its own set to nothing; after every round the present estimate is
 compared with the sequential sample of the same noise, and the first rounds within 1e-1, 1e-2 and 1e-3 are written
@@ -94,13 +94,13 @@ def seeds_of(steps: int) -> int:
     return 16 if steps <= 100 else 4 if steps <= 250 else 2
 
 
-def cells(names: Sequence[str], most_steps: int) -> list[tuple[Any, ...]]:
+def cells(names: Sequence[str], chosen_steps: Sequence[int], kinds: Sequence[str] | None) -> list[tuple[Any, ...]]:
     """Return all cells, cheapest first."""
     found = []
     for name in names:
         chosen = problem(name)
-        for sampler in chosen.samplers:
-            for steps in [steps for steps in STEPS if steps <= most_steps]:
+        for sampler in [sampler for sampler in chosen.samplers if kinds is None or sampler in kinds]:
+            for steps in chosen_steps:
                 widths = (None, 16) if steps == 1000 else (None, 8, 16, 32)
                 for width in [width for width in widths if width is None or width < steps]:
                     for label, solver, tolerances in solvers(width, steps):
@@ -160,7 +160,8 @@ def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[*EXACT, *models.available()])
-    parser.add_argument("--most-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--samplers", nargs="+", help="default: all that a model admits")
     parser.add_argument("--hours", type=float, default=100.0, help="stop after this long; go on another time")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -177,7 +178,9 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for _, chosen, name, steps, width, label, solver, tolerance in tqdm(cells(options.models, options.most_steps)):
+        for _, chosen, name, steps, width, label, solver, tolerance in tqdm(
+            cells(options.models, options.steps, options.samplers)
+        ):
             if time.monotonic() - begun > options.hours * 3600:
                 break
             first = str(TARGETS[0] if width is None else tolerance)

@@ -99,6 +99,7 @@ def noise_variance(local: LocalForm) -> Array:
     assert local.alpha is not None
     assert local.sigma is not None
     assert local.scale is not None
-    ratio = local.sigma / local.alpha
-    deviation = local.alpha[1:] * ratio[1:] / ratio[:-1] * np.sqrt(np.maximum(ratio[:-1] ** 2 - ratio[1:] ** 2, 0))
+    alpha, sigma = local.alpha, local.sigma
+    kept = sigma[1:] * alpha[:-1] / alpha[1:]
+    deviation = sigma[1:] / sigma[:-1] * np.sqrt(np.maximum(sigma[:-1] ** 2 - kept**2, 0))
     return np.append(0.0, (deviation * local.scale[1:]) ** 2)

@@ -1,0 +1,154 @@
+"""Draw the figures and the tables of ``docs/`` from the committed CSV files: ``make figures``."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+LABELS = {
+    "paradigms": "ParaDiGMS (Picard, copied entries)",
+    "picard": "Picard, ours",
+    "fixed-point": "fixed point, order N",
+    "parataa": "ParaTAA",
+    "srds": "SRDS, sqrt(N) blocks",
+    "parareal": "parareal, two-step hop",
+}
+Row = dict[str, Any]
+
+
+def rounds() -> list[Row]:
+    """Return the rows of rounds.csv with numbers as numbers."""
+    with (RESULTS / "rounds.csv").open() as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    for row in rows:
+        for name in ("steps", "seed", "rounds", "evaluations", "peak_width"):
+            row[name] = int(row[name])
+        row["target"], row["relative_error"] = float(row["target"]), float(row["relative_error"])
+    return rows
+
+
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows by columns."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def middle(rows: Iterable[Row], name: str) -> float:
+    """Return the median of a column."""
+    return float(np.median([row[name] for row in rows]))
+
+
+def full_width(rows: list[Row]) -> str:
+    """Return the table of medians (worst) to 1e-2 at full width."""
+    chosen = [row for row in rows if row["width"] == "full" and row["target"] == 1e-2]
+    groups = grouped(chosen, "model", "sampler", "steps", "solver")
+    lines = ["| model | sampler | N | " + " | ".join(LABELS.values()) + " |", "|---" * (3 + len(LABELS)) + "|"]
+    for model, sampler, steps in sorted({key[:3] for key in groups}):
+        cells = []
+        for solver in LABELS:
+            group = groups.get((model, sampler, steps, solver))
+            if group:
+                work = middle(group, "evaluations") / steps
+                cells.append(f"{middle(group, 'rounds'):g} ({max(row['rounds'] for row in group)}), {work:.1f}")
+            else:
+                cells.append("-")
+        lines.append(f"| {model} | {sampler} | {steps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def narrow(rows: list[Row]) -> str:
+    """Return the table of narrow windows: rounds, work and error at the loosest setting with median error <= 1e-2."""
+    chosen = [row for row in rows if row["width"] != "full"]
+    groups = grouped(chosen, "model", "sampler", "steps", "width", "solver", "options", "target")
+    best: dict[tuple[Any, ...], tuple[float, float, float]] = {}
+    for key, group in groups.items():
+        error = middle(group, "relative_error")
+        found = (middle(group, "rounds"), middle(group, "evaluations") / key[2], error)
+        if error <= 1e-2 and (key[:5] not in best or found < best[key[:5]]):
+            best[key[:5]] = found
+    solvers = ("paradigms", "picard", "parataa")
+    lines = ["| model | sampler | N | width | " + " | ".join(LABELS[name] for name in solvers) + " |", "|---" * 7 + "|"]
+    for model, sampler, steps, width in sorted({key[:4] for key in best}, key=lambda key: (*key[:3], int(key[3]))):
+        cells = []
+        for solver in solvers:
+            found = best.get((model, sampler, steps, width, solver))
+            cells.append("-" if found is None else f"{found[0]:g}, {found[1]:.2f}, {found[2]:.0e}")
+        lines.append(f"| {model} | {sampler} | {steps} | {width} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], steps: int = 100) -> None:
+    """Draw error against rounds and against evaluations, full width, one column a model and sampler."""
+    chosen = [row for row in rows if row["width"] == "full" and row["steps"] == steps]
+    panels = sorted({(row["model"], row["sampler"]) for row in chosen})
+    panels = [panel for panel in panels if panel[1] in ("ddim", "ddpm", "flow_euler") and panel[0] != "mixture-256"]
+    if not panels:
+        return
+    figure, axes = plt.subplots(2, len(panels), figsize=(2.6 * len(panels), 5.6), sharey=True, squeeze=False)
+    for column, (model, sampler) in enumerate(panels):
+        for solver, label in LABELS.items():
+            own = [r for r in chosen if (r["model"], r["sampler"], r["solver"]) == (model, sampler, solver)]
+            groups = sorted(grouped(own, "target").items(), reverse=True)
+            for line, name in enumerate(("rounds", "evaluations")):
+                scale = 1 if name == "rounds" else steps
+                x = [middle(group, name) / scale for _, group in groups]
+                axes[line][column].plot(x, [target for (target,), _ in groups], marker="o", markersize=3, label=label)
+        axes[0][column].set_title(f"{model}\n{sampler}", fontsize=9)
+        axes[0][column].set_xlabel("rounds", fontsize=8)
+        axes[1][column].set_xlabel("evaluations / N", fontsize=8)
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("relative error", fontsize=8)
+    axes[1][0].set_ylabel("relative error", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
+    figure.suptitle(f"Error to the sequential sample, N = {steps}, full width, medians", fontsize=10)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(DOCS / "rounds.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write docs/rounds.md and docs/rounds.png."""
+    rows = rounds()
+    draw(rows)
+    text = f"""# Rounds
+
+Made by `make figures` from `benchmarks/results/rounds.csv`, which `benchmarks/rounds.py` fills (it is not complete: the
+cheapest cells come first). Sequential sampling takes N rounds. Seeds: 16 up to N = 100, 4 at 250, 2 at 1000.
+
+![Error to the sequential sample against rounds and evaluations](rounds.png)
+
+## Full width, to relative error 1e-2
+
+Median rounds (worst), evaluations / N. For parareal a round is a tick of the pipeline.
+
+{full_width(rows)}
+
+## Narrow windows, at median error 1e-2 or below
+
+Median rounds, evaluations / N and error at the loosest tolerance or threshold that was run and reaches 1e-2.
+
+{narrow(rows)}
+"""
+    (DOCS / "rounds.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
