@@ -15,6 +15,8 @@ NARROW = [solver for solver in VARIANTS if getattr(solver, "window", 8) == 8]
 NAMES = list(px.SAMPLERS)
 PAIRS = [(solver, name) for solver in VARIANTS for name in NAMES if problems.works(solver, name)]
 PROBLEMS = list(problems.mixtures())
+# A window of one level is the sequential loop to the bit: a law of its own.
+WIDE = [pair for pair in PAIRS if getattr(pair[0], "window", 0) != 1]
 
 
 def identify(value):
@@ -23,7 +25,7 @@ def identify(value):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("points", [10, 25, 100])
-@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), WIDE, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_with_tolerance_zero_the_result_is_sequential_in_at_most_n_rounds(problem, solver, name, points, dtype):
     result = problems.solve(problem, name, points, solver, dtype=dtype, tolerance=0)
@@ -91,7 +93,7 @@ FACTOR, ROUNDING = 1.0, 1e-12
 
 
 @pytest.mark.parametrize("points", [25, 100])
-@pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
+@pytest.mark.parametrize(("solver", "name"), WIDE, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem, solver, name, points):
     expected = problems.reference(problem, name, points, count=4)

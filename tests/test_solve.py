@@ -281,3 +281,17 @@ def test_frozen_states_stay_and_the_others_follow_from_them():
     ]:
         with pytest.raises(ValueError, match=message):
             px.sample(network, noise, sampler, options.pop("solver", px.Picard()), **options)
+
+
+@pytest.mark.parametrize("solver", ["picard", px.Picard, None])
+def test_what_is_no_solver_is_said(solver):
+    network, noise, sampler = setting()
+    with pytest.raises(TypeError, match=r"solver must be a solver with its options, such as parataxis.Picard"):
+        px.sample(network, noise, sampler, solver)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", px.samplers.ddim])
+def test_what_is_no_sampler_is_said(sampler):
+    network, noise, _ = setting()
+    with pytest.raises(TypeError, match=r"sampler must be a sampler with its steps, such as parataxis.samplers.ddim"):
+        px.sample(network, noise, sampler, px.Picard())

@@ -14,7 +14,7 @@ request                meaning                                                  
 :class:`Inner`         inner products of rows, or of differences of rows           (R, k, k) float64
 :class:`Distance`      mean absolute difference of rows                             (R,) float64
 :class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
-:class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
+:class:`Response`      what trajectory follows from these outputs and slopes?      (R, 1..2) squared norms
 :class:`Settle`        these states are final                                      None
 =====================  ==========================================================  =======================
 
@@ -24,7 +24,7 @@ A solver returns the slot of the sample. Only a Query is a round and costs evalu
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -459,6 +459,11 @@ def start(
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that cannot work on
             this table (with the reason).
     """
+    if isinstance(solver, type) or not hasattr(solver, "refuses"):
+        raise TypeError(
+            f"solver must be a solver with its options, such as parataxis.Picard(window=8), got {solver!r}: "
+            "parataxis.SOLVERS has them by name."
+        )
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
     refusal = solver.refuses(table.local)
@@ -511,12 +516,14 @@ def _load(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
 
 
 def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    factors = torch.from_numpy(np.concatenate([ask.factors for ask in asks])).to(batch.rows).unsqueeze(-1)
-    total: Tensor | None = None
-    for term in reversed(range(len(asks[0].rows))):
-        rows = batch.gather(_offsets(runs, [ask.rows[term] for ask in asks]))
-        total = rows.mul_(factors[:, term]) if total is None else total.addcmul_(rows, factors[:, term])
-    assert total is not None
+    numbers = np.concatenate([ask.factors for ask in asks])
+    terms = [_offsets(runs, [ask.rows[term] for ask in asks]) for term in range(numbers.shape[1])]
+    total = batch.gather(terms[-1])
+    if len(terms) > 1 or (numbers != 1).any():
+        factors = torch.from_numpy(numbers[..., None]).to(batch.rows).unbind(1)
+        total *= factors[-1]
+        for slots, factor in zip(terms[-2::-1], factors[-2::-1], strict=True):
+            total.addcmul_(batch.gather(slots), factor)
     noise = batch.table.noise
     if noise is not None and asks[0].noise is not None:
         steps = batch.table.local.steps
@@ -711,7 +718,6 @@ class _Network:
     times: Tensor
     condition: Any = None
     max_rows: int | None = None
-    shape: tuple[int, ...] = field(default=())
 
     def __call__(self, rows: Rows) -> Tensor:
         limit = self.max_rows or len(rows.u)
@@ -799,8 +805,14 @@ def sample(
 
     Raises:
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
+        TypeError: If ``sampler`` or ``solver`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
+    if not isinstance(sampler, Sampler):
+        raise TypeError(
+            f"sampler must be a sampler with its steps, such as parataxis.samplers.ddim(steps=50), got {sampler!r}: "
+            "parataxis.SAMPLERS has them by name."
+        )
     if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
         given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
         raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")

@@ -54,9 +54,9 @@ class Response(NamedTuple):
         into: Slots that take the states first, first + 1, ..
         history: (L - 1,) slots of the outputs to be used for the points before ``start``, in multistep tables.
         finals: (R,) slots that take f_q + d_q (new_q - u_q), or none.
-        measure: Whether to answer with the squared norms of new - old and of new, (len(into), 2); ``first`` is then
-            start + 1, and ``into`` reaches to the last of ``states``.
-        residuals: Whether ``measure`` also answers with the squared norms of the residuals r, (len(into), 3).
+        measure: Whether to answer with the squared norms of new - old, (len(into), 1); ``first`` is then start + 1, and
+            ``into`` reaches to the last of ``states``.
+        residuals: Whether ``measure`` also answers with the squared norms of the residuals r, (len(into), 2).
         order: Terms kept of (I - K)^{-1} = I + K + K^2 + ..; None keeps all, 1 is the sequential step of each state.
         origin: Slot of the state of point ``start`` in the trajectory asked for; default: as it was evaluated.
     """
@@ -374,13 +374,13 @@ class Table:
             return source.index_select(0, flat).view(*index.shape, -1)
 
         numbers = np.concatenate([decay[:, None], slope[:, None], weight], 1)
-        columns = torch.from_numpy(numbers).to(rows.device, rows.dtype).unsqueeze(-1)
+        columns = torch.from_numpy(numbers[..., None]).to(rows.device, rows.dtype).unbind(1)
         spread = torch.from_numpy(carry).to(rows.device, rows.dtype)
         if self.noise is not None:
             step = gather(self.noise.view(batch_rows(self.noise), -1), drawn)
         outputs = gather(rows, output)
         for lag in range(lags + 1):
-            entering, by = outputs[:, lags - lag : lags - lag + count], columns[:, 2 + lag]
+            entering, by = outputs[:, lags - lag : lags - lag + count], columns[2 + lag]
             if lag == 0 and self.noise is None:
                 step = entering * by
             else:
@@ -388,9 +388,12 @@ class Table:
         final = outputs[:, lags:] if any(plan.response.finals is not None for plan in plans) else None
         del outputs, entering
         states = gather(rows, anchor)
-        step.addcmul_(states, columns[:, 0])
+        step.addcmul_(states, columns[0])
         # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
-        states[:, :1].neg_().add_(gather(rows, origin))
+        if any(plan.response.origin is not None for plan in plans):
+            states[:, :1].neg_().add_(gather(rows, origin))
+        else:
+            states[:, :1].zero_()
         torch.sub(step[:, : count - 1], states[:, 1:], out=states[:, 1:])
         if wanted < count:
             chosen = [b * count + spans[b] - len(plan.response.into) for b, plan in enumerate(plans)]
@@ -417,7 +420,7 @@ class Table:
         rows.index_copy_(0, torch.from_numpy(into.reshape(-1)).to(rows.device), flat)
         if final is not None and count > 1:
             moved = step[:, : count - 1] - gather(rows, anchor[:, 1:])
-            final[:, 1:].addcmul_(moved, columns[:, 1, 1:])
+            final[:, 1:].addcmul_(moved, columns[1][:, 1:])
             del moved
         if final is not None:
             slots = [(b, p.offset, p.response.finals) for b, p in enumerate(plans) if p.response.finals is not None]
@@ -428,7 +431,7 @@ class Table:
             del final
         if not ask.measure:
             return [None] * batch
-        squares[:0] = [square(change, scratch=change), square(step, scratch=change)]
+        squares[:0] = [square(change, scratch=change)]
         norms = torch.stack(squares, -1).cpu().numpy()
         return [own[: len(plan.response.into)] for own, plan in zip(norms, plans, strict=True)]
 

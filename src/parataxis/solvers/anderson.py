@@ -117,7 +117,7 @@ class Anderson:
             if floor is None:
                 count = window.accept(errors)
             else:
-                passed = norms[:, 2] <= floor[lo + 1 : hi + 1]
+                passed = norms[:, 1] <= floor[lo + 1 : hi + 1]
                 count = len(passed) if passed.all() else int(np.argmin(passed)) + 1
             if history > 1:
                 yield from self._accelerate(window, spans, count)
@@ -135,7 +135,7 @@ class Anderson:
         states = tuple(window.states(first, last, age) for age in ages)
         factors = np.zeros((hi - lo, len(spans)))
         factors[:, 0] = 1.0
-        if len(spans) > 1 and count < hi - lo:
+        if len(spans) > 1:
             level = np.arange(first, last + 1)
             # Difference a is valid for a state that was in the window in both of its rounds.
             inside = np.stack([(level > low) & (level <= high) for low, high in spans], 1)

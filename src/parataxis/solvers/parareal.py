@@ -362,8 +362,8 @@ class _Pipeline:
         relative = 0.0 if change == 0 else float(np.sqrt(change / size)) if size > 0 else float("inf")
         self.changes[one.j].append((one.p, relative))
         if one.j == self.blocks:
-            # Each boundary counts with its newest change that can have reached this sample.
-            reached = [[by for p, by in changes if p <= one.p] for changes in self.changes]
+            # Each boundary counts with its newest change that can have reached this sample; before p all are exact.
+            reached = [[by for p, by in changes if p <= one.p] for changes in self.changes[one.p :]]
             self.error = relative if self.solver.rule == "srds" else max(some[-1] for some in reached if some)
 
     def _passes(self, p: int) -> bool:

@@ -116,8 +116,8 @@ class Window:
         """Correct the window into :meth:`news`.
 
         Returns:
-            (R, 2 or 3): squared norms of the change, of the new state and, with ``residuals``, of the residual of the
-            states lo + 1 .. hi; infinite where the network's output was not finite or the correction overflowed.
+            (R, 1 or 2): squared norms of the change and, with ``residuals``, of the residual of the states
+            lo + 1 .. hi; infinite where the network's output was not finite or the correction overflowed.
         """
         lo, hi, lags = self.lo, self.hi, self.local.lags
         norms: Array = yield Response(
