@@ -28,6 +28,7 @@ LABELS = {
     "parataa": "ParaTAA",
     "srds": "SRDS, sqrt(N) blocks",
     "parareal": "parareal, two-step hop",
+    "secant": "secant, ours",
 }
 Row = dict[str, Any]
 
@@ -84,8 +85,8 @@ def narrow(rows: list[Row]) -> str:
         found = (middle(group, "rounds"), middle(group, "evaluations") / key[2], error)
         if error <= 1e-2 and (key[:5] not in best or found < best[key[:5]]):
             best[key[:5]] = found
-    solvers = ("paradigms", "picard", "parataa")
-    lines = ["| model | sampler | N | width | " + " | ".join(LABELS[name] for name in solvers) + " |", "|---" * 7 + "|"]
+    solvers = ("paradigms", "picard", "parataa", "secant")
+    lines = ["| model | sampler | N | width | " + " | ".join(LABELS[name] for name in solvers) + " |", "|---" * 8 + "|"]
     for model, sampler, steps, width in sorted({key[:4] for key in best}, key=lambda key: (*key[:3], int(key[3]))):
         cells = []
         for solver in solvers:

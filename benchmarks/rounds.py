@@ -43,6 +43,7 @@ def solvers(width: int | None, steps: int) -> Iterator[tuple[str, Any, Sequence[
     tolerances = (1e-6,) if full else (1e-1, 5e-2, 2e-2, 1e-2, 1e-3)
     yield "picard", px.Picard(window=width), tolerances
     yield "parataa", px.Anderson(window=width), tolerances
+    yield "secant", px.Secant(window=width), tolerances
     if full:
         yield "paradigms", px.Picard(rule="paradigms", entry="copy", threshold=1e-4), (0.0,)
         yield "fixed-point", px.Anderson(acceleration="none"), tolerances
@@ -161,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[*EXACT, *models.available()])
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--solvers", nargs="+", help="names in the table; default: all")
     parser.add_argument("--samplers", nargs="+", help="default: all that a model admits")
     parser.add_argument("--hours", type=float, default=100.0, help="stop after this long; go on another time")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -185,6 +187,8 @@ def main() -> None:
                 break
             first = str(TARGETS[0] if width is None else tolerance)
             if (chosen.name, name, str(steps), repr(solver), first) in done:
+                continue
+            if options.solvers is not None and label not in options.solvers:
                 continue
             sampler = chosen.make(name, steps)
             if solver.refuses(sampler.local) is not None:

@@ -20,6 +20,7 @@ SOLVERS = [
     px.Anderson(acceleration="none"),
     px.Anderson(),
     px.Anderson(rule="residual"),
+    px.Secant(),
     px.Parareal(pipelined=False),
     px.Parareal(),
     px.Parareal(coarse="two-step"),

@@ -544,6 +544,8 @@ def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]
         return _offsets(runs, [(ask.less if less else ask.rows)[vector] for ask in asks])
 
     rows = np.stack([slots(vector) for vector in range(count)], 1)
+    if not len(rows):
+        return [np.zeros((0, count, count))] * len(runs)
     less = None if asks[0].less is None else np.stack([slots(vector, less=True) for vector in range(count)], 1)
     grams = []
     # In two parts, so that the differences take no more than one window for each two vectors.

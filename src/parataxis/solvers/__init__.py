@@ -6,15 +6,17 @@ from ..solve import Solver
 from .anderson import Anderson
 from .parareal import Parareal
 from .picard import Picard
+from .secant import Secant
 from .sequential import Sequential
 
-__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Parareal", "Picard", "Sequential"]
+__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Parareal", "Picard", "Secant", "Sequential"]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
     "picard": Picard,
     "anderson": Anderson,
     "parareal": Parareal,
+    "secant": Secant,
 }
 
 # Right in distribution, not the seed's sequential sample.

@@ -30,8 +30,11 @@ def check_window(window: int | None) -> None:
 class Window:
     """The levels lo .. hi of one trajectory, of which points lo .. hi - 1 are evaluated in a round."""
 
-    def __init__(self, problem: Problem, width: int | None, *, history: int = 1) -> None:
-        """Lay out the rows; ``history`` rounds of inputs and, above 1, of corrected states are kept."""
+    def __init__(self, problem: Problem, width: int | None, *, history: int = 1, previous: bool = False) -> None:
+        """Lay out the rows; ``history`` rounds of inputs and, above 1, of corrected states are kept.
+
+        With ``previous`` the outputs of the last round are kept too, for secants.
+        """
         self.problem = problem
         self.local = problem.local
         self.steps = problem.steps
@@ -45,8 +48,8 @@ class Window:
         rings = max(2, history) + (history if history > 1 else 0)
         self._inputs = [ring * i for i in range(max(2, history))]
         self._news = [ring * i for i in range(len(self._inputs), rings)]
-        self._outputs = ring * rings
-        self._finals = self._outputs + self.width
+        self._outputs = [ring * rings, ring * rings + (self.width if previous else 0)]
+        self._finals = self._outputs[1] + self.width
         self._rows = self._finals + (self.width + lags if lags else 0)
         self._turn = 0
         self._moved = 0
@@ -68,9 +71,9 @@ class Window:
         ring = self._news[(self._turn - age) % len(self._news)]
         return ring + np.arange(first, last + 1) % (self.width + 1)
 
-    def outputs(self, first: int, stop: int) -> Slots:
-        """Return the slots of the outputs of points first .. stop - 1."""
-        return self._outputs + np.arange(first, stop) % self.width
+    def outputs(self, first: int, stop: int, age: int = 0) -> Slots:
+        """Return the slots of the outputs of points first .. stop - 1, of this round or the one before."""
+        return self._outputs[(self._turn - age) % 2] + np.arange(first, stop) % self.width
 
     def _final(self, first: int, stop: int) -> Slots:
         return self._finals + np.arange(first, stop) % (self.width + self.local.lags)
@@ -186,7 +189,7 @@ class Window:
         """Settle the first ``count`` states, after :meth:`turn`; ``error`` is what that adds to the sample's error."""
         self.spent += error
         last = self.hi - 1
-        place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1)[0])
+        place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
         sample = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else None
         states = self.states(self.lo + 1, self.lo + count)
         self._moved = count
@@ -213,7 +216,7 @@ class Window:
                 yield Response(
                     start=point,
                     states=self.states(point, point, 1),
-                    outputs=self.outputs(point, point + 1),
+                    outputs=self.outputs(point, point + 1, 1),
                     slopes=slopes,
                     first=first,
                     into=into,

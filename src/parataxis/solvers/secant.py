@@ -1,0 +1,94 @@
+r"""A quasi-Newton solver: the slope of each output is measured, one scalar a step.
+
+The response needs d_i, how an output moves with its input. The first evaluation of a point measures it from the
+origin, d = <f, u> / <u, u>, which is right for a network that is linear there (Gaussian data, whatever the schedule);
+later ones by a secant, d = <f - f', u - u'> / |u - u'|^2 with the evaluation of the round before. Neither depends on
+the prediction type or on the scale of the states, and no knowledge of the schedule is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..solve import Asking, Inner, Problem, Request
+from ..table import LocalForm
+from .window import Window, check_window
+
+__all__ = ["Secant"]
+
+Array = NDArray[np.float64]
+LARGEST = 1.3  # of a step's growth, relative to the expected size of its states
+
+
+@dataclass(frozen=True)
+class Secant:
+    """Quasi-Newton correction with measured slopes.
+
+    Each step's growth J = A + B d is kept in [0, 1.3] of the ratio of expected sizes; a slope that is not finite is
+    replaced by the moment-matched one; a point whose input hardly moved keeps its slope. At most N rounds are needed,
+    as the first state of the window never depends on a slope.
+
+    Attributes:
+        window: Levels evaluated in a round; None for all.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+
+    def refuses(self, local: LocalForm) -> str | None:
+        """Every table can be solved."""
+        return None
+
+    def __call__(self, problem: Problem) -> Asking:
+        """Solve one trajectory."""
+        local = problem.local
+        window = Window(problem, self.window, previous=True)
+        slopes = np.full(problem.steps, np.nan)
+        seen = 0
+        yield from window.open()
+        while not window.done:
+            lo = window.lo
+            yield from window.query()
+            hi = window.hi
+            yield from window.measure_variance()
+            slopes[lo:hi] = yield from self._measure(window, slopes[lo:hi], seen)
+            growth = self._bounded(window, slopes[lo:hi])
+            slopes[lo:hi] = local.slopes(growth, lo)
+            norms = yield from window.respond(slopes[lo:hi])
+            window.turn()
+            errors = window.errors(norms, growth)
+            count = window.accept(errors)
+            yield from window.settle(count, float(errors[count - 1]))
+            yield from window.enter(slopes[hi - 1 : hi])
+            seen = hi
+        return window.sample()
+
+    def _measure(self, window: Window, known: Array, seen: int) -> Generator[Request, Any, Array]:
+        """Return the slopes of the window's points: secants below ``seen``, from the origin above."""
+        lo, hi, problem = window.lo, window.hi, window.problem
+        found = known.copy()
+        old = min(max(seen, lo), hi)
+        # Both questions are asked even of no points: runs that ask the same are answered together.
+        secant = yield Inner(
+            (window.outputs(lo, old), window.states(lo, old - 1)),
+            (window.outputs(lo, old, 1), window.states(lo, old - 1, 1)),
+        )
+        origin = yield Inner((window.outputs(old, hi), window.states(old, hi - 1)))
+        moved = secant[:, 1, 1] > (10 * problem.rounding * window.local.size[lo:old]) ** 2 * problem.dim
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
+            found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
+        matched = window.local.moment_slopes(window.variance)[lo:hi]
+        return np.where(np.isfinite(found) & window.finite, found, matched)
+
+    def _bounded(self, window: Window, slopes: Array) -> Array:
+        size = window.local.size[window.lo : window.hi + 1]
+        growth = window.local.growth(slopes, window.lo)
+        return np.clip(growth, 0.0, LARGEST * size[1:] / size[:-1])
