@@ -123,7 +123,7 @@ def draw(rows: list[Row], steps: int = 100) -> None:
     panels = [panel for panel in panels if panel[1] in ("ddim", "ddpm", "flow_euler") and panel[0] != "mixture-256"]
     if not panels:
         return
-    figure, axes = plt.subplots(2, len(panels), figsize=(2.6 * len(panels), 5.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(2, len(panels), figsize=(max(7.5, 2.6 * len(panels)), 5.6), sharey=True, squeeze=False)
     for column, (model, sampler) in enumerate(panels):
         for solver, label in LABELS.items():
             own = [r for r in chosen if (r["model"], r["sampler"], r["solver"]) == (model, sampler, solver)]
@@ -142,7 +142,7 @@ def draw(rows: list[Row], steps: int = 100) -> None:
     axes[0][0].set_ylabel("relative error", fontsize=8)
     axes[1][0].set_ylabel("relative error", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=7)
     figure.suptitle(f"Error to the sequential sample, N = {steps}, full width, medians", fontsize=10)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(DOCS / "rounds.png", dpi=130)

@@ -24,7 +24,8 @@ def main() -> None:
     """Print and write the table."""
     torch.set_num_threads(1)
     cases = [
-        (name, steps, px.Picard(window=width), count)
+        (name, steps, solver(window=width), count)
+        for solver in (px.Picard, px.Anderson, px.Secant)
         for name in ("ddim", "ddpm", "dpmpp_2m")
         for steps, width, count in ((100, 16, 1), (100, 16, 16), (1000, 16, 1), (100, 8, 1))
     ]
