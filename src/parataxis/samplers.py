@@ -147,7 +147,7 @@ def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
 
 
 def _data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:
-    """Return p, q of xhat = p x + q f (methods: section 1)."""
+    """Return p, q of xhat = p x + q f."""
     size = np.sqrt(alpha**2 + sigma**2)
     if kind == "eps":
         if (alpha == 0).any():

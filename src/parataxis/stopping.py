@@ -53,7 +53,7 @@ class error_below:
 
 @dataclass(frozen=True)
 class preview_settled:
-    """Stop when two previews in a row differ from the one before by at least ``psnr`` decibels (methods: ParaTAA).
+    """Stop when two previews in a row differ from the one before by at least ``psnr`` dB (early stopping of ParaTAA).
 
     PSNR = 10 log10(peak^2 / mean squared difference). Early previews can stand still before the sample has formed, so
     a difference counts only when the estimate itself changed less than in the round before.

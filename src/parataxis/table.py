@@ -145,7 +145,7 @@ class LocalForm:
     def moment_slopes(self, variance: float) -> Array:
         """Return the (N,) output slopes of a network for Gaussian data of this variance v.
 
-        The data prediction then has slope alpha v / (alpha^2 v + sigma^2) in x (methods: moment matching). Where
+        The data prediction then has slope alpha v / (alpha^2 v + sigma^2) in x. Where
         alpha and sigma are unknown the growth is taken as 1.
         """
         if self.alpha is None or self.sigma is None or self.scale is None or self.data_output is None:
