@@ -84,7 +84,7 @@ def test_the_same_inputs_give_the_same_bits(solver, name):
 def test_window_one_is_the_sequential_loop_to_the_bit(solver, name):
     result = problems.solve("power law", name, 25, solver, dtype=torch.float32)
     assert torch.equal(result.x, problems.reference("power law", name, 25, dtype=torch.float32))
-    assert all(one.history == other.history for one, other in zip(result, result, strict=True))
+    assert all(round_.width == 1 for one in result for round_ in one.history)
     assert result.rounds == result[0].steps
 
 

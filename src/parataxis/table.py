@@ -377,7 +377,7 @@ class Table:
         columns = torch.from_numpy(numbers[..., None]).to(rows.device, rows.dtype).unbind(1)
         spread = torch.from_numpy(carry).to(rows.device, rows.dtype)
         if self.noise is not None:
-            step = gather(self.noise.view(batch_rows(self.noise), -1), drawn)
+            step = gather(self.noise.flatten(0, 1).flatten(1), drawn)
         outputs = gather(rows, output)
         for lag in range(lags + 1):
             entering, by = outputs[:, lags - lag : lags - lag + count], columns[2 + lag]
@@ -434,11 +434,6 @@ class Table:
         squares[:0] = [square(change, scratch=change)]
         norms = torch.stack(squares, -1).cpu().numpy()
         return [own[: len(plan.response.into)] for own, plan in zip(norms, plans, strict=True)]
-
-
-def batch_rows(noise: Tensor) -> int:
-    """Return B N of noise (B, N, *shape)."""
-    return noise.shape[0] * noise.shape[1]
 
 
 def square(rows: Tensor, *, scratch: Tensor | None = None) -> Tensor:
