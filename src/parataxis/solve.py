@@ -14,7 +14,7 @@ request                meaning                                                  
 :class:`Inner`         inner products of rows, or of differences of rows           (R, k, k) float64
 :class:`Distance`      mean absolute difference of rows                             (R,) float64
 :class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
-:class:`Response`      what trajectory follows from these outputs and slopes?      (R, 1..2) squared norms
+:class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
 :class:`Settle`        these states are final                                      None
 =====================  ==========================================================  =======================
 
@@ -591,7 +591,7 @@ _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]
 def _kind(request: Any) -> tuple[Any, ...]:
     """Return what requests must have in common to be answered at once."""
     if isinstance(request, Response):
-        return (Response, request.measure, request.residuals)
+        return (Response, request.measure)
     if isinstance(request, Inner):
         return (Inner, len(request.rows), request.less is None)
     if isinstance(request, Combine):

@@ -22,7 +22,6 @@ Coefficients are float64 on the CPU; states and outputs keep their own dtype and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,9 +53,8 @@ class Response(NamedTuple):
         into: Slots that take the states first, first + 1, ..
         history: (L - 1,) slots of the outputs to be used for the points before ``start``, in multistep tables.
         finals: (R,) slots that take f_q + d_q (new_q - u_q), or none.
-        measure: Whether to answer with the squared norms of new - old, (len(into), 1); ``first`` is then start + 1, and
-            ``into`` reaches to the last of ``states``.
-        residuals: Whether ``measure`` also answers with the squared norms of the residuals r, (len(into), 2).
+        measure: Whether to answer with the squared norms of new - old and of the residuals r, (len(into), 2); ``first``
+            is then start + 1, and ``into`` reaches to the last of ``states``.
         order: Terms kept of (I - K)^{-1} = I + K + K^2 + ..; None keeps all, 1 is the sequential step of each state.
         origin: Slot of the state of point ``start`` in the trajectory asked for; default: as it was evaluated.
     """
@@ -70,7 +68,6 @@ class Response(NamedTuple):
     history: Slots
     finals: Slots | None = None
     measure: bool = True
-    residuals: bool = False
     order: int | None = None
     origin: int | None = None
 
@@ -154,6 +151,16 @@ class LocalForm:
         alpha, sigma, scale = self.alpha[:-1], self.sigma[:-1], self.scale[:-1]
         target = alpha * variance / (alpha**2 * variance + sigma**2) / scale
         return (target - self.data_input) / self.data_output
+
+    def held_slopes(self) -> Array:
+        """Return the (N,) slopes with which later points hold the output of a point.
+
+        0 holds the output itself, which changes least along deterministic samplers; where steps add noise, -p/q holds
+        the data prediction p u + q f.
+        """
+        if not self.noise.any() or self.data_input is None or self.data_output is None:
+            return np.zeros(self.steps)
+        return -self.data_input / self.data_output
 
     def gain(self, slopes: Array) -> Array:
         """Return the (N,) effect on the sample of a change of each point's output, later outputs moving with d."""
@@ -347,10 +354,10 @@ class Table:
         local, lags = self.local, self.local.lags
         spans = [plan.response.first + len(plan.response.into) - 1 - plan.response.start for plan in plans]
         count, wanted = max(spans), max(len(plan.response.into) for plan in plans)
-        batch = len(plans)
+        batch, measure = len(plans), plans[0].response.measure
 
         # Shorter plans are padded with rows that enter nothing.
-        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count, 1, count))
+        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count + measure, 1, count))
         output = np.zeros((batch, lags + count), np.int64)
         decay, slope = np.zeros((batch, count)), np.zeros((batch, count))
         weight = np.zeros((batch, lags + 1, count))
@@ -358,8 +365,8 @@ class Table:
         for b, (sample, offset, ask) in enumerate(plans):
             span, size = spans[b], len(ask.into)
             points = slice(ask.start, ask.start + span)
+            anchor[b] = offset + ask.states[np.minimum(np.arange(count + measure), len(ask.states) - 1)]
             nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
-            anchor[b] = offset + ask.states[nearest]
             origin[b] = anchor[b, 0] if ask.origin is None else offset + ask.origin
             output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
             drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
@@ -388,38 +395,28 @@ class Table:
         final = outputs[:, lags:] if any(plan.response.finals is not None for plan in plans) else None
         del outputs, entering
         states = gather(rows, anchor)
-        step.addcmul_(states, columns[0])
+        step.addcmul_(states[:, :count], columns[0])
         # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
         if any(plan.response.origin is not None for plan in plans):
             states[:, :1].neg_().add_(gather(rows, origin))
         else:
             states[:, :1].zero_()
-        torch.sub(step[:, : count - 1], states[:, 1:], out=states[:, 1:])
+        torch.sub(step[:, : states.shape[1] - 1], states[:, 1:], out=states[:, 1:])
         if wanted < count:
             chosen = [b * count + spans[b] - len(plan.response.into) for b, plan in enumerate(plans)]
             index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
             step = gather(step.view(batch * count, -1), index)
-        ask = plans[0].response
-        behind = np.zeros((batch, wanted), np.int64)
-        squares = []
-        if ask.measure:
-            for b, plan in enumerate(plans):
-                behind[b, : len(plan.response.into)] = plan.offset + plan.response.states[1:]
-        if ask.residuals:
-            squares.append(square((rest := gather(rows, behind).sub_(step)), scratch=rest))
-            del rest
-        step.baddbmm_(spread, states)
+        gram = torch.bmm(states, states.mT) if measure else None
+        step.baddbmm_(spread, states[:, :count])
         del states
 
         flat = step.view(batch * wanted, -1)
         into = np.full((batch, wanted), len(rows) - 1)
         for b, plan in enumerate(plans):
             into[b, : len(plan.response.into)] = plan.offset + plan.response.into
-        if ask.measure:
-            change = gather(rows, behind).sub_(step)  # before the result may take the place of what it replaces
         rows.index_copy_(0, torch.from_numpy(into.reshape(-1)).to(rows.device), flat)
         if final is not None and count > 1:
-            moved = step[:, : count - 1] - gather(rows, anchor[:, 1:])
+            moved = step[:, : count - 1] - gather(rows, anchor[:, 1:count])
             final[:, 1:].addcmul_(moved, columns[1][:, 1:])
             del moved
         if final is not None:
@@ -429,23 +426,11 @@ class Table:
             final = gather(final.reshape(batch * count, -1), source)
             rows.index_copy_(0, torch.from_numpy(target).to(rows.device), final)
             del final
-        if not ask.measure:
+        if gram is None:
             return [None] * batch
-        squares[:0] = [square(change, scratch=change)]
-        norms = torch.stack(squares, -1).cpu().numpy()
-        return [own[: len(plan.response.into)] for own, plan in zip(norms, plans, strict=True)]
-
-
-def square(rows: Tensor, *, scratch: Tensor | None = None) -> Tensor:
-    """Return the squared norm of every row, (.., dim) to (..), in float64 (float32 on MPS, which has none).
-
-    Squares are summed in blocks in their own dtype, pairwise, and the blocks in float64: exact enough without a
-    copy of the rows in float64. ``scratch`` may take the squares; it may be ``rows``.
-    """
-    exact = torch.float32 if rows.device.type == "mps" else torch.float64
-    squares = torch.mul(rows, rows, out=scratch)
-    dim = squares.shape[-1]
-    block = math.gcd(dim, 1024)
-    if block >= 16:
-        squares = squares.view(*squares.shape[:-1], dim // block, block).sum(-1)
-    return squares.sum(-1, dtype=exact)
+        # The change of a state is its residual and what is carried on of the others: all norms are in one Gram matrix.
+        residuals = gram.cpu().numpy().astype(np.float64)
+        change = np.pad(carry, ((0, 0), (0, 0), (0, 1))) + np.eye(count, count + 1, 1)
+        squares = ((change @ residuals) * change).sum(2), np.diagonal(residuals, axis1=1, axis2=2)[:, 1:]
+        norms = np.maximum(np.stack(squares, -1), 0)
+        return [own[:span] for own, span in zip(norms, spans, strict=True)]

@@ -111,9 +111,8 @@ class Anderson:
             hi = window.hi
             spans = [(lo, hi), *spans][:history]
             yield from window.measure_variance()
-            norms = yield from window.respond(slopes[lo:hi], order=self.order, residuals=floor is not None)
-            growth = local.growth(local.moment_slopes(window.variance))
-            errors = window.errors(norms, growth[lo:hi])
+            norms = yield from window.respond(slopes[lo:hi], order=self.order)
+            errors = window.errors(norms, local.moment_slopes(window.variance)[lo:hi])
             if floor is None:
                 count = window.accept(errors)
             else:
@@ -123,7 +122,7 @@ class Anderson:
                 yield from self._accelerate(window, spans, count)
             window.turn()
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(np.zeros(1) if self.entry == "roll" else None)
+            yield from window.enter(roll=self.entry == "roll")
         return window.sample()
 
     def _accelerate(self, window: Window, spans: list[tuple[int, int]], count: int) -> Asking:

@@ -59,9 +59,7 @@ class Picard:
         """Solve one trajectory."""
         local = problem.local
         window = Window(problem, self.window)
-        growth = local.size[1:] / local.size[:-1]
-        slopes = local.slopes(growth)
-        held = _held_slopes(local)
+        slopes = local.slopes(local.size[1:] / local.size[:-1])
         variance = noise_variance(local) if self.rule == "paradigms" else None
         yield from window.open()
         while not window.done:
@@ -71,13 +69,13 @@ class Picard:
             yield from window.measure_variance()
             norms = yield from window.respond(slopes[lo:hi])
             window.turn()
-            errors = window.errors(norms, growth[lo:hi])
+            errors = window.errors(norms, slopes[lo:hi])
             if variance is None:
                 count = window.accept(errors)
             else:
                 count = self._published(norms[:, 0], variance[lo + 1 : hi + 1] * problem.dim)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(held[hi - 1 : hi] if self.entry == "roll" else None)
+            yield from window.enter(roll=self.entry == "roll")
         return window.sample()
 
     def _published(self, changes: Array, scale: Array) -> int:
@@ -85,13 +83,6 @@ class Picard:
         passed = changes <= self.threshold**2 * scale
         run = len(passed) if passed.all() else int(np.argmin(passed))
         return min(run + 1, len(passed))
-
-
-def _held_slopes(local: LocalForm) -> Array:
-    """Return the (N,) slopes with which a point's output is held by later ones: 0, or -p/q to hold p u + q f."""
-    if not local.noise.any() or local.data_input is None or local.data_output is None:
-        return np.zeros(local.steps)
-    return -local.data_input / local.data_output
 
 
 def noise_variance(local: LocalForm) -> Array:

@@ -59,14 +59,13 @@ class Secant:
             hi = window.hi
             yield from window.measure_variance()
             slopes[lo:hi] = yield from self._measure(window, slopes[lo:hi], seen)
-            growth = self._bounded(window, slopes[lo:hi])
-            slopes[lo:hi] = local.slopes(growth, lo)
+            slopes[lo:hi] = local.slopes(self._bounded(window, slopes[lo:hi]), lo)
             norms = yield from window.respond(slopes[lo:hi])
             window.turn()
-            errors = window.errors(norms, growth)
+            errors = window.errors(norms, slopes[lo:hi])
             count = window.accept(errors)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(slopes[hi - 1 : hi])
+            yield from window.enter()
             seen = hi
         return window.sample()
 

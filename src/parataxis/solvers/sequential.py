@@ -30,5 +30,5 @@ class Sequential:
             yield from window.respond(np.zeros(1))
             window.turn()
             yield from window.settle(1, 0.0)
-            yield from window.enter(None)
+            yield from window.enter(roll=False)
         return window.sample()

@@ -20,6 +20,13 @@ __all__ = ["Window", "check_window"]
 
 Array = NDArray[np.float64]
 
+# Of the error estimate, from trained networks and exact mixtures: errors are larger than their estimate by average
+# slopes, because they lie along directions that grow more.
+SAFETY = 8.0  # in the misfit of a slope
+DIRECTIONS = 4.0  # in the growth behind the window
+SMALLEST = 0.1  # part of a move that may remain, at least
+UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
+
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
@@ -44,6 +51,7 @@ class Window:
         self.spent = 0.0
         self.finite = np.ones(0, bool)
         self.variance = 1.0
+        self._held = self.local.held_slopes()
         ring, lags = self.width + 1, self.local.lags
         rings = max(2, history) + (history if history > 1 else 0)
         self._inputs = [ring * i for i in range(max(2, history))]
@@ -52,7 +60,10 @@ class Window:
         self._finals = self._outputs[1] + self.width
         self._rows = self._finals + (self.width + lags if lags else 0)
         self._turn = 0
-        self._moved = 0
+        self._advance = 0
+        self._seen = self.lo  # points before it have been evaluated
+        self._moved = np.full(self.steps + 1, np.nan)  # |new - old| of every state, as last corrected
+        self._misfit = np.full(self.steps, np.nan)  # per unit of input, as last measured
 
     @property
     def done(self) -> bool:
@@ -113,14 +124,12 @@ class Window:
         self.finite = yield Query(point, states, self.outputs(self.lo, self.hi), settled=1)
         return 0
 
-    def respond(
-        self, slopes: Array, *, order: int | None = None, residuals: bool = False
-    ) -> Generator[Request, Any, Array]:
+    def respond(self, slopes: Array, *, order: int | None = None) -> Generator[Request, Any, Array]:
         """Correct the window into :meth:`news`.
 
         Returns:
-            (R, 1 or 2): squared norms of the change and, with ``residuals``, of the residual of the states
-            lo + 1 .. hi; infinite where the network's output was not finite or the correction overflowed.
+            (R, 2): squared norms of the change and of the residual of the states lo + 1 .. hi; infinite where the
+            network's output was not finite or the correction overflowed.
         """
         lo, hi, lags = self.lo, self.hi, self.local.lags
         norms: Array = yield Response(
@@ -132,7 +141,6 @@ class Window:
             into=self.news(lo + 1, hi),
             history=self._final(lo - lags, lo),
             finals=self._final(lo, hi) if lags else None,
-            residuals=residuals,
             order=order,
         )
         norms = norms.copy()
@@ -163,27 +171,59 @@ class Window:
             self.variance = min(variance, 1.0) if local.alpha[point] < 0.05 else variance
         return 0
 
-    def errors(self, norms: Array, growth: Array) -> Array:
-        """Return the estimated relative error of the sample if states lo + 1 .. hi were accepted as they are, (R,).
+    def errors(self, norms: Array, slopes: Array) -> Array:
+        """Return the estimated relative error of the sample if states lo + 1 .. hi were accepted as corrected, (R,).
 
-        e_j = g_j rms(new_j - old_j) / sqrt(v), where g_j carries an error of state j to the sample: the product of the
-        growth of the steps in the window and of the moment-matched growth behind it, at least the ratio of expected
-        sizes; v is the mean square of the data prediction. The first state comes from a settled input: no error.
+        The first state comes from a settled input: no error. For the others the response assumed slopes, and what
+        it missed is known of every point that is evaluated again: the residual that it leaves, per unit that its
+        input was moved, is the misfit m_i of the slope. A move c_i of this round then leaves about m_i c_i, carried
+        on by the response, with the steps' growth J = A + B d:
+
+            eps_{j+1} = J_j eps_j + m_j c_j,     e_j = gain_j SAFETY eps_j / sqrt(v)
+
+        Points that are new in the window take the largest misfit of those before them; until there is one, eps_j is
+        the whole move, and it is never less than a tenth of it. gain_j carries an error of state j to the sample: the
+        growth of the steps in the window, then the moment-matched one, at least the ratio of expected sizes (or
+        DIRECTIONS times that growth, where this is less); v is the mean square of the data prediction.
         """
         local, lo, hi = self.local, self.lo, self.hi
+        growth = local.growth(slopes, lo)
         behind = local.growth(local.moment_slopes(self.variance))[hi:]
-        inside = np.append(np.cumprod(np.abs(growth[: hi - lo][:0:-1]))[::-1], 1.0)
-        size = local.size
-        gain = np.maximum(size[-1] / size[lo + 1 : hi + 1], inside * np.prod(np.abs(behind)))
-        errors = gain * np.sqrt(norms[:, 0] / self.problem.dim / self.variance)
+        gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
+        least = local.size[-1] / local.size[lo + 1 : hi + 1]
+        gain = np.maximum(gain, least if hi == self.steps else np.minimum(least, DIRECTIONS * gain))
+        moves = np.sqrt(norms[:, 0])
+        left = np.clip(SAFETY * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
+        errors = gain * left / np.sqrt(self.problem.dim * self.variance)
         errors[0] = 0.0
         return np.asarray(np.where(np.isnan(errors), np.inf, errors))
 
+    def _left(self, moves: Array, residuals: Array, slopes: Array) -> Array:
+        """Return eps of the states lo + 1 .. hi, (R,): what the response is expected to have missed."""
+        lo, hi, old = self.lo, self.hi, self._seen
+        before = self._moved[lo:old]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = residuals[: old - lo] / before
+        trusted = before > 10 * self.problem.rounding * self.local.size[lo:old] * np.sqrt(self.problem.dim)
+        self._misfit[lo:old] = np.where(trusted & np.isfinite(found), found, self._misfit[lo:old])
+        self._moved[lo + 1 : hi + 1] = moves
+        self._seen = hi
+        known = self._misfit[max(old - self.width, 0) : old]
+        known = known[np.isfinite(known)]
+        misfit = np.where(np.isfinite(self._misfit[lo:hi]), self._misfit[lo:hi], known.max(initial=0.0) or UNKNOWN)
+        missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
+        return missed + np.abs(self.local.propagation(lo, hi - lo, slopes))[:, 1:] @ missed[:-1]
+
     def accept(self, errors: Array) -> int:
-        """Return how many states to settle: those whose errors fit in the tolerance's share up to their level."""
+        """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
+
+        The last point stays for another evaluation, which measures the misfit of its slope, unless it ends the loop.
+        """
         share = self.problem.tolerance * np.arange(self.lo + 1, self.hi + 1) / self.steps
         allowed = (errors == 0) | (self.spent + errors <= share)
-        return len(allowed) if allowed.all() else max(int(np.argmin(allowed)), 1)
+        count = len(allowed) if allowed.all() else max(int(np.argmin(allowed)), 1)
+        ahead = self.lo + count == self.hi < self.steps and self.width > 2
+        return max(count - 1, 1) if ahead else count
 
     def settle(self, count: int, error: float) -> Asking:
         """Settle the first ``count`` states, after :meth:`turn`; ``error`` is what that adds to the sample's error."""
@@ -192,40 +232,58 @@ class Window:
         place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
         sample = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else None
         states = self.states(self.lo + 1, self.lo + count)
-        self._moved = count
+        self._advance = count
         yield Settle(self.lo + count, states, self.spent, (last, *place), sample)
         return 0
 
-    def enter(self, slopes: Array | None) -> Asking:
-        """Move the window and fill its new rows.
+    def enter(self, *, roll: bool = True) -> Asking:
+        """Move the window and fill its new rows: from the given guess; else by rolling on, or by copies.
 
-        From the given guess; else by rolling on with the affine model of the last point evaluated, with these
-        ``slopes`` (of that point, then of the new ones; the last is repeated); with None by copies.
+        Where steps add noise, the last data prediction is held while rolling on; else outputs follow their line
+        through the window.
         """
-        lo = self.lo + self._moved
-        last = min(lo + self.width, self.steps)
-        first = self.hi + 1
+        lo = self.lo + self._advance
+        first, last = self.hi + 1, min(lo + self.width, self.steps)
         if first <= last:
-            into = self.states(first, last)
+            into, point = self.states(first, last), self.hi - 1
             if self.problem.guessed:
                 yield Load(np.arange(first, last + 1), into)
-            elif slopes is None:
+            elif not roll:
                 yield self._copies(self.states(self.hi, self.hi), self.hi, into, first)
-            else:
-                point, lags = self.hi - 1, self.local.lags
+            elif self.local.noise.any():
                 yield Response(
                     start=point,
                     states=self.states(point, point, 1),
                     outputs=self.outputs(point, point + 1, 1),
-                    slopes=slopes,
+                    slopes=self._held[point : point + 1],
                     first=first,
                     into=into,
-                    history=self._final(point - lags, point),
+                    history=self._final(point - self.local.lags, point),
                     measure=False,
                     origin=int(self.states(point, point)[0]) if point > self.lo else None,
                 )
+            else:
+                yield self._line(max(self.lo, point - self.width // 2), point, last)
         self.lo = lo
         return 0
+
+    def _line(self, early: int, late: int, last: int) -> Combine:
+        """Ask for the states hi + 1 .. last, with outputs on the line through those of two points."""
+        local, first = self.local, self.hi
+        place = (np.arange(first - local.lags, last) - late) / max(late - early, 1)
+        outputs = np.stack([np.zeros(len(place)), 1 + place, -place], 1)
+        state, factors = np.array([1.0, 0.0, 0.0]), []
+        for k in range(last - first):
+            weight = local.weight[first + k, ::-1]
+            state = local.decay[first + k] * state + weight @ outputs[k : k + len(weight)]
+            factors.append(state)
+        count = len(factors)
+        rows = (
+            self.states(first, first),
+            self.outputs(late, late + 1, 1),
+            self.outputs(early, early + 1, 1),
+        )
+        return Combine(tuple(np.repeat(row, count) for row in rows), np.array(factors), self.states(first + 1, last))
 
     def sample(self) -> int:
         """Return the slot of the sample."""
