@@ -167,6 +167,7 @@ class Problem:
         guessed: Whether :class:`Load` has a trajectory to offer.
         rounding: Unit roundoff of the network's dtype.
         frozen: Level that the guess is settled up to.
+        strides: How many points apart the first rounds evaluate; see :class:`parataxis.Nested`.
     """
 
     local: LocalForm
@@ -175,6 +176,7 @@ class Problem:
     guessed: bool
     rounding: float
     frozen: int = 0
+    strides: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:

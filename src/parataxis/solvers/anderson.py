@@ -109,15 +109,11 @@ class Anderson:
             lo = window.lo
             yield from window.query()
             hi = window.hi
-            spans = [(lo, hi), *spans][:history]
+            spans = [(lo, hi)] if window.coarse else [(lo, hi), *spans][:history]
             yield from window.measure_variance()
             norms = yield from window.respond(slopes[lo:hi], order=self.order)
             errors = window.errors(norms, local.moment_slopes(window.variance)[lo:hi])
-            if floor is None:
-                count = window.accept(errors)
-            else:
-                passed = norms[:, 1] <= floor[lo + 1 : hi + 1]
-                count = len(passed) if passed.all() else int(np.argmin(passed)) + 1
+            count = window.accept(errors, None if floor is None else norms[:, 1] <= floor[lo + 1 : hi + 1])
             if history > 1:
                 yield from self._accelerate(window, spans, count)
             window.turn()

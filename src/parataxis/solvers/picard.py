@@ -70,19 +70,13 @@ class Picard:
             norms = yield from window.respond(slopes[lo:hi])
             window.turn()
             errors = window.errors(norms, slopes[lo:hi])
-            if variance is None:
-                count = window.accept(errors)
-            else:
-                count = self._published(norms[:, 0], variance[lo + 1 : hi + 1] * problem.dim)
+            passed = None
+            if variance is not None:  # NaN never passes
+                passed = norms[:, 0] <= self.threshold**2 * problem.dim * variance[lo + 1 : hi + 1]
+            count = window.accept(errors, passed)
             yield from window.settle(count, float(errors[count - 1]))
             yield from window.enter(roll=self.entry == "roll")
         return window.sample()
-
-    def _published(self, changes: Array, scale: Array) -> int:
-        """Return how many states to settle: the leading run that passes, and one more; NaN never passes."""
-        passed = changes <= self.threshold**2 * scale
-        run = len(passed) if passed.all() else int(np.argmin(passed))
-        return min(run + 1, len(passed))
 
 
 def noise_variance(local: LocalForm) -> Array:

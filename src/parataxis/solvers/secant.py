@@ -66,7 +66,7 @@ class Secant:
             count = window.accept(errors)
             yield from window.settle(count, float(errors[count - 1]))
             yield from window.enter()
-            seen = hi
+            seen = lo if window.coarse else hi
         return window.sample()
 
     def _measure(self, window: Window, known: Array, seen: int) -> Generator[Request, Any, Array]:
@@ -85,7 +85,8 @@ class Secant:
             found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
             found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
         matched = window.local.moment_slopes(window.variance)[lo:hi]
-        return np.where(np.isfinite(found) & window.finite, found, matched)
+        measured = np.isfinite(found) & window.finite & (not window.coarse)
+        return np.where(measured, found, matched)
 
     def _bounded(self, window: Window, slopes: Array) -> Array:
         size = window.local.size[window.lo : window.hi + 1]

@@ -51,6 +51,8 @@ class Window:
         self.spent = 0.0
         self.finite = np.ones(0, bool)
         self.variance = 1.0
+        self.coarse = False
+        self._strides = list(problem.strides)
         self._held = self.local.held_slopes()
         ring, lags = self.width + 1, self.local.lags
         rings = max(2, history) + (history if history > 1 else 0)
@@ -117,12 +119,41 @@ class Window:
         return Combine((np.repeat(source, len(into)),), factors, into)
 
     def query(self) -> Asking:
-        """Evaluate the whole window: one round."""
+        """Evaluate the window: one round; while strides are left, only every so many points of it."""
         self.hi = min(self.lo + self.width, self.steps)
-        point = np.arange(self.lo, self.hi)
-        states = self.states(self.lo, self.hi - 1)
-        self.finite = yield Query(point, states, self.outputs(self.lo, self.hi), settled=1)
+        stride = self._strides.pop(0) if self._strides else 1
+        self.coarse = stride > 1
+        points = np.arange(self.lo, self.hi)
+        nodes = points if stride == 1 else np.unique(np.append(points[::stride], points[-1]))
+        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
+        place = nodes - self.lo
+        finite = yield Query(nodes, states[place], outputs[place], settled=1)
+        self.finite = np.interp(points, nodes, finite) == 1
+        if self.coarse:
+            yield self._interpolated(nodes, np.setdiff1d(points, nodes))
         return 0
+
+    def _interpolated(self, nodes: Slots, points: Slots) -> Combine:
+        """Ask for outputs between the nodes: the data prediction (else the output) on straight lines.
+
+        Lines are straight in log(alpha/sigma), or in the number of the step where that is unknown.
+        """
+        local = self.local
+        after = np.searchsorted(nodes, points)
+        left, right = nodes[after - 1], nodes[np.minimum(after, len(nodes) - 1)]
+        place, inputs, data = np.arange(self.steps, dtype=np.float64), np.zeros(self.steps), np.ones(self.steps)
+        if local.data_input is not None and local.data_output is not None:
+            inputs, data = local.data_input, local.data_output
+        if local.alpha is not None and local.sigma is not None and (local.alpha[:-1] > 0).all():
+            place = np.log(local.alpha[:-1] / local.sigma[:-1])
+        span = place[right] - place[left]
+        share = np.divide(place[points] - place[left], span, out=np.zeros(len(points)), where=span != 0)
+        factors = [(1 - share) * data[left], (1 - share) * inputs[left]]
+        factors += [share * data[right], share * inputs[right], -inputs[points]]
+        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
+        lo = self.lo
+        rows = (outputs[left - lo], states[left - lo], outputs[right - lo], states[right - lo], states[points - lo])
+        return Combine(rows, np.stack(factors, 1) / data[points, None], outputs[points - lo])
 
     def respond(self, slopes: Array, *, order: int | None = None) -> Generator[Request, Any, Array]:
         """Correct the window into :meth:`news`.
@@ -187,6 +218,8 @@ class Window:
         DIRECTIONS times that growth, where this is less); v is the mean square of the data prediction.
         """
         local, lo, hi = self.local, self.lo, self.hi
+        if self.coarse:
+            return np.append(0.0, np.full(hi - lo - 1, np.inf))
         growth = local.growth(slopes, lo)
         behind = local.growth(local.moment_slopes(self.variance))[hi:]
         gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
@@ -200,7 +233,7 @@ class Window:
 
     def _left(self, moves: Array, residuals: Array, slopes: Array) -> Array:
         """Return eps of the states lo + 1 .. hi, (R,): what the response is expected to have missed."""
-        lo, hi, old = self.lo, self.hi, self._seen
+        lo, hi, old = self.lo, self.hi, max(self._seen, self.lo)
         before = self._moved[lo:old]
         with np.errstate(divide="ignore", invalid="ignore"):
             found = residuals[: old - lo] / before
@@ -214,11 +247,17 @@ class Window:
         missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
         return missed + np.abs(self.local.propagation(lo, hi - lo, slopes))[:, 1:] @ missed[:-1]
 
-    def accept(self, errors: Array) -> int:
+    def accept(self, errors: Array, passed: NDArray[np.bool_] | None = None) -> int:
         """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
 
         The last point stays for another evaluation, which measures the misfit of its slope, unless it ends the loop.
+        A published test tells instead which states ``passed``; then the first that did not is taken too. Of outputs
+        that were interpolated only the first state is.
         """
+        if self.coarse:
+            return 1
+        if passed is not None:
+            return len(passed) if passed.all() else int(np.argmin(passed)) + 1
         share = self.problem.tolerance * np.arange(self.lo + 1, self.hi + 1) / self.steps
         allowed = (errors == 0) | (self.spent + errors <= share)
         count = len(allowed) if allowed.all() else max(int(np.argmin(allowed)), 1)

@@ -1,0 +1,52 @@
+r"""Nested nodes: coarse to fine in time.
+
+While the trajectory is far from the solution, its outputs need not be known everywhere. A round of stride s evaluates
+every s-th point of the window (the first and the last among them); between them the data prediction is interpolated
+linearly in log(alpha/sigma), and every step is taken with its own coefficients and its own noise. The following
+rounds shrink s. Only rounds of stride 1 settle states (but for the first of the window, which is exact whatever the
+rest), so the sample is the same and only the work is less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ..solve import Asking, Problem, Solver
+from ..table import LocalForm
+from .secant import Secant
+
+__all__ = ["Nested"]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Another windowed solver whose first rounds evaluate fewer points: a full window for less work.
+
+    Attributes:
+        solver: A solver with a window.
+        strides: How many points apart the evaluations of the first rounds are, each at least 1.
+    """
+
+    solver: Solver = field(default_factory=Secant)
+    strides: tuple[int, ...] = (4, 4, 2)
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.solver, "window"):
+            raise ValueError(f"solver must be one with a window (picard, anderson, secant), got {self.solver!r}.")
+        if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in self.strides):
+            raise ValueError(f"strides must be whole numbers of at least 1, got {self.strides!r}.")
+
+    @property
+    def window(self) -> int | None:
+        """Levels that a round reaches over."""
+        window: int | None = getattr(self.solver, "window", None)
+        return window
+
+    def refuses(self, local: LocalForm) -> str | None:
+        """Refuse what the solver refuses."""
+        return self.solver.refuses(local)
+
+    def __call__(self, problem: Problem) -> Asking:
+        """Solve one trajectory."""
+        return self.solver(dataclasses.replace(problem, strides=self.strides))
