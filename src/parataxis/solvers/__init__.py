@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ..solve import Solver
 from .anderson import Anderson
+from .nested import Nested
 from .parareal import Parareal
 from .picard import Picard
 from .secant import Secant
 from .sequential import Sequential
 
-__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Parareal", "Picard", "Secant", "Sequential"]
+__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Nested", "Parareal", "Picard", "Secant", "Sequential"]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
@@ -17,6 +18,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "anderson": Anderson,
     "parareal": Parareal,
     "secant": Secant,
+    "nested": Nested,
 }
 
 # Right in distribution, not the seed's sequential sample.

@@ -29,7 +29,7 @@ class Nested:
     """
 
     solver: Solver = field(default_factory=Secant)
-    strides: tuple[int, ...] = (4, 4, 2)
+    strides: tuple[int, ...] = (8, 8, 4, 4, 2, 2)
 
     def __post_init__(self) -> None:
         if not hasattr(self.solver, "window"):
