@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -80,6 +80,10 @@ class OutputTransform:
         else:
             return data
         return data + gain * (clipped - data)
+
+    def told(self, local: LocalForm) -> LocalForm:
+        """Return the local form without a data prediction if these outputs do not tell it, which takes a gain of 1."""
+        return local if (self.gain == 1).all() else replace(local, data_input=None, data_output=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,8 +302,9 @@ def _sampled(
     data_weight = after - direction * alpha / sigma
     # The clipped prediction enters with alpha', the unclipped one through eps: one output carries both.
     gain = np.ones(len(alpha)) if clipped_eps else after / data_weight
-    local = levels.local(direction / sigma, data_weight, drawn, data=True)
-    return Sampler(name, levels.grid.times, local, transform=levels.to_data(clip, quantile, gain))
+    transform = levels.to_data(clip, quantile, gain)
+    local = transform.told(levels.local(direction / sigma, data_weight, drawn, data=True))
+    return Sampler(name, levels.grid.times, local, transform=transform)
 
 
 def ddim(

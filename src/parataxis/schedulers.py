@@ -326,6 +326,8 @@ def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
     local = LocalForm(form.decay, form.weight, np.linalg.norm(form.noise, axis=1))
     if data is not None and levels is not None:
         local = _with_levels(local, form, rows.scale, data, levels)
+    if transform is not None:
+        local = transform.told(local)
     return Sampler(
         loop.name,
         loop.times.double().numpy(),
@@ -456,7 +458,7 @@ def _clipped(loop: _Loop, rows: _Rows, form: _Form, transform: OutputTransform, 
         if form.weight[i, 0] == 0:
             raise loop.refusal(f"{clips[0]} acts in step {i} on a data prediction that does not enter it")
         gain[i] = used / form.weight[i, 0]
-    return dataclasses.replace(transform, gain=gain)
+    return dataclasses.replace(transform, gain=np.where(np.isclose(gain, 1.0, rtol=ZERO), 1.0, gain))
 
 
 def _beyond(transform: OutputTransform | None, i: int, u: Tensor, random: torch.Generator) -> Tensor:
