@@ -2,6 +2,7 @@
 
 from . import stopping
 from .samplers import SAMPLERS, Sampler
+from .schedulers import read
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
 from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Secant, Sequential
@@ -28,6 +29,7 @@ __all__ = [
     "flow",
     "karras",
     "load_trajectory",
+    "read",
     "sample",
     "save_trajectory",
     "start",

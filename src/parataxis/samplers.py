@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,7 @@ class OutputTransform:
         clip: c in clipping to [-c, c], or None.
         quantile: Dynamic thresholding instead (Imagen, 2205.11487): s = max(1, this quantile of |xhat|) of each sample,
             clip to [-s, s] and divide by s; or None.
+        largest: Upper bound of s.
     """
 
     data_input: Array
@@ -63,6 +64,7 @@ class OutputTransform:
     gain: Array
     clip: float | None = None
     quantile: float | None = None
+    largest: float = float("inf")
 
     def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
@@ -70,7 +72,7 @@ class OutputTransform:
         p, q, gain = torch.from_numpy(chosen).to(f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
         data = (q * f).addcmul_(p, u)
         if self.quantile is not None:
-            limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(min=1.0)
+            limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(1.0, self.largest)
             limit = limit.view(-1, *(1,) * (f.ndim - 1))
             clipped = torch.minimum(torch.maximum(data, -limit), limit) / limit
         elif self.clip is not None:
@@ -78,6 +80,10 @@ class OutputTransform:
         else:
             return data
         return data + gain * (clipped - data)
+
+    def told(self, local: LocalForm) -> LocalForm:
+        """Return the local form without a data prediction if these outputs do not tell it, which takes a gain of 1."""
+        return local if (self.gain == 1).all() else replace(local, data_input=None, data_output=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +96,9 @@ class Sampler:
         local: The coefficients.
         start_scale: First state over standard normal noise, in the coordinates of the network's input.
         transform: What becomes of an output before it enters the table, or None.
+        draws: The steps that each draw of noise enters and its factors there, in the loop's order; None for one draw
+            for each step that adds noise.
+        draw_dtype: What the loop draws noise in, or None for the dtype of its states.
     """
 
     name: str
@@ -97,6 +106,8 @@ class Sampler:
     local: LocalForm
     start_scale: float = 1.0
     transform: OutputTransform | None = None
+    draws: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    draw_dtype: torch.dtype | None = None
 
     @property
     def steps(self) -> int:
@@ -109,30 +120,42 @@ class Sampler:
         whole = bool((times == times.round()).all())
         return times.long() if whole else times.to(torch.promote_types(dtype, torch.float32))
 
-    def table(self, noise: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Table:
+    def table(
+        self,
+        noise: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Table:
         """Draw the noise that the steps add and return the table of a batch.
 
         Args:
             noise: (B, *shape) standard normal; its dtype is the states'.
             generator: One for the batch: each step draws (B, *shape) in the order of the loop, as diffusers does; or
                 one for each sample, which makes a sample independent of its batch.
+            dtype: Of the states of the loop whose draws are wanted; default that of ``noise``.
 
         Raises:
             ValueError: If there are not as many generators as samples.
         """
         drawn = None
         if self.local.noise.any():
-            scale = [float(c) for c in self.local.noise]
+            draws = self.draws
+            if draws is None:
+                draws = tuple(((int(i), float(self.local.noise[i])),) for i in np.flatnonzero(self.local.noise))
+            dtype = self.draw_dtype or dtype or noise.dtype
             drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
-            if isinstance(generator, torch.Generator) or generator is None:
-                for i in np.flatnonzero(self.local.noise):
-                    drawn[:, i] = scale[i] * _normal(noise.shape, noise, generator)
-            else:
+            sources: list[tuple[slice, torch.Generator | None]] = [(slice(None), None)]
+            if isinstance(generator, torch.Generator):
+                sources = [(slice(None), generator)]
+            elif generator is not None:
                 if len(generator) != len(noise):
                     raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
-                for b, own in enumerate(generator):
-                    for i in np.flatnonzero(self.local.noise):
-                        drawn[b, i] = scale[i] * _normal(noise.shape[1:], noise, own)
+                sources = [(slice(b, b + 1), own) for b, own in enumerate(generator)]
+            for rows, source in sources:
+                for steps in draws:
+                    normal = _normal(noise[rows].shape, noise, source, dtype)
+                    for i, factor in steps:
+                        drawn[rows, i] += factor * normal
         return Table(self.local, noise * self.start_scale, drawn)
 
     def output(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
@@ -140,14 +163,24 @@ class Sampler:
         return f if self.transform is None else self.transform(point, u, f)
 
 
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw where the generator lives, as diffusers does, and bring it to the states' device."""
+def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Draw where the generator lives, as diffusers does, and bring it to the states' device and dtype."""
     device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype).to(like)
 
 
-def _data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:
-    """Return p, q of xhat = p x + q f."""
+def data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:
+    """Return p and q of xhat = p x + q f at levels alpha and sigma, all (N,).
+
+    Args:
+        kind: A :data:`Prediction`.
+        alpha: Signal.
+        sigma: Noise.
+        sigma_data: Standard deviation of the data in EDM's preconditioning.
+
+    Raises:
+        ValueError: For an eps-prediction at alpha = 0, a flow with alpha + sigma != 1, or another kind.
+    """
     size = np.sqrt(alpha**2 + sigma**2)
     if kind == "eps":
         if (alpha == 0).any():
@@ -211,7 +244,7 @@ class _Levels:
 
 def _levels(grid: Grid, prediction: str, scale: Array | None = None) -> _Levels:
     scale = np.ones(len(grid.alpha)) if scale is None else scale
-    return _Levels(grid, scale, *_data_prediction(prediction, grid.alpha[:-1], grid.sigma[:-1]))
+    return _Levels(grid, scale, *data_prediction(prediction, grid.alpha[:-1], grid.sigma[:-1]))
 
 
 def _one_step(levels: _Levels, noise: Array, added: Array | None = None) -> tuple[Array, Array, Array]:
@@ -269,8 +302,9 @@ def _sampled(
     data_weight = after - direction * alpha / sigma
     # The clipped prediction enters with alpha', the unclipped one through eps: one output carries both.
     gain = np.ones(len(alpha)) if clipped_eps else after / data_weight
-    local = levels.local(direction / sigma, data_weight, drawn, data=True)
-    return Sampler(name, levels.grid.times, local, transform=levels.to_data(clip, quantile, gain))
+    transform = levels.to_data(clip, quantile, gain)
+    local = transform.told(levels.local(direction / sigma, data_weight, drawn, data=True))
+    return Sampler(name, levels.grid.times, local, transform=transform)
 
 
 def ddim(

@@ -826,7 +826,7 @@ def sample(
         raise ValueError(f"max_rows must be at least 1, got {max_rows!r}.")
     _check_condition(condition, len(noise))
     state = torch.promote_types(noise.dtype, torch.float32)
-    table = sampler.table(noise.to(state), generator)
+    table = sampler.table(noise.to(state), generator, noise.dtype)
     runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
     network = _Network(denoise, sampler.network_times(noise.dtype), condition, max_rows)
     total = sampler.steps * len(runs)

@@ -1,0 +1,282 @@
+r"""Sampler functions with the signature of k-diffusion, solved side by side.
+
+``sample(model, x, sigmas, extra_args, callback, disable, **options)``: x is the state at sigmas[0] in coordinates
+alpha = 1, and ``model(x, sigma, **extra_args)`` returns the denoised state D. With rho = sigma' / sigma the loops are
+
+    Euler           x' = rho x + (1 - rho) D,  sigma' replaced by sigma_down where noise is added
+    Heun            trial y = rho x + (1 - rho) D(x),  then  x' = y + (1 - rho) / (2 rho) (D(y) - D(x))
+    DPM-Solver++ 2M x' = rho x + (1 - rho) (D + (D - D_before) h / (2 h_before)),  h = log(sigma / sigma')
+
+The last two are first order into sigma' = 0, 2M also in its first step. Churn raises sigma to sigma (1 + gamma) by
+noise before a step, so that noise belongs to the step before it. All noise is drawn first, in the loop's order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .samplers import Sampler
+from .solve import Rows, Solver, start, together
+from .solvers import Secant
+from .table import LocalForm, Table
+
+__all__ = ["sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
+
+Array = NDArray[np.float64]
+Model = Callable[..., Tensor]
+Callback = Callable[[dict[str, Any]], object]
+SOLVER = Secant()
+
+
+def sample_euler(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    solver: Solver = SOLVER,
+    tolerance: float = 1e-2,
+) -> Tensor:
+    """Euler steps (EDM, 2206.00364, algorithm 2 without its correction).
+
+    Args:
+        model: ``model(x, sigma, **extra_args)``: x (R, *shape), sigma (R,), to the denoised x. Rows of a call belong to
+            different steps and samples.
+        x: (B, *shape) the state at ``sigmas[0]``; its dtype is what the model is given.
+        sigmas: (N + 1,) falling noise levels; the last may be 0.
+        extra_args: Handed to the model; tensors in it with B rows follow the samples, also inside dicts and sequences.
+        callback: Called once a step, in their order, when the step is settled for all samples, with a dict of ``x``
+            (B, *shape), ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` (B, *shape).
+        disable: Hide the progress bar; None hides it where there is no terminal.
+        s_churn: Noise added along the way, over all steps; 0 for none.
+        s_tmin: Smallest sigma with churn.
+        s_tmax: Largest sigma with churn.
+        s_noise: Factor of that noise.
+        solver: How the loop is solved.
+        tolerance: Relative error allowed in each sample, compared with the loop's own.
+
+    Returns:
+        (B, *shape) the state at the last sigma.
+
+    Raises:
+        ValueError: For sigmas that do not fall, or states and outputs that do not fit.
+    """
+    sigma = _falling(sigmas)
+    hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
+    rho, leading = sigma[1:] / hat, np.append(s_noise * added, 0.0)
+    # k-diffusion draws in every step, also where it adds none.
+    noise = {i: torch.randn_like(x) for i in range(len(hat))} if s_churn > 0 else {}
+    local = _local(rho, 1 - rho, np.append(hat, sigma[-1]), leading)
+    told = _Told(model, x, sigmas, hat, range(len(rho)), extra_args, callback, disable)
+    return told.solve(local, leading[0], noise, solver, tolerance)
+
+
+def sample_euler_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    solver: Solver = SOLVER,
+    tolerance: float = 1e-2,
+) -> Tensor:
+    """Euler steps to sigma_down, and noise of sigma_up = min(sigma', eta (sigma'/sigma) sqrt(sigma^2 - sigma'^2)).
+
+    Args:
+        model: See :func:`sample_euler`, as for all that is not named here.
+        x: Likewise.
+        sigmas: Likewise.
+        extra_args: Likewise.
+        callback: Likewise.
+        disable: Likewise.
+        eta: How much noise; 0 is :func:`sample_euler`.
+        s_noise: Factor of the noise.
+        noise_sampler: ``noise_sampler(sigma, sigma')`` draws (B, *shape), once for each step into sigma' > 0; default
+            ``torch.randn_like(x)``.
+        solver: Likewise.
+        tolerance: Likewise.
+    """
+    sigma = _falling(sigmas)
+    before, after = sigma[:-1], sigma[1:]
+    up = np.minimum(after, eta * after / before * np.sqrt(before**2 - after**2))
+    rho = np.sqrt(after**2 - up**2) / before
+    noise = {}
+    for i in np.flatnonzero(after):
+        noise[int(i) + 1] = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigmas[i], sigmas[i + 1])
+    local = _local(rho, 1 - rho, sigma, np.append(0.0, s_noise * up))
+    told = _Told(model, x, sigmas, before, range(len(rho)), extra_args, callback, disable)
+    return told.solve(local, 0.0, noise, solver, tolerance)
+
+
+def sample_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    solver: Solver = SOLVER,
+    tolerance: float = 1e-2,
+) -> Tensor:
+    """Heun's second-order steps (EDM, 2206.00364, algorithm 2); every argument as in :func:`sample_euler`."""
+    sigma = _falling(sigmas)
+    hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
+    first: list[int] = []
+    points: list[tuple[float, ...]] = []  # rho, weights of D and of the D before, sigma, noise that leads there
+    for now, then, before in zip(hat, sigma[1:], s_noise * added, strict=True):
+        first.append(len(points))
+        points.append((then / now, 1 - then / now, 0.0, now, before))
+        if then > 0:
+            half = (now / then - 1) / 2
+            points.append((1.0, half, -half, then, 0.0))
+    rho, own, last, levels, leading = np.array(points).T
+    noise = {point: torch.randn_like(x) for point in first} if s_churn > 0 else {}
+    local = _local(rho, np.stack([own, last], 1), np.append(levels, sigma[-1]), np.append(leading, 0.0))
+    told = _Told(model, x, sigmas, hat, first, extra_args, callback, disable)
+    return told.solve(local, leading[0], noise, solver, tolerance)
+
+
+def sample_dpmpp_2m(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    *,
+    solver: Solver = SOLVER,
+    tolerance: float = 1e-2,
+) -> Tensor:
+    """DPM-Solver++ 2M (2211.01095, algorithm 2); every argument as in :func:`sample_euler`."""
+    sigma = _falling(sigmas)
+    rho = sigma[1:] / sigma[:-1]
+    weight = np.stack([1 - rho, np.zeros(len(rho))], 1)
+    for i in range(1, len(rho)):
+        if sigma[i + 1] > 0:
+            more = (1 - rho[i]) * math.log(rho[i]) / math.log(rho[i - 1]) / 2
+            weight[i] += more, -more
+    told = _Told(model, x, sigmas, sigma[:-1], range(len(rho)), extra_args, callback, disable)
+    return told.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance)
+
+
+def _falling(sigmas: Tensor) -> Array:
+    """Return the noise levels in float64."""
+    sigma = np.asarray(sigmas.detach().cpu().double().numpy())
+    if sigma.ndim != 1 or len(sigma) < 2 or not (np.diff(sigma) < 0).all() or not sigma[-1] >= 0:
+        raise ValueError(f"sigmas must be (N + 1,) falling noise levels, of which the last may be 0, got {sigma}.")
+    return sigma
+
+
+def _churn(sigma: Array, churn: float, smallest: float, largest: float) -> tuple[Array, Array]:
+    """Return sigma_hat of every step and the standard deviation of the noise that leads there, (N,) each."""
+    before = sigma[:-1]
+    gamma = np.where((before >= smallest) & (before <= largest), min(churn / len(before), math.sqrt(2) - 1), 0.0)
+    hat = before * (1 + gamma)
+    return hat, np.sqrt(hat**2 - before**2)
+
+
+def _local(rho: Array, weight: Array, sigma: Array, noise: Array) -> LocalForm:
+    """Return the local form of steps on D; the noise (N + 1,) leads to every point and to the end."""
+    zero, one = np.zeros(len(rho)), np.ones(len(sigma))
+    weight = weight.reshape(len(rho), -1)
+    return LocalForm(rho, weight, noise[1:], one, sigma, one, data_input=zero, data_output=one[:-1])
+
+
+class _Told:
+    """The model and the callback of one call, as rows and rounds reach them."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        sigmas: Tensor,
+        hat: Array,
+        first: Sequence[int],
+        extra_args: Mapping[str, Any] | None,
+        callback: Callback | None,
+        disable: bool | None,
+    ) -> None:
+        """Keep what k-diffusion's signature says; ``first`` (S,) is the first point of every step."""
+        self.model, self.x, self.sigmas, self.hat, self.first = model, x, sigmas, hat, first
+        self.extra_args, self.callback, self.disable = dict(extra_args or {}), callback, disable
+        self.step = 0
+        self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def solve(
+        self, local: LocalForm, leading: float, noise: dict[int, Tensor], solver: Solver, tolerance: float
+    ) -> Tensor:
+        """Solve the loop; ``noise`` is standard normal, by the point (or end) that it leads to."""
+        x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise.any() else None
+        if drawn is not None:
+            for point, normal in noise.items():
+                if point > 0:
+                    drawn[:, point - 1] = float(local.noise[point - 1]) * normal
+        table = Table(local, x + leading * noise[0] if leading else x, drawn)
+        assert local.sigma is not None
+        self.levels = torch.from_numpy(local.sigma[:-1]).to(self.x)
+        sampler = Sampler("k-diffusion", local.sigma[:-1], local)
+        runs = start(sampler, table, solver, tolerance=tolerance, dtype=self.x.dtype)
+        with torch.no_grad(), tqdm(total=len(self.first), disable=self.disable) as bar:
+            for rounds in together(runs, self.evaluate):
+                self.report(min(local.steps if run.done else run.front for run in runs))
+                bar.set_postfix(rounds=rounds, refresh=False)
+                bar.update(self.step - bar.n)
+        return torch.stack([run.solution.x for run in runs]).to(self.x)
+
+    def evaluate(self, rows: Rows) -> Tensor:
+        """Call the model, and keep what the callback will be told."""
+        sample = rows.sample.to(rows.u.device)
+        extra = {name: _follow(value, sample, len(self.x)) for name, value in self.extra_args.items()}
+        denoised = self.model(rows.u, self.levels[rows.point.to(self.levels.device)], **extra)
+        if self.callback is not None and isinstance(denoised, Tensor) and denoised.shape == rows.u.shape:
+            for row, key in enumerate(zip(rows.sample.tolist(), rows.point.tolist(), strict=True)):
+                self.seen[key] = rows.u[row], denoised[row]
+        return denoised
+
+    def report(self, front: int) -> None:
+        """Call the callback for the steps whose first point lies before the front of all samples."""
+        while self.step < len(self.first) and self.first[self.step] < front:
+            if self.callback is not None:
+                point = self.first[self.step]
+                pairs = [self.seen[b, point] for b in range(len(self.x))]
+                x, denoised = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+                sigma, hat = self.sigmas[self.step], self.sigmas.new_tensor(self.hat[self.step])
+                self.callback({"x": x, "i": self.step, "sigma": sigma, "sigma_hat": hat, "denoised": denoised})
+                self.seen = {key: value for key, value in self.seen.items() if key[1] > point}
+            self.step += 1
+
+
+def _follow(value: Any, sample: Tensor, batch: int) -> Any:
+    """Return the rows of each sample, of everything that has one row a sample."""
+    if isinstance(value, Tensor):
+        return value[sample.to(value.device)] if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {name: _follow(one, sample, batch) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_follow(one, sample, batch) for one in value)
+    return value

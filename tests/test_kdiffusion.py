@@ -1,0 +1,198 @@
+"""k-diffusion's sampler functions, against their sequential loops written out."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import parataxis as px
+import problems
+from parataxis import kdiffusion
+
+SIGMAS = torch.from_numpy(px.karras(0.03, 14.0).grid(14).sigma)  # (15,), the last is 0
+
+
+def euler(model, x, sigmas, extra_args=None, callback=None, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        x, hat = churned(x, sigma, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
+        slope = (x - tell(model, x, sigma, hat, i, extra_args, callback)) / hat
+        x = x + (after - hat) * slope
+    return x
+
+
+def euler_ancestral(model, x, sigmas, extra_args=None, callback=None, eta=1.0, s_noise=1.0, noise_sampler=None):
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        slope = (x - tell(model, x, sigma, sigma, i, extra_args, callback)) / sigma
+        up = min(after, eta * (after**2 * (sigma**2 - after**2) / sigma**2).sqrt())
+        x = x + ((after**2 - up**2).sqrt() - sigma) * slope
+        if after > 0:
+            x = x + (torch.randn_like(x) if noise_sampler is None else noise_sampler(sigma, after)) * s_noise * up
+    return x
+
+
+def heun(model, x, sigmas, extra_args=None, callback=None, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        x, hat = churned(x, sigma, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
+        slope = (x - tell(model, x, sigma, hat, i, extra_args, callback)) / hat
+        trial = x + (after - hat) * slope
+        if after > 0:
+            end = (trial - model(trial, after.expand(len(x)), **(extra_args or {}))) / after
+            trial = x + (after - hat) * (slope + end) / 2
+        x = trial
+    return x
+
+
+def dpmpp_2m(model, x, sigmas, extra_args=None, callback=None):
+    before = width = None
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        data = tell(model, x, sigma, sigma, i, extra_args, callback)
+        step = (sigma / after).log()
+        used = data if before is None or after == 0 else data + (data - before) * step / width / 2
+        x = after / sigma * x + (1 - after / sigma) * used
+        before, width = data, step
+    return x
+
+
+def churned(x, sigma, steps, churn, smallest, largest, factor):
+    gamma = min(churn / steps, 2**0.5 - 1) if smallest <= sigma <= largest else 0.0
+    drawn, hat = torch.randn_like(x) * factor, sigma * (1 + gamma)
+    return x + drawn * (hat**2 - sigma**2).sqrt() if gamma else x, hat
+
+
+def tell(model, x, sigma, hat, i, extra_args, callback):
+    denoised = model(x, hat.expand(len(x)), **(extra_args or {}))
+    if callback is not None:
+        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": hat, "denoised": denoised})
+    return denoised
+
+
+CHURN = {"s_churn": 6.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.1}
+CASES = [
+    (kdiffusion.sample_euler, euler, {}),
+    (kdiffusion.sample_euler, euler, CHURN),
+    (kdiffusion.sample_euler_ancestral, euler_ancestral, {}),
+    (kdiffusion.sample_euler_ancestral, euler_ancestral, {"eta": 0.5, "s_noise": 0.9}),
+    (kdiffusion.sample_heun, heun, {}),
+    (kdiffusion.sample_heun, heun, {**CHURN, "s_tmax": math.inf}),
+    (kdiffusion.sample_dpmpp_2m, dpmpp_2m, {}),
+]
+
+
+def model(x, sigma, shift=None):
+    """An exact denoiser; ``shift`` moves its data, one number a sample."""
+    mixture = problems.mixtures()["power law"]
+    moved = 0.0 if shift is None else shift.view(-1, *(1,) * (x.ndim - 1))
+    return (
+        mixture.data_prediction((x - moved).double().flatten(1), torch.ones(len(x)), sigma).view(x.shape).to(x) + moved
+    )
+
+
+def state(dtype=torch.float64):
+    return 14.0 * problems.noise(3, dtype, shape=(4, 4))
+
+
+@pytest.mark.parametrize("sigmas", [SIGMAS, SIGMAS[3:-2]], ids=["to zero", "partial"])
+@pytest.mark.parametrize(
+    ("parallel", "loop", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_the_sample_is_the_loops_with_its_noise(parallel, loop, options, sigmas):
+    torch.manual_seed(2)
+    expected = loop(model, state(), sigmas, **options)
+    for solver, tolerance, bound in [
+        (px.Sequential(), 0, 1e-10),
+        (px.Secant(), 0, 1e-10),
+        (px.Secant(window=5), 1e-4, 1e-4),
+        (px.Parareal(), 0, 1e-10),
+    ]:
+        torch.manual_seed(2)
+        x = parallel(model, state(), sigmas, disable=True, solver=solver, tolerance=tolerance, **options)
+        assert problems.relative(x, expected) <= bound
+        assert x.dtype == torch.float64
+
+
+@pytest.mark.parametrize("solver", [px.Sequential(), px.Secant(), px.Secant(window=5), px.Parareal()], ids=repr)
+@pytest.mark.parametrize(
+    ("parallel", "loop", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_the_callback_is_told_each_step_once_in_order(parallel, loop, options, solver):
+    theirs, ours = [], []
+    torch.manual_seed(2)
+    loop(model, state(), SIGMAS, callback=theirs.append, **options)
+    torch.manual_seed(2)
+    parallel(model, state(), SIGMAS, callback=ours.append, disable=True, solver=solver, tolerance=1e-4, **options)
+    assert [told["i"] for told in ours] == list(range(len(SIGMAS) - 1))
+    for told, expected in zip(ours, theirs, strict=True):
+        assert torch.allclose(told["sigma"], expected["sigma"])
+        assert torch.allclose(told["sigma_hat"], expected["sigma_hat"])
+        assert problems.relative(told["x"], expected["x"]) <= 1e-3
+        assert problems.relative(told["denoised"], expected["denoised"]) <= 1e-2
+
+
+def test_an_exception_in_the_callback_ends_the_loop_when_its_step_is_settled():
+    seen = []
+
+    def interrupt(told):
+        seen.append(told["i"])
+        if told["i"] == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        kdiffusion.sample_euler(model, state(), SIGMAS, callback=interrupt, disable=True)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_extra_args_follow_their_samples():
+    shift = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    expected = dpmpp_2m(model, state(), SIGMAS, {"shift": shift})
+    x = kdiffusion.sample_dpmpp_2m(model, state(), SIGMAS, {"shift": shift}, disable=True, tolerance=1e-6)
+    assert problems.relative(x, expected) <= 1e-6
+
+    def nested(x, sigma, options):
+        assert options["scale"].shape == ()
+        return model(x, sigma, options["conditions"][0])
+
+    options = {"conditions": [shift], "scale": torch.tensor(2.0), "name": "any"}
+    x = kdiffusion.sample_dpmpp_2m(nested, state(), SIGMAS, {"options": options}, disable=True, tolerance=1e-6)
+    assert problems.relative(x, expected) <= 1e-6
+
+
+def test_a_noise_sampler_is_asked_in_the_loops_order():
+    def sampler(log):
+        generator = torch.Generator().manual_seed(4)
+
+        def draw(sigma, after):
+            log.append((float(sigma), float(after)))
+            return torch.randn(state().shape, generator=generator, dtype=torch.float64)
+
+        return draw
+
+    ours, theirs = [], []
+    expected = euler_ancestral(model, state(), SIGMAS, noise_sampler=sampler(theirs))
+    x = kdiffusion.sample_euler_ancestral(
+        model, state(), SIGMAS, disable=True, noise_sampler=sampler(ours), solver=px.Sequential()
+    )
+    assert ours == theirs
+    assert problems.relative(x, expected) <= 1e-10
+
+
+def test_the_rounds_are_fewer_and_half_precision_stays():
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(len(x))
+        assert x.dtype == sigma.dtype == torch.bfloat16
+        return model(x.double(), sigma.double()).to(x)
+
+    sigmas = torch.from_numpy(px.karras(0.03, 14.0).grid(50).sigma).float()
+    x = kdiffusion.sample_euler(counted, state(torch.bfloat16), sigmas, disable=True)
+    assert x.dtype == torch.bfloat16
+    assert len(calls) <= 20
+
+
+@pytest.mark.parametrize("sigmas", [SIGMAS.flip(0), SIGMAS[:1], SIGMAS[None], torch.tensor([1.0, 0.0, -1.0])])
+def test_noise_levels_that_do_not_fall_are_refused(sigmas):
+    with pytest.raises(ValueError, match="falling noise levels"):
+        kdiffusion.sample_euler(model, state(), sigmas, disable=True)
