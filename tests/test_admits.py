@@ -21,6 +21,7 @@ SOLVERS = [
     px.Anderson(),
     px.Anderson(rule="residual"),
     px.Secant(),
+    px.Nested(),
     px.Parareal(pipelined=False),
     px.Parareal(),
     px.Parareal(coarse="two-step"),

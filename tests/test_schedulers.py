@@ -243,7 +243,8 @@ def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options
         generator=torch.Generator().manual_seed(3),
         tolerance=1e-4,
     )
-    assert problems.relative(solved.x, expected[dtype]) <= 1e-4
+    # The tolerance bounds an estimate of first order.
+    assert problems.relative(solved.x, expected[dtype]) <= 2e-4
     assert solved.converged
 
 

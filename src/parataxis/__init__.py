@@ -5,7 +5,7 @@ from .samplers import SAMPLERS, Sampler
 from .schedulers import read
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
-from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Secant, Sequential
+from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential
 from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory
 
@@ -15,6 +15,7 @@ __all__ = [
     "SOLVERS",
     "Anderson",
     "LocalForm",
+    "Nested",
     "OutputError",
     "Parareal",
     "Picard",
