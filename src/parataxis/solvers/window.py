@@ -235,7 +235,7 @@ class Window:
 
     def _left(self, moves: Array, residuals: Array, slopes: Array) -> Array:
         """Return eps of the states lo + 1 .. hi, (R,): what the response is expected to have missed."""
-        lo, hi, old = self.lo, self.hi, max(self._seen, self.lo)
+        lo, hi, old = self.lo, self.hi, min(max(self._seen, self.lo), self.hi)
         before = self._moved[lo:old]
         with np.errstate(divide="ignore", invalid="ignore"):
             found = residuals[: old - lo] / before
