@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .samplers import Sampler
-from .table import LocalForm, Plan, Response, Slots, Table
+from .table import LocalForm, Part, Response, Slots, Table
 
 __all__ = [
     "Combine",
@@ -567,8 +567,8 @@ def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[A
 
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    plans = [Plan(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
-    return list(batch.table.respond(batch.rows, plans))
+    parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
+    return list(batch.table.respond(batch.rows, parts))
 
 
 def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
