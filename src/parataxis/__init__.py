@@ -1,9 +1,10 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .driver import Solutions, sample
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
-from .solve import OutputError, Run, Solution, Solutions, sample, start, together
+from .solve import OutputError, Run, Solution, start, together
 from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Secant, Sequential
 from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import models
+from .driver import sample
 from .samplers import SAMPLERS, options
-from .solve import OutputError, Run, Solver, sample
+from .solve import OutputError, Run, Solver
 from .solvers import SOLVERS, Sequential
 
 __all__ = ["main"]
