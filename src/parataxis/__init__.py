@@ -2,6 +2,8 @@
 
 from . import stopping
 from .driver import Solutions, sample
+from .execution import Latency, latency
+from .planning import Plan, plan
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, start, together
@@ -14,10 +16,12 @@ __all__ = [
     "SAMPLERS",
     "SOLVERS",
     "Anderson",
+    "Latency",
     "LocalForm",
     "OutputError",
     "Parareal",
     "Picard",
+    "Plan",
     "Run",
     "Sampler",
     "Secant",
@@ -28,7 +32,9 @@ __all__ = [
     "cosine",
     "flow",
     "karras",
+    "latency",
     "load_trajectory",
+    "plan",
     "sample",
     "save_trajectory",
     "start",

@@ -1,15 +1,17 @@
-"""The driver for a network of one's own."""
+"""The driver for a network of one's own: it draws a batch of samples, with a solver of choice or with the fastest."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .execution import Executor, Network
+from .execution import Executor, Network, check, duration
+from .planning import Plan, plan
 from .samplers import Sampler
 from .solve import Run, Solution, Solver, start, together
 
@@ -17,11 +19,18 @@ __all__ = ["Solutions", "sample"]
 
 
 class Solutions(Sequence[Solution]):
-    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``."""
+    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``.
 
-    def __init__(self, solutions: Sequence[Solution]) -> None:
+    Attributes:
+        seconds: How long the solve took.
+        plan: How the solver was chosen, if it was.
+    """
+
+    def __init__(self, solutions: Sequence[Solution], seconds: float, plan: Plan | None = None) -> None:
         """Hold the solutions of a batch in its order."""
         self._solutions = tuple(solutions)
+        self.seconds = seconds
+        self.plan = plan
 
     def __getitem__(self, index: Any) -> Any:
         """Return one solution, or a tuple of several."""
@@ -57,12 +66,22 @@ class Solutions(Sequence[Solution]):
         """Levels evaluated for all samples."""
         return sum(solution.evaluations for solution in self._solutions)
 
+    def __str__(self) -> str:
+        """Return what was done, and how well it was foreseen."""
+        first, work = self[0], sum(solution.work for solution in self) / len(self)
+        reasons = sorted({solution.reason for solution in self})
+        text = (
+            f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
+            f"{work:.2f} evaluations / N, {duration(self.seconds)}"
+        )
+        return text if self.plan is None else f"{text}\n{self.plan.against(self.seconds)}"
+
 
 def sample(
     denoise: Callable[..., Tensor],
     noise: Tensor,
     sampler: Sampler,
-    solver: Solver,
+    solver: Solver | Literal["auto"],
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
@@ -87,7 +106,9 @@ def sample(
         noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
             the noise is.
         sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`; or ``auto``: by the solver that :func:`parataxis.plan`
+            expects to be fastest, the sequential loop among them. That takes some calls of the network: to draw more
+            than one batch, plan once and pass ``plan.solver``.
         tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
             the network row by row.
@@ -107,24 +128,23 @@ def sample(
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
-        ``interrupted``.
+        ``interrupted``. Printed, it says what was done and, for ``auto``, how long that was expected to take.
 
     Raises:
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
         TypeError: If ``sampler`` or ``solver`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
-    if not isinstance(sampler, Sampler):
-        raise TypeError(
-            f"sampler must be a sampler with its steps, such as parataxis.samplers.ddim(steps=50), got {sampler!r}: "
-            "parataxis.SAMPLERS has them by name."
+    check(noise, sampler, condition)
+    planned = None
+    if isinstance(solver, str) and solver == "auto":
+        if guess is not None or frozen:
+            raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: name a solver.")
+        planned = plan(
+            denoise, noise, sampler, tolerance=tolerance, condition=condition, max_rows=max_rows, buckets=buckets
         )
-    if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
-        given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
-    if len(noise) == 0:
-        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
-    _check_condition(condition, len(noise))
+        solver, max_rows = planned.solver, planned.latency.limit
+    begun = time.perf_counter()
     state = torch.promote_types(noise.dtype, torch.float32)
     table = sampler.table(noise.to(state), generator)
     runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
@@ -140,15 +160,4 @@ def sample(
         except KeyboardInterrupt:
             for run in runs:
                 run.end("interrupted")
-    return Solutions([run.solution for run in runs])
-
-
-def _check_condition(condition: Any, batch: int) -> None:
-    if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
-        raise ValueError(
-            f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
-        )
-    parts = condition.values() if isinstance(condition, dict) else condition
-    if isinstance(condition, (dict, list, tuple)):
-        for value in parts:
-            _check_condition(value, batch)
+    return Solutions([run.solution for run in runs], time.perf_counter() - begun, planned)

@@ -1,17 +1,24 @@
-"""Execution: how the rows of a round reach the network."""
+"""Execution: how the rows of a round reach the network, and what a call costs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from .samplers import Sampler
 from .solve import Rows
 
-__all__ = ["Executor", "Network"]
+__all__ = ["Executor", "Latency", "Network", "check", "duration", "latency", "out_of_memory", "seconds_of"]
+
+Array = NDArray[np.float64]
 
 # What allocators say, besides raising torch's own error: those of the CPU, of MPS and of CUDA's libraries.
 _ALLOCATION = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -47,6 +54,32 @@ def _pick(condition: Any, index: Tensor) -> Any:
     if isinstance(condition, (list, tuple)):
         return type(condition)(_pick(value, index) for value in condition)
     return condition
+
+
+def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
+    """Raise unless a batch can be drawn from these; see :func:`parataxis.sample`."""
+    if not isinstance(sampler, Sampler):
+        raise TypeError(
+            f"sampler must be a sampler with its steps, such as parataxis.samplers.ddim(steps=50), got {sampler!r}: "
+            "parataxis.SAMPLERS has them by name."
+        )
+    if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
+        given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
+    if len(noise) == 0:
+        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
+    _check_condition(condition, len(noise))
+
+
+def _check_condition(condition: Any, batch: int) -> None:
+    if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
+        raise ValueError(
+            f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
+        )
+    parts = condition.values() if isinstance(condition, dict) else condition
+    if isinstance(condition, (dict, list, tuple)):
+        for value in parts:
+            _check_condition(value, batch)
 
 
 class Executor:
@@ -121,7 +154,10 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
-    index = torch.arange(first, first + size).clamp(max=first + own - 1)
+    return _take(rows, torch.arange(first, first + size).clamp(max=first + own - 1))
+
+
+def _take(rows: Rows, index: Tensor) -> Rows:
     return Rows(rows.u[index.to(rows.u.device)], rows.point[index], rows.sample[index])
 
 
@@ -130,3 +166,129 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _ALLOCATION)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a call of the network against its rows: tau(n), as measured.
+
+    Piecewise linear through the measured points, and behind the last one on with the slope of the last three: exact
+    for a cost that is flat and then linear, or linear above a constant, which a multiple of one row is not. Whatever
+    disturbs a measurement makes it longer, so a point counts as at most what a larger number of rows was measured at.
+
+    Attributes:
+        rows: The numbers of rows that were measured, increasing.
+        times: Median seconds of a call with each.
+        limit: Most rows of one call; more take several calls. None for no limit.
+        padded: Whether a call has one of these numbers of rows (buckets), others being padded to the next.
+    """
+
+    rows: tuple[int, ...]
+    times: tuple[float, ...]
+    limit: int | None = None
+    padded: bool = False
+
+    def seconds(self, rows: ArrayLike) -> Array:
+        """Return the seconds that so many rows take, in the same shape."""
+        count = np.asarray(rows, np.float64)
+        if self.limit is None:
+            return self._call(count)
+        calls, rest = np.divmod(count, self.limit)
+        return calls * self._call(np.float64(self.limit)) + np.where(rest > 0, self._call(rest), 0.0)
+
+    def _call(self, count: Any) -> Any:
+        sizes, times = np.array(self.rows, np.float64), np.minimum.accumulate(np.array(self.times)[::-1])[::-1]
+        if self.padded:
+            count = sizes[np.minimum(np.searchsorted(sizes, count), len(sizes) - 1)]
+        if len(sizes) == 1:
+            slope = times[0] / sizes[0]
+        else:
+            first = max(len(sizes) - 3, 0)
+            slope = (times[-1] - times[first]) / (sizes[-1] - sizes[first])
+        return np.interp(count, sizes, times) + slope * np.maximum(count - sizes[-1], 0.0)
+
+    @property
+    def free(self) -> float:
+        """b*: rows a second in the best call, over rows a second one by one.
+
+        No solver is faster than the loop by more. For tau(n) = tau(1) max(1, n / b*) it is the number of rows that
+        cost as much as one.
+        """
+        return float(np.max(np.array(self.rows) / self.seconds(self.rows)) * self.seconds(1))
+
+    def __str__(self) -> str:
+        """Return the measured points and b*, on one line."""
+        one = float(self.seconds(1))
+        points = [f"{rows} rows {float(self.seconds(rows)) / one:.1f}" for rows in self.rows if rows > 1]
+        multiples = f", times that: {', '.join(points)}" if points else ""
+        limit = "" if self.limit is None else f", at most {self.limit} rows a call"
+        return f"1 row {duration(one)}{multiples}; b* = {self.free:.1f}{limit}"
+
+
+def latency(
+    evaluate: Callable[[Rows], Tensor], rows: Rows, *, most: int = 128, buckets: Sequence[int] | None = None
+) -> Latency:
+    """Measure the seconds of a call with 1, 2, 4, .. rows.
+
+    Of each, one call to warm up and the median of up to five more within a tenth of a second, at least one; the clock
+    waits for the device. Ends at ``most`` rows, where memory runs out, or where the cost has plainly become a straight
+    line: by half more than the point before, and within a tenth of where the two points before it lead.
+
+    Args:
+        evaluate: Rows to outputs, as a driver calls it; not an :class:`Executor`, which hides where memory ends.
+        rows: What to evaluate; repeated as often as needed.
+        most: Most rows of a call.
+        buckets: The numbers of rows to measure instead, all of them.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
+    """
+    sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(most.bit_length())), most})
+    times: list[float] = []
+    limit = sizes[-1] if buckets else None
+    with torch.no_grad():
+        for size in sizes:
+            try:
+                times.append(_time(evaluate, _take(rows, torch.arange(size) % len(rows.u))))
+            except (RuntimeError, MemoryError) as error:
+                if not times or not out_of_memory(error):
+                    raise
+                limit = sizes[len(times) - 1]
+                break
+            if not buckets and _straight(sizes[: len(times)], times):
+                break
+    return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
+
+
+def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
+    def once() -> float:
+        return seconds_of(lambda: evaluate(rows), rows.u.device)
+
+    once()
+    taken = [once()]
+    while len(taken) < 5 and sum(taken) < 0.1:
+        taken.append(once())
+    return median(taken)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return how long a call takes until its work on the device is done."""
+    module = getattr(torch, device.type)
+    module.synchronize()
+    begun = time.perf_counter()
+    call()
+    module.synchronize()
+    return time.perf_counter() - begun
+
+
+def _straight(sizes: Sequence[int], times: Sequence[float]) -> bool:
+    if len(times) < 3:
+        return False
+    (a, b, c), (first, second, third) = sizes[-3:], times[-3:]
+    expected = second + (second - first) * (c - b) / (b - a)
+    return third > 1.5 * second and abs(third - expected) < 0.1 * third
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person reads them."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

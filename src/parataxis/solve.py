@@ -218,6 +218,8 @@ class Solution:
         rounds: Network calls that waited for one another.
         evaluations: Levels evaluated.
         steps: N.
+        solver: How it was solved.
+        problem: What was solved.
         peak_width: Most levels of this sample in one round.
         error_estimate: Estimated relative error of ``x`` to the sequential sample.
         history: One entry a round.
@@ -231,6 +233,8 @@ class Solution:
     rounds: int
     evaluations: int
     steps: int
+    solver: Solver
+    problem: Problem
     peak_width: int
     error_estimate: float
     history: tuple[Round, ...]
@@ -358,6 +362,8 @@ class Run:
             rounds=self.rounds,
             evaluations=self.evaluations,
             steps=self.problem.steps,
+            solver=self.solver,
+            problem=self.problem,
             peak_width=self.peak_width,
             error_estimate=self.error,
             history=tuple(self.history),
