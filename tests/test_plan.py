@@ -67,6 +67,7 @@ def test_the_rows_that_cost_as_much_as_one_are_found(costing):
     for free in (1, 4, 8, 32):
         assert measure(costing(lambda rows, free=free: bent(rows, free))).free == pytest.approx(free)
     assert measure(costing(lambda rows: 0.01)).free == pytest.approx(64)
+    assert measure(costing(raised)).free == pytest.approx(raised(1) / 0.002)
 
 
 @pytest.mark.parametrize("tau", [bent, raised, linear, lambda rows: 0.01])

@@ -197,24 +197,34 @@ class Latency:
         return calls * self._call(np.float64(self.limit)) + np.where(rest > 0, self._call(rest), 0.0)
 
     def _call(self, count: Any) -> Any:
-        sizes, times = np.array(self.rows, np.float64), np.minimum.accumulate(np.array(self.times)[::-1])[::-1]
+        sizes, times = np.array(self.rows, np.float64), self._times
         if self.padded:
             count = sizes[np.minimum(np.searchsorted(sizes, count), len(sizes) - 1)]
-        if len(sizes) == 1:
-            slope = times[0] / sizes[0]
-        else:
-            first = max(len(sizes) - 3, 0)
-            slope = (times[-1] - times[first]) / (sizes[-1] - sizes[first])
-        return np.interp(count, sizes, times) + slope * np.maximum(count - sizes[-1], 0.0)
+        return np.interp(count, sizes, times) + self._slope * np.maximum(count - sizes[-1], 0.0)
+
+    @property
+    def _times(self) -> Array:
+        return np.minimum.accumulate(np.array(self.times)[::-1])[::-1]
+
+    @property
+    def _slope(self) -> float:
+        if len(self.rows) == 1:
+            return self.times[0] / self.rows[0]
+        first = max(len(self.rows) - 3, 0)
+        return float((self._times[-1] - self._times[first]) / (self.rows[-1] - self.rows[first]))
 
     @property
     def free(self) -> float:
         """b*: rows a second in the best call, over rows a second one by one.
 
         No solver is faster than the loop by more. For tau(n) = tau(1) max(1, n / b*) it is the number of rows that
-        cost as much as one.
+        cost as much as one. Calls may have as many rows as the limit allows, measured or not.
         """
-        return float(np.max(np.array(self.rows) / self.seconds(self.rows)) * self.seconds(1))
+        sizes = np.array([*self.rows, self.limit or self.rows[-1]])
+        best = float(np.max(sizes / self.seconds(sizes)))
+        if self.limit is None and _straight(self.rows, self._times):
+            best = max(best, 1 / self._slope)
+        return best * float(self.seconds(1))
 
     def __str__(self) -> str:
         """Return the measured points and b*, on one line."""
@@ -281,12 +291,12 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def _straight(sizes: Sequence[int], times: Sequence[float]) -> bool:
+def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:
     if len(times) < 3:
         return False
     (a, b, c), (first, second, third) = sizes[-3:], times[-3:]
     expected = second + (second - first) * (c - b) / (b - a)
-    return third > 1.5 * second and abs(third - expected) < 0.1 * third
+    return bool(third > 1.5 * second and abs(third - expected) < 0.1 * third)
 
 
 def duration(seconds: float) -> str:

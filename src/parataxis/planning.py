@@ -85,15 +85,15 @@ class RoundsCurve:
         Raises:
             ValueError: For other solvers or options.
         """
-        known = _fitted()["curves"]
-        name = type(solver).__name__
-        options = {field.name: field.default for field in fields(solver) if field.name != "window"}  # type: ignore[arg-type]
-        if name not in known or any(getattr(solver, option) != value for option, value in options.items()):
+        kind = _kind(local)
+        known = {name: curves[kind] for name, curves in _fitted()["curves"].items() if kind in curves}
+        curve = known.get(type(solver).__name__)
+        options = [field for field in fields(solver) if field.name != "window"]  # type: ignore[arg-type]
+        if curve is None or any(getattr(solver, field.name) != field.default for field in options):
             raise ValueError(
                 f"the rounds of {solver!r} are not known beforehand: plan with {', '.join(known)} and their default "
-                "options, or give the solver to sample() by name."
+                "options, or sample with this solver without a plan."
             )
-        curve = known[name]["sde" if local.noise.any() else "ode"]
         return cls(**{**curve, "coefficients": tuple(curve["coefficients"])})
 
     def rounds(self, steps: int, window: int, tolerance: float) -> float:
@@ -111,6 +111,10 @@ class RoundsCurve:
 @cache
 def _fitted() -> Any:
     return json.loads(CURVES.read_text())
+
+
+def _kind(local: LocalForm) -> str:
+    return "sde" if local.noise.any() else "ode"
 
 
 class Candidate(NamedTuple):
@@ -245,7 +249,8 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
     steps, count, local = sampler.steps, len(noise), sampler.local
     if solvers is None:
-        every = [cls() for cls in SOLVERS.values() if cls.__name__ in _fitted()["curves"]]
+        curves_of = _fitted()["curves"]
+        every = [cls() for cls in SOLVERS.values() if _kind(local) in curves_of.get(cls.__name__, {})]
         solvers = [solver for solver in every if solver.refuses(local) is None]
     curves = [RoundsCurve.load(solver, local) for solver in solvers]
     for window in windows:
@@ -350,7 +355,7 @@ def _shifts(
     """Return how far the ln R of a batch lies from its curve: low, middle and high."""
     found = []
     for one in measured:
-        problem, alike = one.problem, one.problem.local.noise.any() == local.noise.any()
+        problem, alike = one.problem, _kind(one.problem.local) == _kind(local)
         if type(one.solver) is type(solver) and alike and one.converged and not problem.guessed:
             window = min(getattr(one.solver, "window", None) or one.steps, one.steps)
             found.append(math.log(one.rounds / curve.rounds(one.steps, window, problem.tolerance)))
