@@ -58,6 +58,30 @@ def test_options_of_solver_and_sampler_are_flags(capsys):
     assert json.loads(capsys.readouterr().out)["peak_width"] == 8
 
 
+def test_a_plan_is_printed(capsys):
+    arguments = ["plan", "--steps", "20", "--count", "2", "--sampler", "ddpm", "--clip", "1", "--devices", "4"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for line in ("digits: ddpm, N = 20, 2 samples", "4 x cpu", "1 row", "b* =", "plain loop", "> "):
+        assert line in printed
+    assert main([*arguments, "--model", "digits-unconditional", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {"solver", "reason", "seconds", "speedup", "speedup_range", "rows", "candidates"} <= set(figures)
+    assert figures["loop_seconds"] / figures["seconds"] == pytest.approx(figures["speedup"])
+
+
+def test_auto_samples_by_a_plan(capsys):
+    arguments = ["sample", "--steps", "12", "--count", "1", "--solver", "auto"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for line in ("plain loop", "1 samples of digits", "planned ", "; took "):
+        assert line in printed
+    assert main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["solver"] == figures["plan"]["solver"]
+    assert figures["converged"]
+
+
 def test_lists(capsys):
     assert main(["solvers"]) == 0
     assert "--window" in capsys.readouterr().out
@@ -95,7 +119,27 @@ def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, mes
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
+        (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
+        (["--count", "0"], "--count must be at least 1, got 0"),
+        (["--devices", "0"], "devices must be at least 1, got 0"),
+        (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_said_in_one_line(arguments, message, capsys):
+    assert main(["plan", "--steps", "10", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
 def test_an_unknown_command_or_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):  # the options of a solver are chosen with it
+        main(["sample", "--solver", "auto", "--window", "8"])
+    assert "unrecognized arguments: --window 8" in capsys.readouterr().err
     assert main(["sampel"]) == 2
     assert "Did you mean 'sample'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):

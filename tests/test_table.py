@@ -8,7 +8,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.table import LocalForm, Plan, Response, Table
+from parataxis.table import LocalForm, Part, Response, Table
 
 NAMES = list(px.SAMPLERS)
 
@@ -106,7 +106,7 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
         finals=finals if lags else None,
         measure=measure,
     )
-    [norms] = table.respond(rows, [Plan(0, 0, response)])
+    [norms] = table.respond(rows, [Part(0, 0, response)])
     assert torch.allclose(rows[into], expected[first + 1 : last + 1], rtol=1e-9, atol=1e-10)
     if lags:
         assert torch.allclose(rows[finals], models[first:stop], rtol=1e-9, atol=1e-10)
@@ -120,17 +120,17 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
     table = sampler.table(problems.noise(3), problems.generators(3))
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(3 * 60 + 1, problems.DIM, generator=generator, dtype=torch.float64)
-    plans = []
+    parts = []
     for b, (first, stop) in enumerate([(0, 8), (5, 20), (19, 20)]):
         states, outputs = np.arange(stop - first + 1), 20 + np.arange(stop - first)
         slopes = np.full(stop - first, 0.3)
         into = 40 + np.arange(stop - first)
         none = np.zeros(0, np.int64)
-        plans.append(Plan(b, 60 * b, Response(first, states, outputs, slopes, first + 1, into, none)))
+        parts.append(Part(b, 60 * b, Response(first, states, outputs, slopes, first + 1, into, none)))
     together, alone = memory.clone(), memory.clone()
-    answers = table.respond(together, plans)
-    for plan, answer in zip(plans, answers, strict=True):
-        [single] = table.respond(alone, [plan])
+    answers = table.respond(together, parts)
+    for part, answer in zip(parts, answers, strict=True):
+        [single] = table.respond(alone, [part])
         assert np.allclose(single, answer, rtol=1e-12)
     assert torch.allclose(together[:-1], alone[:-1], rtol=1e-12)
 

@@ -1,10 +1,13 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .driver import Solutions, sample
+from .execution import Latency, latency
+from .planning import Plan, plan
 from .samplers import SAMPLERS, Sampler
 from .schedulers import read
 from .schedules import cosine, flow, karras, vp
-from .solve import OutputError, Run, Solution, Solutions, sample, start, together
+from .solve import OutputError, Run, Solution, start, together
 from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential
 from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory
@@ -14,11 +17,13 @@ __all__ = [
     "SAMPLERS",
     "SOLVERS",
     "Anderson",
+    "Latency",
     "LocalForm",
     "Nested",
     "OutputError",
     "Parareal",
     "Picard",
+    "Plan",
     "Run",
     "Sampler",
     "Secant",
@@ -29,7 +34,9 @@ __all__ = [
     "cosine",
     "flow",
     "karras",
+    "latency",
     "load_trajectory",
+    "plan",
     "read",
     "sample",
     "save_trajectory",

@@ -1,4 +1,4 @@
-"""The command line: ``parataxis sample``, ``parataxis solvers``, ``parataxis models``.
+"""The command line: ``parataxis sample``, ``parataxis plan``, ``parataxis solvers``, ``parataxis models``.
 
 Flags of solvers are made from the fields of their dataclass, flags of samplers from their function's parameters.
 """
@@ -11,7 +11,6 @@ import difflib
 import inspect
 import json
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +21,16 @@ import torch
 from torch import Tensor
 
 from . import models
-from .samplers import SAMPLERS, options
-from .solve import OutputError, Run, Solver, sample
+from .driver import Solutions, sample
+from .planning import Plan, plan
+from .samplers import SAMPLERS, Sampler, options
+from .solve import OutputError, Run
 from .solvers import SOLVERS, Sequential
 
 __all__ = ["main"]
+
+
+AUTO = "auto"
 
 
 class _Wrong(Exception):
@@ -84,6 +88,8 @@ def _add_flags(group: Any, parameters: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _solver_fields(solver: str) -> dict[str, tuple[Any, Any]]:
+    if solver == AUTO:
+        return {}
     cls: Any = SOLVERS[solver]
     types_of = typing.get_type_hints(cls)
     return {field.name: (types_of[field.name], field.default) for field in dataclasses.fields(cls)}
@@ -100,24 +106,42 @@ def _sample_parser(solver: str, sampler: str) -> argparse.ArgumentParser:
         description="Draw samples of a shipped model, many time steps side by side.",
         allow_abbrev=False,
     )
+    _add_problem(parser)
+    known = f"{', '.join(SOLVERS)}, or {AUTO}: the fastest by `parataxis plan`; default picard"
+    parser.add_argument("--solver", default="picard", help=known)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
+    parser.add_argument("--out", type=Path, help="image grid to write; its figures go beside it as .json")
+    parser.add_argument("--trace", type=Path, help="picture of the samples after every round")
+    parser.add_argument("--compare", action="store_true", help="run the sequential loop too and compare with it")
+    _add_flags(parser.add_argument_group(f"options of the solver {solver}"), _solver_fields(solver))
+    _add_flags(parser.add_argument_group(f"options of the sampler {sampler}"), _sampler_fields(sampler))
+    return parser
+
+
+def _add_problem(parser: argparse.ArgumentParser) -> None:
+    """Add what says which samples of which model are wanted."""
     parser.add_argument("--model", default="digits", help="one of `parataxis models`, or a folder; default digits")
     parser.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)}; default ddim")
     parser.add_argument("--steps", type=int, default=50, help="N; default 50")
-    parser.add_argument("--solver", default="picard", help=f"{', '.join(SOLVERS)}; default picard")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="relative error of a sample; default 0.01")
     parser.add_argument("--label", help="classes, comma-separated, repeated over the samples; default all")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1, none")
     parser.add_argument("--count", type=int, default=10, help="number of samples; default 10")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
     parser.add_argument("--max-rows", type=int, default=128, help="most rows of one network call; default 128")
     parser.add_argument("--device", default="cpu", help="default cpu")
-    parser.add_argument("--out", type=Path, help="image grid to write; its figures go beside it as .json")
-    parser.add_argument("--trace", type=Path, help="picture of the samples after every round")
-    parser.add_argument("--compare", action="store_true", help="run the sequential loop too and compare with it")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, alone, on standard output")
-    _add_flags(parser.add_argument_group(f"options of the solver {solver}"), _solver_fields(solver))
-    _add_flags(parser.add_argument_group(f"options of the sampler {sampler}"), _sampler_fields(sampler))
-    return parser
+
+
+def _problem(given: argparse.Namespace) -> tuple[models.Model, Sampler, Tensor | None]:
+    """Return the model, the sampler and the labels that were asked for."""
+    if given.count < 1:
+        raise _Wrong(f"--count must be at least 1, got {given.count}.")
+    name = given.model if Path(given.model).is_dir() else choose("model", given.model, models.available())
+    model = models.load(name, device=given.device)
+    chosen = {option: getattr(given, option) for option in _sampler_fields(given.sampler)}
+    sampler = model.sampler(given.sampler, given.steps, **chosen)
+    labels = _labels(given.label, model.classes, given.count)
+    return model, sampler, None if labels is None else labels.to(given.device)
 
 
 def _writable(path: Path) -> None:
@@ -154,25 +178,20 @@ def _sample(arguments: Sequence[str]) -> None:
     first.add_argument("--solver", default="picard")
     first.add_argument("--sampler", default="ddim")
     named, _ = first.parse_known_args(arguments)
-    solver_name = choose("solver", named.solver, SOLVERS)
-    sampler_name = choose("sampler", named.sampler, SAMPLERS)
-    given = _sample_parser(solver_name, sampler_name).parse_args(arguments)
+    choose("solver", named.solver, [*SOLVERS, AUTO])
+    choose("sampler", named.sampler, SAMPLERS)
+    given = _sample_parser(named.solver, named.sampler).parse_args(arguments)
 
     for path in (given.out, given.trace):
         if path is not None:
             _writable(path)
     if given.out is not None:
         _writable(given.out.with_suffix(".json"))
-    if given.count < 1:
-        raise _Wrong(f"--count must be at least 1, got {given.count}.")
-    make_solver: Any = SOLVERS[solver_name]
-    solver: Solver = make_solver(**{name: getattr(given, name) for name in _solver_fields(solver_name)})
-    model_name = given.model if Path(given.model).is_dir() else choose("model", given.model, models.available())
-    model = models.load(model_name, device=given.device)
-    chosen = {name: getattr(given, name) for name in _sampler_fields(sampler_name)}
-    sampler = model.sampler(sampler_name, given.steps, **chosen)
-    labels = _labels(given.label, model.classes, given.count)
-    labels = None if labels is None else labels.to(given.device)
+    solver: Any = AUTO
+    if given.solver != AUTO:
+        make_solver: Any = SOLVERS[given.solver]
+        solver = make_solver(**{name: getattr(given, name) for name in _solver_fields(given.solver)})
+    model, sampler, labels = _problem(given)
     denoise = model.denoiser(given.guidance)
 
     def generators(first: int) -> list[torch.Generator]:
@@ -184,9 +203,8 @@ def _sample(arguments: Sequence[str]) -> None:
     def remember(runs: Sequence[Run]) -> None:
         rounds.append(torch.stack([run.estimate for run in runs[:10]]))
 
-    def solve(with_solver: Solver, *, trace: bool) -> tuple[Any, float]:
-        begun = time.perf_counter()
-        result = sample(
+    def solve(with_solver: Any, *, trace: bool) -> Solutions:
+        return sample(
             denoise,
             noise,
             sampler,
@@ -198,13 +216,12 @@ def _sample(arguments: Sequence[str]) -> None:
             progress=sys.stderr.isatty() and not given.json,
             on_round=remember if trace else None,
         )
-        return result, time.perf_counter() - begun
 
-    result, seconds = solve(solver, trace=given.trace is not None)
+    result = solve(solver, trace=given.trace is not None)
     figures: dict[str, Any] = {
         "model": model.name,
-        "sampler": sampler_name,
-        "solver": repr(solver),
+        "sampler": sampler.name,
+        "solver": repr(result[0].solver),
         "steps": sampler.steps,
         "samples": given.count,
         "tolerance": given.tolerance,
@@ -217,11 +234,13 @@ def _sample(arguments: Sequence[str]) -> None:
         "error_estimate": max(one.error_estimate for one in result),
         "relative_error": None,
         "relative_error_worst": None,
-        "seconds": seconds,
+        "seconds": result.seconds,
         "sequential_seconds": None,
+        "plan": None if result.plan is None else _figures(result.plan),
     }
     if given.compare:
-        reference, figures["sequential_seconds"] = solve(Sequential(), trace=False)
+        reference = solve(Sequential(), trace=False)
+        figures["sequential_seconds"] = reference.seconds
         errors = (result.x - reference.x).flatten(1).norm(dim=1) / reference.x.flatten(1).norm(dim=1)
         figures["relative_error"] = float(errors.median())
         figures["relative_error_worst"] = float(errors.max())
@@ -236,7 +255,11 @@ def _sample(arguments: Sequence[str]) -> None:
     if given.json:
         print(json.dumps(figures, indent=2))
     else:
+        if result.plan is not None:
+            print(result.plan)
         _print_table(figures)
+        if result.plan is not None:
+            print(result.plan.against(result.seconds))
         for path in (given.out, given.trace):
             if path is not None:
                 print(f"wrote {path}")
@@ -269,6 +292,52 @@ def _print_table(figures: dict[str, Any]) -> None:
         print(f"  {name:<24}{sequential:>12}{parallel:>12}")
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--sampler", default="ddim")
+    named, _ = first.parse_known_args(arguments)
+    choose("sampler", named.sampler, SAMPLERS)
+    parser = argparse.ArgumentParser(
+        prog="parataxis plan",
+        description="Measure what calls of a shipped model cost here, and say which solver is fastest and by how much.",
+        allow_abbrev=False,
+    )
+    _add_problem(parser)
+    parser.add_argument("--devices", type=int, default=1, help="equal devices that would share the rows; default 1")
+    _add_flags(parser.add_argument_group(f"options of the sampler {named.sampler}"), _sampler_fields(named.sampler))
+    given = parser.parse_args(arguments)
+    model, sampler, labels = _problem(given)
+    result = plan(
+        model.denoiser(given.guidance),
+        torch.zeros(given.count, *model.shape, device=given.device),
+        sampler,
+        tolerance=given.tolerance,
+        condition=labels,
+        devices=given.devices,
+        max_rows=given.max_rows,
+    )
+    print(json.dumps(_figures(result), indent=2) if given.json else f"{model.name}: {result}")
+
+
+def _figures(made: Plan) -> dict[str, Any]:
+    """Return a plan as JSON has it."""
+    return {
+        "solver": repr(made.solver),
+        "reason": made.reason,
+        "seconds": made.seconds,
+        "loop_seconds": made.loop_seconds,
+        "speedup": made.speedup.middle,
+        "speedup_range": [made.speedup.low, made.speedup.high],
+        "planning_seconds": made.spent,
+        "rows": list(made.latency.rows),
+        "row_seconds": list(made.latency.times),
+        "free": made.latency.free,
+        "candidates": [
+            {"solver": repr(one.solver), "rounds": one.rounds, "seconds": one.seconds} for one in made.candidates
+        ],
+    }
+
+
 def _solvers(arguments: Sequence[str]) -> None:
     argparse.ArgumentParser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
     for name, solver in SOLVERS.items():
@@ -294,6 +363,7 @@ def _models(arguments: Sequence[str]) -> None:
 
 _COMMANDS = {
     "sample": (_sample, "draw samples of a shipped model"),
+    "plan": (_plan, "say which solver is fastest here, and by how much"),
     "solvers": (_solvers, "list the solvers and their options"),
     "models": (_models, "list the shipped models"),
 }

@@ -31,10 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .samplers import Sampler
-from .table import LocalForm, Plan, Response, Slots, Table
+from .table import LocalForm, Part, Response, Slots, Table
 
 __all__ = [
     "Combine",
@@ -52,9 +51,7 @@ __all__ = [
     "Run",
     "Settle",
     "Solution",
-    "Solutions",
     "Solver",
-    "sample",
     "start",
     "together",
 ]
@@ -223,6 +220,8 @@ class Solution:
         rounds: Network calls that waited for one another.
         evaluations: Levels evaluated.
         steps: N.
+        solver: How it was solved.
+        problem: What was solved.
         peak_width: Most levels of this sample in one round.
         error_estimate: Estimated relative error of ``x`` to the sequential sample.
         history: One entry a round.
@@ -236,6 +235,8 @@ class Solution:
     rounds: int
     evaluations: int
     steps: int
+    solver: Solver
+    problem: Problem
     peak_width: int
     error_estimate: float
     history: tuple[Round, ...]
@@ -245,48 +246,6 @@ class Solution:
     def work(self) -> float:
         """Evaluations over N: 1 for the sequential loop."""
         return self.evaluations / self.steps
-
-
-class Solutions(Sequence[Solution]):
-    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``."""
-
-    def __init__(self, solutions: Sequence[Solution]) -> None:
-        """Hold the solutions of a batch in its order."""
-        self._solutions = tuple(solutions)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return one solution, or a tuple of several."""
-        return self._solutions[index]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._solutions)
-
-    @property
-    def x(self) -> Tensor:
-        """(B, *shape) the samples."""
-        return torch.stack([solution.x for solution in self._solutions])
-
-    @property
-    def trajectory(self) -> Tensor | None:
-        """(B, N + 1, *shape) the trajectories, if all runs kept and finished theirs."""
-        kept = [solution.trajectory for solution in self._solutions]
-        return None if any(one is None for one in kept) else torch.stack([one for one in kept if one is not None])
-
-    @property
-    def converged(self) -> bool:
-        """Whether every run passed its solver's test."""
-        return all(solution.converged for solution in self._solutions)
-
-    @property
-    def rounds(self) -> int:
-        """Network calls of the batch that waited for one another."""
-        return max(solution.rounds for solution in self._solutions)
-
-    @property
-    def evaluations(self) -> int:
-        """Levels evaluated for all samples."""
-        return sum(solution.evaluations for solution in self._solutions)
 
 
 class _Batch:
@@ -405,6 +364,8 @@ class Run:
             rounds=self.rounds,
             evaluations=self.evaluations,
             steps=self.problem.steps,
+            solver=self.solver,
+            problem=self.problem,
             peak_width=self.peak_width,
             error_estimate=self.error,
             history=tuple(self.history),
@@ -569,8 +530,8 @@ def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[A
 
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    plans = [Plan(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
-    return list(batch.table.respond(batch.rows, plans))
+    parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
+    return list(batch.table.respond(batch.rows, parts))
 
 
 def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -712,131 +673,3 @@ def together(
             if stop is not None and not run.done and stop(run):
                 run.end(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
         yield rounds
-
-
-@dataclass(frozen=True)
-class _Network:
-    """The user's callable as a driver sees it: rows to outputs."""
-
-    denoise: Callable[..., Tensor]
-    times: Tensor
-    condition: Any = None
-    max_rows: int | None = None
-
-    def __call__(self, rows: Rows) -> Tensor:
-        limit = self.max_rows or len(rows.u)
-        parts: list[Tensor] = []
-        for first in range(0, len(rows.u), limit):
-            chosen = slice(first, first + limit)
-            u = rows.u[chosen]
-            t = self.times[rows.point[chosen]].to(u.device)
-            if self.condition is None:
-                part = self.denoise(u, t)
-            else:
-                index = rows.sample[chosen]
-                part = self.denoise(u, t, _pick(self.condition, index))
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _pick(condition: Any, index: Tensor) -> Any:
-    if isinstance(condition, Tensor):
-        return condition[index.to(condition.device)]
-    if isinstance(condition, dict):
-        return {name: _pick(value, index) for name, value in condition.items()}
-    if isinstance(condition, (list, tuple)):
-        return type(condition)(_pick(value, index) for value in condition)
-    return condition
-
-
-def _check_condition(condition: Any, batch: int) -> None:
-    if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
-        raise ValueError(
-            f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
-        )
-    parts = condition.values() if isinstance(condition, dict) else condition
-    if isinstance(condition, (dict, list, tuple)):
-        for value in parts:
-            _check_condition(value, batch)
-
-
-def sample(
-    denoise: Callable[..., Tensor],
-    noise: Tensor,
-    sampler: Sampler,
-    solver: Solver,
-    *,
-    tolerance: float = 1e-2,
-    condition: Any = None,
-    guess: Tensor | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    keep: bool = False,
-    frozen: int = 0,
-    max_rows: int | None = None,
-    progress: bool = False,
-    on_round: Callable[[Sequence[Run]], None] | None = None,
-    stop: Callable[[Run], bool] | None = None,
-) -> Solutions:
-    """Draw a batch of samples with a network of one's own, many time steps side by side.
-
-    Each sample is solved on its own; a round of the batch is one call of the network.
-
-    Args:
-        denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
-            of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
-            samples and must not influence one another.
-        noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
-            the noise is.
-        sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`.
-        tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
-        condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
-            the network row by row.
-        guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
-            are free, so the result is the sample of the new condition.
-        generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
-            loop, or one for each sample.
-        keep: Keep the trajectories (memory of N + 1 states a sample).
-        frozen: Levels of the guess that stay as they are; see :func:`start`.
-        max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same.
-        progress: Show a bar: settled levels of all samples.
-        on_round: Called after every round with the runs; see :func:`together`.
-        stop: Ends a run early; see :func:`together`.
-
-    Returns:
-        One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
-        ``interrupted``.
-
-    Raises:
-        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
-        TypeError: If ``sampler`` or ``solver`` is not one.
-        ValueError: For inputs that do not fit together, with what was given and what was expected.
-    """
-    if not isinstance(sampler, Sampler):
-        raise TypeError(
-            f"sampler must be a sampler with its steps, such as parataxis.samplers.ddim(steps=50), got {sampler!r}: "
-            "parataxis.SAMPLERS has them by name."
-        )
-    if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
-        given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
-    if len(noise) == 0:
-        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows!r}.")
-    _check_condition(condition, len(noise))
-    state = torch.promote_types(noise.dtype, torch.float32)
-    table = sampler.table(noise.to(state), generator, noise.dtype)
-    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
-    network = _Network(denoise, sampler.network_times(noise.dtype), condition, max_rows)
-    total = sampler.steps * len(runs)
-    with tqdm(total=total, unit="level", disable=not progress) as bar:
-        try:
-            with torch.no_grad():
-                for rounds in together(runs, network, on_round=on_round, stop=stop):
-                    bar.set_postfix(rounds=rounds, refresh=False)
-                    bar.update(sum(run.front for run in runs) - bar.n)
-        except KeyboardInterrupt:
-            for run in runs:
-                run.end("interrupted")
-    return Solutions([run.solution for run in runs])

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LocalForm", "Plan", "Response", "Table"]
+__all__ = ["LocalForm", "Part", "Response", "Table"]
 
 Array = NDArray[np.float64]
 Slots = NDArray[np.int64]
@@ -240,7 +240,7 @@ class LocalForm:
         return (inverse - np.eye(count + 1))[1:, :count]
 
 
-class Plan(NamedTuple):
+class Part(NamedTuple):
     """The Response of one run: its row in the table, and where its slots start in the driver's memory."""
 
     sample: int
@@ -339,30 +339,30 @@ class Table:
                 state = state + self.noise[:, first + i]
         return state
 
-    def respond(self, rows: Tensor, plans: Sequence[Plan]) -> list[Array | None]:
+    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
         """Answer one Response of each of several runs, all at once.
 
         The number of tensor operations depends neither on N nor on the number of runs.
 
         Args:
             rows: (slots + 1, dim) the driver's memory; results are written into it. The last row takes the waste.
-            plans: (sample, offset, response) of each run; the run's slots start at ``offset``.
+            parts: (sample, offset, response) of each run; the run's slots start at ``offset``.
 
         Returns:
-            For each plan the squared norms that it asked for, or None.
+            For each part the squared norms that it asked for, or None.
         """
         local, lags = self.local, self.local.lags
-        spans = [plan.response.first + len(plan.response.into) - 1 - plan.response.start for plan in plans]
-        count, wanted = max(spans), max(len(plan.response.into) for plan in plans)
-        batch, measure = len(plans), plans[0].response.measure
+        spans = [part.response.first + len(part.response.into) - 1 - part.response.start for part in parts]
+        count, wanted = max(spans), max(len(part.response.into) for part in parts)
+        batch, measure = len(parts), parts[0].response.measure
 
-        # Shorter plans are padded with rows that enter nothing.
+        # Shorter parts are padded with rows that enter nothing.
         anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count + measure, 1, count))
         output = np.zeros((batch, lags + count), np.int64)
         decay, slope = np.zeros((batch, count)), np.zeros((batch, count))
         weight = np.zeros((batch, lags + 1, count))
         carry = np.zeros((batch, wanted, count))
-        for b, (sample, offset, ask) in enumerate(plans):
+        for b, (sample, offset, ask) in enumerate(parts):
             span, size = spans[b], len(ask.into)
             points = slice(ask.start, ask.start + span)
             anchor[b] = offset + ask.states[np.minimum(np.arange(count + measure), len(ask.states) - 1)]
@@ -392,18 +392,18 @@ class Table:
                 step = entering * by
             else:
                 step.addcmul_(entering, by)
-        final = outputs[:, lags:] if any(plan.response.finals is not None for plan in plans) else None
+        final = outputs[:, lags:] if any(part.response.finals is not None for part in parts) else None
         del outputs, entering
         states = gather(rows, anchor)
         step.addcmul_(states[:, :count], columns[0])
         # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
-        if any(plan.response.origin is not None for plan in plans):
+        if any(part.response.origin is not None for part in parts):
             states[:, :1].neg_().add_(gather(rows, origin))
         else:
             states[:, :1].zero_()
         torch.sub(step[:, : states.shape[1] - 1], states[:, 1:], out=states[:, 1:])
         if wanted < count:
-            chosen = [b * count + spans[b] - len(plan.response.into) for b, plan in enumerate(plans)]
+            chosen = [b * count + spans[b] - len(part.response.into) for b, part in enumerate(parts)]
             index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
             step = gather(step.view(batch * count, -1), index)
         gram = torch.bmm(states, states.mT) if measure else None
@@ -412,15 +412,15 @@ class Table:
 
         flat = step.view(batch * wanted, -1)
         into = np.full((batch, wanted), len(rows) - 1)
-        for b, plan in enumerate(plans):
-            into[b, : len(plan.response.into)] = plan.offset + plan.response.into
+        for b, part in enumerate(parts):
+            into[b, : len(part.response.into)] = part.offset + part.response.into
         rows.index_copy_(0, torch.from_numpy(into.reshape(-1)).to(rows.device), flat)
         if final is not None and count > 1:
             moved = step[:, : count - 1] - gather(rows, anchor[:, 1:count])
             final[:, 1:].addcmul_(moved, columns[1][:, 1:])
             del moved
         if final is not None:
-            slots = [(b, p.offset, p.response.finals) for b, p in enumerate(plans) if p.response.finals is not None]
+            slots = [(b, p.offset, p.response.finals) for b, p in enumerate(parts) if p.response.finals is not None]
             target = np.concatenate([offset + finals for _, offset, finals in slots])
             source = np.concatenate([b * count + np.arange(len(finals)) for b, _, finals in slots])
             final = gather(final.reshape(batch * count, -1), source)

@@ -1,0 +1,163 @@
+"""The driver for a network of one's own: it draws a batch of samples, with a solver of choice or with the fastest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .execution import Executor, Network, check, duration
+from .planning import Plan, plan
+from .samplers import Sampler
+from .solve import Run, Solution, Solver, start, together
+
+__all__ = ["Solutions", "sample"]
+
+
+class Solutions(Sequence[Solution]):
+    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``.
+
+    Attributes:
+        seconds: How long the solve took.
+        plan: How the solver was chosen, if it was.
+    """
+
+    def __init__(self, solutions: Sequence[Solution], seconds: float, plan: Plan | None = None) -> None:
+        """Hold the solutions of a batch in its order."""
+        self._solutions = tuple(solutions)
+        self.seconds = seconds
+        self.plan = plan
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one solution, or a tuple of several."""
+        return self._solutions[index]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self._solutions)
+
+    @property
+    def x(self) -> Tensor:
+        """(B, *shape) the samples."""
+        return torch.stack([solution.x for solution in self._solutions])
+
+    @property
+    def trajectory(self) -> Tensor | None:
+        """(B, N + 1, *shape) the trajectories, if all runs kept and finished theirs."""
+        kept = [solution.trajectory for solution in self._solutions]
+        return None if any(one is None for one in kept) else torch.stack([one for one in kept if one is not None])
+
+    @property
+    def converged(self) -> bool:
+        """Whether every run passed its solver's test."""
+        return all(solution.converged for solution in self._solutions)
+
+    @property
+    def rounds(self) -> int:
+        """Network calls of the batch that waited for one another."""
+        return max(solution.rounds for solution in self._solutions)
+
+    @property
+    def evaluations(self) -> int:
+        """Levels evaluated for all samples."""
+        return sum(solution.evaluations for solution in self._solutions)
+
+    def __str__(self) -> str:
+        """Return what was done, and how well it was foreseen."""
+        first, work = self[0], sum(solution.work for solution in self) / len(self)
+        reasons = sorted({solution.reason for solution in self})
+        text = (
+            f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
+            f"{work:.2f} evaluations / N, {duration(self.seconds)}"
+        )
+        return text if self.plan is None else f"{text}\n{self.plan.against(self.seconds)}"
+
+
+def sample(
+    denoise: Callable[..., Tensor],
+    noise: Tensor,
+    sampler: Sampler,
+    solver: Solver | Literal["auto"],
+    *,
+    tolerance: float = 1e-2,
+    condition: Any = None,
+    guess: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    keep: bool = False,
+    frozen: int = 0,
+    max_rows: int | None = None,
+    buckets: Sequence[int] | None = None,
+    progress: bool = False,
+    on_round: Callable[[Sequence[Run]], None] | None = None,
+    stop: Callable[[Run], bool] | None = None,
+) -> Solutions:
+    """Draw a batch of samples with a network of one's own, many time steps side by side.
+
+    Each sample is solved on its own; a round of the batch is one call of the network.
+
+    Args:
+        denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
+            of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
+            samples and must not influence one another.
+        noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
+            the noise is.
+        sampler: The equation, from :mod:`parataxis.samplers`.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`; or ``auto``: by the solver that :func:`parataxis.plan`
+            expects to be fastest, the sequential loop among them. That takes some calls of the network: to draw more
+            than one batch, plan once and pass ``plan.solver``.
+        tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
+        condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
+            the network row by row.
+        guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
+            are free, so the result is the sample of the new condition.
+        generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
+            loop, or one for each sample.
+        keep: Keep the trajectories (memory of N + 1 states a sample).
+        frozen: Levels of the guess that stay as they are; see :func:`parataxis.start`.
+        max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same. When
+            memory runs out, the limit is halved and kept for the rest of the solve.
+        buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); rounds are split and padded to them, so
+            that ``torch.compile`` or CUDA graphs meet few shapes.
+        progress: Show a bar: settled levels of all samples.
+        on_round: Called after every round with the runs; see :func:`parataxis.together`.
+        stop: Ends a run early; see :func:`parataxis.together`.
+
+    Returns:
+        One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
+        ``interrupted``. Printed, it says what was done and, for ``auto``, how long that was expected to take.
+
+    Raises:
+        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
+        TypeError: If ``sampler`` or ``solver`` is not one.
+        ValueError: For inputs that do not fit together, with what was given and what was expected.
+    """
+    check(noise, sampler, condition)
+    planned = None
+    if isinstance(solver, str) and solver == "auto":
+        if guess is not None or frozen:
+            raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: name a solver.")
+        planned = plan(
+            denoise, noise, sampler, tolerance=tolerance, condition=condition, max_rows=max_rows, buckets=buckets
+        )
+        solver, max_rows = planned.solver, planned.latency.limit
+    begun = time.perf_counter()
+    state = torch.promote_types(noise.dtype, torch.float32)
+    table = sampler.table(noise.to(state), generator, noise.dtype)
+    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
+    network = Network(denoise, sampler.network_times(noise.dtype), condition)
+    evaluate = Executor(network, max_rows=max_rows, buckets=buckets)
+    total = sampler.steps * len(runs)
+    with tqdm(total=total, unit="level", disable=not progress) as bar:
+        try:
+            with torch.no_grad():
+                for rounds in together(runs, evaluate, on_round=on_round, stop=stop):
+                    bar.set_postfix(rounds=rounds, refresh=False)
+                    bar.update(sum(run.front for run in runs) - bar.n)
+        except KeyboardInterrupt:
+            for run in runs:
+                run.end("interrupted")
+    return Solutions([run.solution for run in runs], time.perf_counter() - begun, planned)

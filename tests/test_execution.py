@@ -1,0 +1,125 @@
+"""Rows reach the network in calls of a bounded size, and what comes back does not depend on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parataxis as px
+import problems
+from parataxis.execution import Executor
+from parataxis.solve import Rows
+
+
+def rows(count):
+    return Rows(torch.randn(count, 3), torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+class Memory:
+    """A network, row by row, whose memory does for so many rows; a record of its calls."""
+
+    def __init__(self, most, fail):
+        self.most, self.fail, self.sizes, self.failed = most, fail, [], 0
+
+    def __call__(self, u, t=None):
+        if len(u) > self.most:
+            self.failed += 1
+            self.fail()
+        self.sizes.append(len(u))
+        return torch.tanh(u) * 0.5
+
+
+def cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def cpu():
+    torch.empty(2**46)  # more than any machine has
+
+
+def python():
+    raise MemoryError
+
+
+def cudnn():
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+
+@pytest.mark.parametrize("fail", [cuda, cpu, python, cudnn])
+def test_a_call_that_runs_out_of_memory_is_halved_and_the_limit_kept(fail):
+    network = Memory(5, fail)
+    execute = Executor(lambda own: network(own.u))
+    asked = rows(100)
+    for _ in range(3):
+        assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
+    assert network.failed == 5  # 100, 50, 25, 12, 6
+    assert execute.limit == 3
+    assert set(network.sizes) == {3, 1}
+
+
+def test_a_solve_backs_off_without_changing_its_result():
+    noise, sampler = problems.noise(3), px.samplers.ddpm(steps=40)
+    for solver in (px.Picard(), px.Secant(window=16)):
+        free, tight = Memory(10**9, cuda), Memory(7, cuda)
+        expected = px.sample(free, noise, sampler, solver, generator=problems.generators(3))
+        result = px.sample(tight, noise, sampler, solver, generator=problems.generators(3))
+        assert torch.equal(result.x, expected.x)
+        assert result.rounds == expected.rounds
+        assert max(free.sizes) > 40
+        assert max(tight.sizes) <= 7
+        assert tight.failed <= 7  # 2^7 > 3 x 40
+
+
+def test_without_memory_for_one_row_it_is_said():
+    with pytest.raises(torch.OutOfMemoryError, match=r"a single row of shape \(16,\) and torch.float64 on cpu: free"):
+        px.sample(Memory(0, cpu), problems.noise(2), px.samplers.ddim(steps=10), px.Picard())
+    network = Memory(3, cuda)
+    with pytest.raises(torch.OutOfMemoryError, match="with the smallest bucket, 4 rows, of shape"):
+        Executor(lambda own: network(own.u), buckets=(8, 4))(rows(5))
+    assert network.failed == 2
+
+
+def test_an_error_that_is_not_about_memory_is_left_alone():
+    def broken(own):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        Executor(broken)(rows(4))
+
+
+@pytest.mark.parametrize("max_rows", [None, 5, 100])
+def test_calls_have_the_sizes_of_the_buckets_and_padding_is_cut_off(max_rows):
+    network = Memory(10**9, cuda)
+    seen = []
+
+    def evaluate(own):
+        seen.append(own)
+        return network(own.u)
+
+    execute = Executor(evaluate, buckets=(1, 4, 8), max_rows=max_rows)
+    for count in (1, 2, 5, 8, 21):
+        asked = rows(count)
+        assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
+        assert set(seen[-1].point.tolist()) <= set(range(count))  # a padding row repeats a real one
+    assert set(network.sizes) == {1, 4, 8}
+    assert len(seen[-1].u) == len(seen[-1].point) == len(seen[-1].sample)
+
+
+def test_buckets_are_left_downwards_when_memory_runs_out():
+    network = Memory(9, cuda)
+    execute = Executor(lambda own: network(own.u), buckets=(1, 4, 8, 16, 32))
+    asked = rows(40)
+    assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
+    assert network.failed == 2
+    assert network.sizes == [8] * 5
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_rows", 0), ("buckets", ()), ("buckets", (0, 4))])
+def test_limits_are_at_least_one(option, value):
+    with pytest.raises(ValueError, match=rf"{option} must be .*at least 1.*got"):
+        Executor(lambda own: own.u, **{option: value})
+
+
+def test_what_is_no_tensor_is_said_whatever_the_limit():
+    with pytest.raises(px.OutputError, match="returned list, expected a tensor"):
+        px.sample(lambda x, t: [x], problems.noise(2), px.samplers.ddim(steps=10), px.Picard(), max_rows=3)
