@@ -4,7 +4,7 @@ from . import stopping
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
-from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Secant, Sequential
+from .solvers import LAW_EXACT, SOLVERS, Anderson, Parareal, Picard, Secant, Sequential, Speculative
 from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory
 
@@ -23,6 +23,7 @@ __all__ = [
     "Sequential",
     "Solution",
     "Solutions",
+    "Speculative",
     "Table",
     "cosine",
     "flow",
