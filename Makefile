@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 	touch $@
 
 sample: $(READY)
-	$(BIN)/parataxis sample --model digits --sampler ddim --steps 100 --solver picard --guidance 2 --count 20 \
+	$(BIN)/parataxis sample --model digits --sampler ddim --steps 100 --solver secant --guidance 2 --count 20 \
 		--compare --out out/sample.png --trace out/trace.png
 
 test: $(READY)

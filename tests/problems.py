@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import typing
 from functools import cache
 
+import numpy as np
 import torch
 
 import parataxis as px
@@ -20,6 +23,29 @@ def mixtures():
     """Return the exact problems by name."""
     data = torch.randn(12, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return {"power law": mixture(DIM, 4, power=1.0), "data set": empirical(data, 0.1)}
+
+
+@cache
+def planar():
+    """Return exact problems in the plane, where few samples tell much of a law, by name."""
+    data = torch.randn(6, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return {"mixture": mixture(2, 3, power=1.0, scale=0.25, seed=1), "data set": empirical(data, 0.05)}
+
+
+def chain():
+    """Return network and sampler of a nonlinear Gaussian chain in the plane whose mean moves about as far as its noise.
+
+    Its fourth step adds no noise.
+    """
+    steps = 8
+    deviation = np.full(steps, 0.5)
+    deviation[3] = 0.0
+
+    def network(x, t):
+        return torch.tanh(2 * x.roll(1, 1)) + torch.sin(1.7 * t)[:, None]
+
+    local = px.LocalForm(np.full(steps, 0.8), np.full((steps, 1), 0.8), deviation)
+    return network, px.Sampler("chain", np.arange(steps) + 0.5, local)
 
 
 def sampler(name, points):
@@ -94,4 +120,19 @@ def variants():
             found += [cls(window=1), cls(window=8)]
         if any(field.name == "width" for field in dataclasses.fields(cls)):
             found.append(cls(width=3))
+    return found
+
+
+def law_exact():
+    """Return every registered law-exact solver with all combinations of its options, and windows of 1, 4 and all."""
+    found = []
+    for cls in px.LAW_EXACT.values():
+        kinds = typing.get_type_hints(cls)
+        choices = {
+            name: typing.get_args(kind) for name, kind in kinds.items() if typing.get_origin(kind) is typing.Literal
+        }
+        found += [cls(), cls(window=1), cls(window=None)]
+        found += [
+            cls(window=4, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+        ]
     return found

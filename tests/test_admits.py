@@ -25,6 +25,7 @@ SOLVERS = [
     px.Parareal(pipelined=False),
     px.Parareal(),
     px.Parareal(coarse="two-step"),
+    px.Speculative(),
 ]
 TABLES = [*px.SAMPLERS, "recorded"]
 
@@ -49,7 +50,8 @@ def page():
     lines = [
         "# Which solver admits which sampler",
         "",
-        "Made by `tests/test_admits.py`. A table *recorded* from a loop has no alpha and sigma.",
+        "Made by `tests/test_admits.py`. A table *recorded* from a loop has no alpha and sigma. `Speculative` works in",
+        "law; the others compute the loop's own sample.",
         "",
         "| solver | " + " | ".join(TABLES) + " |",
         "|---" * (len(TABLES) + 1) + "|",

@@ -52,10 +52,13 @@ def test_json_stands_alone_on_standard_output():
 
 def test_options_of_solver_and_sampler_are_flags(capsys):
     arguments = ["sample", "--steps", "8", "--count", "1", "--json"]
-    assert main([*arguments, "--window", "4", "--rule", "paradigms", "--threshold", "0.2", "--entry", "copy"]) == 0
+    picard = ["--solver", "picard", "--window", "4", "--rule", "paradigms", "--threshold", "0.2", "--entry", "copy"]
+    assert main([*arguments, *picard]) == 0
     assert json.loads(capsys.readouterr().out)["solver"].startswith("Picard(window=4, rule='paradigms', threshold=0.2")
     assert main([*arguments, "--sampler", "ddpm", "--variance", "fixed_large", "--clip", "1", "--window", "all"]) == 0
     assert json.loads(capsys.readouterr().out)["peak_width"] == 8
+    assert main([*arguments, "--solver", "nested", "--inner", "picard", "--strides", "4,2"]) == 0
+    assert "Nested(inner=Picard(window=None" in json.loads(capsys.readouterr().out)["solver"]
 
 
 def test_a_plan_is_printed(capsys):
@@ -82,9 +85,28 @@ def test_auto_samples_by_a_plan(capsys):
     assert figures["converged"]
 
 
+def test_a_solver_exact_in_law_is_not_compared_sample_by_sample(capsys):
+    arguments = ["sample", "--solver", "speculative", "--sampler", "ddpm", "--steps", "12", "--count", "2", "--compare"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "other samples than the sequential loop's, of exactly the same law" in printed
+    assert "relative error" not in printed
+    assert main([*arguments, "--verification", "block", "--window", "4", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(KEYS) <= set(figures)
+    assert figures["law_exact"] is True
+    assert figures["relative_error"] is None
+    assert figures["tolerance"] is None
+    assert figures["sequential_seconds"] > 0
+    assert figures["solver"] == "Speculative(window=4, verification='block', proposal='latest')"
+
+
 def test_lists(capsys):
     assert main(["solvers"]) == 0
-    assert "--window" in capsys.readouterr().out
+    same_sample, same_law = capsys.readouterr().out.split("the same law, another sample:")
+    assert "--window" in same_sample
+    assert "--verification" not in same_sample
+    assert "speculative" in same_law
     assert main(["models"]) == 0
     assert "digits-flow" in capsys.readouterr().out
     assert main(["--help"]) == 0
@@ -106,6 +128,7 @@ def test_lists(capsys):
         (["--label", "11"], "--label must lie in 0..9 (or 10 for none), got '11'"),
         (["--label", "x"], "--label must be whole numbers"),
         (["--model", "digits-unconditional", "--label", "1"], "this model is unconditional"),
+        (["--solver", "speculative"], "cannot solve this sampler: no step of this table adds noise of a known size"),
         (["--out", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--trace", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--out", "x.txt"], "has no picture's ending"),
@@ -143,7 +166,7 @@ def test_an_unknown_command_or_flag_is_refused(capsys):
     assert main(["sampel"]) == 2
     assert "Did you mean 'sample'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["sample", "--rule", "other"])
+        main(["sample", "--solver", "picard", "--rule", "other"])
     assert "must be one of budget, paradigms" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from .samplers import SAMPLERS, Sampler
 from .schedulers import read
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, start, together
-from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential
+from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential, Speculative
 from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory
 
@@ -30,6 +30,7 @@ __all__ = [
     "Sequential",
     "Solution",
     "Solutions",
+    "Speculative",
     "Table",
     "cosine",
     "flow",

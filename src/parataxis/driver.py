@@ -106,16 +106,18 @@ def sample(
         noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
             the noise is.
         sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`; or ``auto``: by the solver that :func:`parataxis.plan`
+        solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.LAW_EXACT` give a sample
+            of the same law instead of the same sample; or ``auto``: by the solver that :func:`parataxis.plan`
             expects to be fastest, the sequential loop among them. That takes some calls of the network: to draw more
             than one batch, plan once and pass ``plan.solver``.
-        tolerance: Relative error allowed in each final sample, compared with the sequential loop's.
+        tolerance: Relative error allowed in each final sample, compared with the sequential loop's; without meaning
+            for law-exact solvers.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
             the network row by row.
         guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
             are free, so the result is the sample of the new condition.
         generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
-            loop, or one for each sample.
+            loop, or one for each sample. Law-exact solvers then draw one seed for each sample from it.
         keep: Keep the trajectories (memory of N + 1 states a sample).
         frozen: Levels of the guess that stay as they are; see :func:`parataxis.start`.
         max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same. When
@@ -147,7 +149,17 @@ def sample(
     begun = time.perf_counter()
     state = torch.promote_types(noise.dtype, torch.float32)
     table = sampler.table(noise.to(state), generator, noise.dtype)
-    runs = start(sampler, table, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, keep=keep, frozen=frozen)
+    runs = start(
+        sampler,
+        table,
+        solver,
+        tolerance=tolerance,
+        guess=guess,
+        dtype=noise.dtype,
+        keep=keep,
+        frozen=frozen,
+        generator=generator,
+    )
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
     evaluate = Executor(network, max_rows=max_rows, buckets=buckets)
     total = sampler.steps * len(runs)

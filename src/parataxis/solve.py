@@ -13,6 +13,7 @@ request                meaning                                                  
 :class:`Combine`       put linear combinations of rows (and step noise) into slots  None
 :class:`Inner`         inner products of rows, or of differences of rows           (R, k, k) float64
 :class:`Distance`      mean absolute difference of rows                             (R,) float64
+:class:`Draw`          uniform numbers, and new noise for steps                     (k,) float64
 :class:`Query`         evaluate the network at these points, together: one round   (R,) finite or not
 :class:`Response`      what trajectory follows from these outputs and slopes?      (R, 2) squared norms
 :class:`Settle`        these states are final                                      None
@@ -24,7 +25,7 @@ A solver returns the slot of the sample. Only a Query is a round and costs evalu
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +39,7 @@ from .table import LocalForm, Part, Response, Slots, Table
 __all__ = [
     "Combine",
     "Distance",
+    "Draw",
     "Inner",
     "Load",
     "Memory",
@@ -114,6 +116,18 @@ class Distance(NamedTuple):
     right: Slots
 
 
+class Draw(NamedTuple):
+    """Draw from the run's own random stream, which the generator seeds when it is first asked for.
+
+    Attributes:
+        uniforms: k, how many numbers in (0, 1] to answer with.
+        noise: (R,) points whose noise C_i z_i is drawn anew, for every later request.
+    """
+
+    uniforms: int
+    noise: Slots
+
+
 class Query(NamedTuple):
     """Evaluate these points together: one round.
 
@@ -149,7 +163,7 @@ class Settle(NamedTuple):
     sample: int | None
 
 
-Request = Memory | Load | Combine | Inner | Distance | Query | Response | Settle
+Request = Memory | Load | Combine | Inner | Distance | Draw | Query | Response | Settle
 Asking = Generator[Request, Any, int]
 
 
@@ -223,7 +237,9 @@ class Solution:
         solver: How it was solved.
         problem: What was solved.
         peak_width: Most levels of this sample in one round.
-        error_estimate: Estimated relative error of ``x`` to the sequential sample.
+        error_estimate: Estimated relative error of ``x`` to the sequential sample. Solvers of
+            :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the sequential loop's samples, but it is
+            another sample than the loop's from the same noise.
         history: One entry a round.
         trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True``, if converged, and from
             solvers that settle every state (not parareal).
@@ -251,8 +267,17 @@ class Solution:
 class _Batch:
     """The tensors of runs that share a table: their rows of memory and their first guess."""
 
-    def __init__(self, sampler: Sampler, table: Table, guess: Tensor | None, dtype: torch.dtype) -> None:
-        self.sampler, self.table, self.dtype = sampler, table, dtype
+    def __init__(
+        self,
+        sampler: Sampler,
+        table: Table,
+        guess: Tensor | None,
+        dtype: torch.dtype,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> None:
+        self.sampler, self.table, self.dtype, self.generator = sampler, table, dtype, generator
+        self.noise = table.noise  # the caller's: replaced by a copy before it is changed
+        self.streams: list[np.random.Generator] = []
         self.shape = tuple(table.start.shape[1:])
         self.start = table.start.reshape(len(table.start), -1)
         self.guess = None if guess is None else guess.reshape(-1, self.start.shape[1])
@@ -272,6 +297,26 @@ class _Batch:
 
     def put(self, slots: Slots, rows: Tensor) -> None:
         self.rows.index_copy_(0, self.index(slots), rows)
+
+    def stream(self, sample: int) -> np.random.Generator:
+        if not self.streams:
+            given, count = self.generator, len(self.start)
+            several = [given] if given is None or isinstance(given, torch.Generator) else given
+            size = count if len(several) == 1 else 1
+            seeds = [
+                torch.randint(2**63 - 1, (size,), generator=one, device="cpu" if one is None else one.device).tolist()
+                for one in several
+            ]
+            self.streams = [np.random.default_rng(seed) for own in seeds for seed in own]
+        return self.streams[sample]
+
+    def renew(self, steps: Slots, rows: Array) -> None:
+        noise = self.table.noise
+        assert noise is not None
+        if noise is self.noise:
+            noise = noise.clone()
+            self.table = replace(self.table, noise=noise)
+        noise.view(-1, rows.shape[1]).index_copy_(0, self.index(steps), torch.from_numpy(rows).to(noise))
 
 
 class Run:
@@ -402,6 +447,7 @@ def start(
     dtype: torch.dtype | None = None,
     keep: bool = False,
     frozen: int = 0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[Run]:
     """Start one run for every sample of a table.
 
@@ -417,6 +463,8 @@ def start(
             sequential sample of the new condition, but a variation between the two (ParaTAA); needs a guess.
         dtype: What the network is given; default the states' own.
         keep: Keep every settled state for ``Solution.trajectory``.
+        generator: Seeds the random stream of every run, if its solver draws: one for the batch, one for each sample, or
+            None for torch's own.
 
     Raises:
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that cannot work on
@@ -445,7 +493,9 @@ def start(
         if not bool(torch.isfinite(guess).all()):
             raise ValueError("guess holds NaN or Inf: pass a trajectory whose states are all finite.")
     dtype = dtype or states.dtype
-    batch = _Batch(sampler, table, guess, dtype)
+    if not (generator is None or isinstance(generator, torch.Generator)) and len(generator) != len(states):
+        raise ValueError(f"pass one generator a sample: {len(states)} samples, {len(generator)} generators.")
+    batch = _Batch(sampler, table, guess, dtype, generator)
     if frozen and (guess is None or not 0 < frozen < table.local.steps):
         raise ValueError(
             f"frozen={frozen!r} keeps states of a guess: pass one, and 0 <= frozen < N = {table.local.steps}."
@@ -529,6 +579,18 @@ def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[A
     return np.split(means, np.cumsum([len(ask.left) for ask in asks])[:-1])
 
 
+def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+    if batch.table.noise is None:
+        raise ValueError("the table has no noise, though its steps add some: make it with sampler.table(noise).")
+    points = np.concatenate([ask.noise for ask in asks])
+    if len(points):
+        shapes = [(len(ask.noise), batch.rows.shape[1]) for ask in asks]
+        drawn = [batch.stream(run.index).standard_normal(shape) for run, shape in zip(runs, shapes, strict=True)]
+        first = np.repeat([run.index * batch.table.local.steps for run in runs], [len(ask.noise) for ask in asks])
+        batch.renew(first + points, np.concatenate(drawn) * batch.table.local.noise[points, None])
+    return [1 - batch.stream(run.index).random(ask.uniforms) for run, ask in zip(runs, asks, strict=True)]
+
+
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
     parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
     return list(batch.table.respond(batch.rows, parts))
@@ -546,6 +608,7 @@ _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]
     Combine: _combine,
     Inner: _inner,
     Distance: _distance,
+    Draw: _draw,
     Response: _response,
     Settle: _settle,
 }

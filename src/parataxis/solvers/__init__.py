@@ -9,8 +9,9 @@ from .parareal import Parareal
 from .picard import Picard
 from .secant import Secant
 from .sequential import Sequential
+from .speculative import Speculative
 
-__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Nested", "Parareal", "Picard", "Secant", "Sequential"]
+__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Nested", "Parareal", "Picard", "Secant", "Sequential", "Speculative"]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
@@ -21,5 +22,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "nested": Nested,
 }
 
-# Right in distribution, not the seed's sequential sample.
-LAW_EXACT: dict[str, type[Solver]] = {}
+# Exact in law: a sample as good as the sequential one, but not the same.
+LAW_EXACT: dict[str, type[Solver]] = {
+    "speculative": Speculative,
+}

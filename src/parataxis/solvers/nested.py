@@ -24,29 +24,29 @@ class Nested:
     """Another windowed solver whose first rounds evaluate fewer points: a full window for less work.
 
     Attributes:
-        solver: A solver with a window.
+        inner: A solver with a window.
         strides: How many points apart the evaluations of the first rounds are, each at least 1.
     """
 
-    solver: Solver = field(default_factory=Secant)
+    inner: Solver = field(default_factory=Secant)
     strides: tuple[int, ...] = (8, 8, 4, 4, 2, 2)
 
     def __post_init__(self) -> None:
-        if not hasattr(self.solver, "window"):
-            raise ValueError(f"solver must be one with a window (picard, anderson, secant), got {self.solver!r}.")
+        if not hasattr(self.inner, "window"):
+            raise ValueError(f"inner must be a solver with a window (picard, anderson, secant), got {self.inner!r}.")
         if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in self.strides):
             raise ValueError(f"strides must be whole numbers of at least 1, got {self.strides!r}.")
 
     @property
     def window(self) -> int | None:
         """Levels that a round reaches over."""
-        window: int | None = getattr(self.solver, "window", None)
+        window: int | None = getattr(self.inner, "window", None)
         return window
 
     def refuses(self, local: LocalForm) -> str | None:
         """Refuse what the solver refuses."""
-        return self.solver.refuses(local)
+        return self.inner.refuses(local)
 
     def __call__(self, problem: Problem) -> Asking:
         """Solve one trajectory."""
-        return self.solver(dataclasses.replace(problem, strides=self.strides))
+        return self.inner(dataclasses.replace(problem, strides=self.strides))
