@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .merge import Ask, WholeCalls, equal
 from .passes import Loop, Passes, reachable, replaced
-from .recording import Changed, Minded, Refused, Stage, Structure, analyse
+from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
 from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
 from .table import LocalForm, Plan, Table, square
@@ -251,6 +251,9 @@ class _Solving:
         if learned is not None:
             self.repeat(learned)
         while True:
+            stage = passes.stages[-1] if passes.stages else None
+            if stage is not None and not stage.settled and not stage.structure.linear:
+                self.hold(stage)
             done, value = passes.play(certify=self.certified)
             stage = passes.stages[-1] if passes.stages else None
             if stage is not None and not stage.settled:
@@ -325,19 +328,30 @@ class _Solving:
         if structure.linear and not stage.proved():
             structure.linear = False
         structure.proof = None
+        if not structure.linear:
+            before = replace(stage)
+            self.wander(stage, seed=THIRD + 2)
+            linearise(structure, before, stage)
+            self.wander(stage)
         first_end = stage.last()
-        self.wander(stage, float(torch.finfo(structure.network).eps))
+        self.wander(stage, float(torch.finfo(structure.network).eps) / 2)
         moved, size = (stage.last() - first_end).norm(dim=1), first_end.norm(dim=1).clamp(min=1e-30)
         structure.floor = float((moved / size).max())
         return stage
 
-    def wander(self, stage: Stage, nudge: float = 0.0) -> None:
+    def wander(self, stage: Stage, nudge: float = 0.0, seed: int = THIRD) -> None:
         """Make the pass that tells what the loop adds along the way; again with outputs nudged, it tells the floor."""
-        stage.mode, stage.seed, stage.nudge = "wander", THIRD, nudge
+        stage.mode, stage.seed, stage.nudge = "wander", seed, nudge
         self.passes.play()
         if not nudge:
             stage.anchor()
         stage.mode = "affine"
+
+    def hold(self, stage: Stage) -> None:
+        """Make the pass that leaves the corrections out, to be compared with the replay."""
+        stage.held = True
+        self.passes.play()
+        stage.held, stage.plain = False, stage.last()
 
     def solve(self, stage: Stage, *, replaying: bool) -> None:
         """Solve a stage; ``replaying`` from the trajectory that the latest pass has found wanting."""
@@ -432,7 +446,7 @@ class _Solving:
         """Judge the replay of a stage: is its certificate within the tolerance, or as good as it gets?"""
         structure = stage.structure
         certificate = stage.certificate()
-        allowed = max(self.tolerance, 2 * structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        allowed = max(self.tolerance, structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
         good = certificate <= allowed
         stage.settled = good or self.attempts >= ATTEMPTS or (self.attempts > 0 and certificate > 0.7 * self.best)
         self.best = min(self.best, certificate)

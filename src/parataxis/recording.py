@@ -1,12 +1,12 @@
 r"""Recordings: what the equation of a loop is, found by running it with outputs at random.
 
 Two recordings of one loop, with outputs V and V', start from the same random state, so their inputs U and U' differ
-only by what the outputs did. A sampling loop is linear in them, and its equation has the local form
+only by what the outputs did. A sampling loop is linear in them, with a short memory:
 
-    U_{i+1} - U'_{i+1} = A_i (U_i - U'_i) + sum_{l=0..L} B_{i,l} (V_{i-l} - V'_{i-l})
+    U_{i+1} - U'_{i+1} = sum_{l=0..L} [ a_{i,l} (U_{i-l} - U'_{i-l}) + b_{i,l} (V_{i-l} - V'_{i-l}) ]
 
-with scalars A_i, B_{i,l}: a small least-squares problem at each level, on a few thousand random elements, whose
-residual proves or disproves it. The calls or rows of a level whose inputs are equal (guidance) enter through one
+with scalars a, b: a small least-squares problem at each level, on a few thousand random elements, whose residual
+proves or disproves it. The states are eliminated by the recursion itself, which leaves the table. The calls or rows of a level whose inputs are equal (guidance) enter through one
 combination of their outputs, sum_r g_r V_r with sum_r g_r = 1. What the loop adds along the way is the rest of a
 third pass, whose outputs f = d u + noise, with d such that states keep their size, keep rounding small.
 """
@@ -30,9 +30,9 @@ from .table import LocalForm, Plan
 __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analyse", "drawn", "fit"]
 
 Array = NDArray[np.float64]
-LAGS = 5  # most earlier outputs that a step may use: third-order multistep methods with corrector use three
+LAGS = 5  # most earlier levels that a step may use: third-order multistep methods with corrector use three
 ELEMENTS = 4096  # rows of the least-squares problem
-WANDER = 0.3  # of the outputs of the third pass, relative to their inputs
+WANDER = 0.1  # noise of the combined outputs of the third pass, relative to their inputs
 
 
 class Ended(BaseException):
@@ -114,8 +114,9 @@ class Structure:
         """N."""
         return len(self.levels)
 
-    def take(self, decay: Array, weight: Array) -> None:
+    def take(self, local: LocalForm) -> None:
         """Take the coefficients; without a last state one is added that equals the one before."""
+        decay, weight = local.decay, local.weight
         if len(decay) < self.steps:
             decay, weight = np.append(decay, 1.0), np.append(weight, np.zeros((1, weight.shape[1])), 0)
         self.local = LocalForm(decay, weight, np.zeros(self.steps))
@@ -142,12 +143,16 @@ class Stage:
         mode: How calls are answered: ``wander`` (f = d u + noise; records the calls) or ``affine`` in what is known.
         settled: Whether the loop may go on behind it.
         reach: Last level of a pass.
+        seed: Of the noise of a pass that wanders.
+        nudge: Relative change of its outputs.
+        held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
         answered: Outputs of the pass that wanders.
         expected: Inputs of a pass without callbacks, to tell whether callbacks change them.
         start: (G, dim) the first state.
         added: What the loop adds at every step, (G, dim) each.
+        plain: (G, dim) the last state of a pass with ``held``.
         known: (N, G) whether there is an evaluation.
         anchors: Inputs X at which outputs were computed.
         raw: Output leaves of every call.
@@ -162,6 +167,7 @@ class Stage:
     settled: bool = False
     reach: int = 0
     nudge: float = 0.0
+    held: bool = False
     seed: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     end: Tensor | None = None
@@ -169,6 +175,7 @@ class Stage:
     expected: list[Tensor] | None = None
     start: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
+    plain: Tensor | None = None
     known: NDArray[np.bool_] = field(init=False)
     anchors: list[Tensor | None] = field(init=False)
     raw: list[list[Any] | None] = field(init=False)
@@ -246,7 +253,7 @@ class Stage:
         """Answer so that states keep their size, plus noise."""
         structure, site = self.structure, self.structure.sites[call]
         leaves = drawn(structure.outputs[call], self.seed, call)
-        size = WANDER * float(states.double().square().mean().sqrt())
+        size = WANDER * float(states.double().square().mean().sqrt()) / float(np.abs(structure.weights[level]).sum())
         leaves = [leaf * size if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         site.add(leaves, states * float(structure.slopes[level]))
         if self.nudge:
@@ -280,7 +287,8 @@ class Stage:
             slopes = self.slopes[q] if q == level else np.where(np.isnan(self.beyond), self.slopes[q], self.beyond)
             factor = torch.from_numpy(slopes[site.owner[rows]]).to(states).unsqueeze(1)
             change[index] = factor * (states[index] - anchor[owner])
-        site.add(leaves, change)
+        if not self.held:
+            site.add(leaves, change)
         return leaves
 
     def _sources(self, call: int, level: int) -> dict[int, tuple[int, int] | None]:
@@ -352,11 +360,18 @@ class Stage:
         return changed
 
     def certificate(self) -> float:
-        """Return the effect on the sample of the distances of the last pass from the evaluations, to first order."""
+        """Return the effect on the sample of the distances of the last pass from the evaluations, to first order.
+
+        By the equation, or where there is none by comparison with the pass that left the corrections out.
+        """
         structure = self.structure
         slopes = np.nan_to_num(self.slopes)
         runs = [np.arange(structure.groups)] if structure.joint else [np.array([g]) for g in range(structure.groups)]
         size = torch.stack([self.last()[own].double().norm() for own in map(torch.from_numpy, runs)])
+        if self.plain is not None:
+            away = (self.last() - self.plain).double()
+            found = float((torch.stack([away[own].norm() for own in map(torch.from_numpy, runs)]) / size).max())
+            return found if np.isfinite(found) else float("inf")
         moved = torch.zeros(structure.groups, structure.dim, dtype=torch.float64)
         gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs])
         gains = np.broadcast_to(gains, (structure.groups, structure.steps))
@@ -635,7 +650,7 @@ def fit(
         states.append(own)
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
-    bound = 1.5 * precision if wide else 32 * precision
+    bound = 6 * precision if wide else 32 * precision  # terms within a step may cancel
     complete = structure.final
     for final in (True, False) if complete else (False,):
         # A tensor at the end that does not obey may be no state: clipped, say.
@@ -646,21 +661,25 @@ def fit(
     if found is None:
         found = _equation(states, outputs, structure.steps - 1 + complete, np.inf)
         assert found is not None
-    structure.weights, decay, weight = found
+    structure.weights, local = found
     # At the first level nothing moved: A_0 says how much of the start is in the next state.
     start = states[0][0]
-    rest = states[0][1] - weight[0, 0] * (outputs[0][0].T @ structure.weights[0])
-    decay[0] = start @ rest / max(start @ start, 1e-300)
-    structure.take(decay, weight)
+    rest = states[0][1] - local.weight[0, 0] * (outputs[0][0].T @ structure.weights[0])
+    local.decay[0] = start @ rest / max(start @ start, 1e-300)
+    structure.take(local)
     if structure.linear:
-        added, count = [], len(decay)
-        for i in range(count):
-            left = states[0][i + 1] - decay[i] * states[0][i]
-            for lag in range(min(weight.shape[1] - 1, i) + 1):
-                left = left - weight[i, lag] * (outputs[0][i - lag].T @ structure.weights[i - lag])
-            added.append(left)
-        sizes = np.array([np.sqrt(np.mean(own**2)) for own in states[0][: count + 1]])
-        structure.proof = pick, np.array(added), 2 * bound * (sizes[1:] + sizes[:-1]) + 1e-5
+        added, scale = [], []
+        for i in range(local.steps):
+            terms = [local.decay[i] * states[0][i]]
+            for lag in range(min(local.lags, i) + 1):
+                terms.append(local.weight[i, lag] * (outputs[0][i - lag].T @ structure.weights[i - lag]))
+            added.append(states[0][i + 1] - np.sum(terms, 0))
+            scale.append(_size(states[0][i + 1]) + sum(_size(term) for term in terms))
+        structure.proof = pick, np.array(added), 4 * bound * np.array(scale) + 1e-5
+
+
+def _size(values: Array) -> float:
+    return float(np.sqrt(np.mean(values**2)))
 
 
 def linearise(structure: Structure, one: Stage, two: Stage) -> None:
@@ -675,31 +694,42 @@ def linearise(structure: Structure, one: Stage, two: Stage) -> None:
         outputs.append([out[None].double().cpu().reshape(1, -1).numpy() for out in stage.combined()])
     found = _equation(states, outputs, len(states[0]) - 1, np.inf)
     assert found is not None
-    _, decay, weight = found
-    decay[0] = structure.local.decay[0]
-    structure.take(decay, weight)
+    found[1].decay[0] = structure.local.decay[0]
+    structure.take(found[1])
 
 
 def _equation(
     states: Sequence[Sequence[Array]], outputs: Sequence[Sequence[Array]], count: int, bound: float
-) -> tuple[list[Array], Array, Array] | None:
-    """Fit g, A (count,) and B (count, L + 1) of the first steps; None if more than rounding is left."""
+) -> tuple[list[Array], LocalForm] | None:
+    """Fit g and the equation of the first ``count`` steps; None if more than rounding is left."""
 
     def moved(values: Sequence[Array]) -> Array:
         return np.concatenate([value - values[0] for value in values[1:]])
 
     x = [moved([own[i] for own in states]) for i in range(count + 1)]
     f = [[moved([own[i][k] for own in outputs]) for k in range(len(outputs[0][i]))] for i in range(len(outputs[0]))]
-    sizes = [float(np.sqrt(np.mean([own[i] ** 2 for own in states]))) for i in range(count + 1)]
+    sizes = np.array([max(_size(own[i]) for own in states) for i in range(count + 1)])
     apart = _least(x, f, sizes, bound)
     if apart is None:
         return None
     weights = _proportions(len(f), apart[1], [len(one) for one in f])
-    together = [
-        [np.sum([g * one for g, one in zip(own, rows, strict=True)], 0)] for own, rows in zip(weights, f, strict=True)
-    ]
-    combined = _least(x, together, sizes, bound)
-    return None if combined is None else (weights, combined[0], combined[1][:, :, 0])
+    combined = [[np.tensordot(g, rows, 1)] for g, rows in zip(weights, f, strict=True)]
+    found = _least(x, combined, sizes, bound)
+    if found is None:
+        return None
+    memory, entering = found[0], found[1][:, :, 0]
+    if memory.shape[1] == 1:
+        return weights, LocalForm(memory[:, 0].copy(), entering.copy(), np.zeros(count))
+    dense = np.zeros((count + 1, count))
+    for i in range(count):
+        for lag in range(min(memory.shape[1] - 1, i) + 1):
+            dense[i + 1] += memory[i, lag] * dense[i - lag]
+            dense[i + 1, i - lag] += entering[i, lag]
+    local = LocalForm.from_dense(dense)
+    least = bound / 4 * np.abs(dense[1:]).max(1, keepdims=True)
+    weight = np.where(np.abs(local.weight) > least, local.weight, 0.0)
+    used = int(np.flatnonzero(weight.any(0))[-1]) + 1
+    return weights, LocalForm(local.decay, weight[:, :used].copy(), local.noise)
 
 
 def _answers(structure: Structure, level: Sequence[int], seed: int, base: int) -> list[Tensor]:
@@ -715,47 +745,43 @@ def _answers(structure: Structure, level: Sequence[int], seed: int, base: int) -
     return found
 
 
-def _least(
-    x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Sequence[float], bound: float
-) -> tuple[Array, Array] | None:
-    """Fit A (n,) and B (n, L + 1, k) with the fewest lags that leave no more than rounding; None if none do.
+def _least(x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Array, bound: float) -> tuple[Array, Array] | None:
+    """Fit a (n, L + 1) and b (n, L + 1, k) with the shortest memory that leaves no more than rounding, or None.
 
-    n is the number of states behind the first.
+    n is the number of states behind the first; ``bound`` is relative to the largest term; infinite: L = 0.
     """
     n, places = len(x) - 1, max(len(one) for one in f)
-    lags = min(LAGS, max(n - 1, 0)) if np.isfinite(bound) else 0
-    systems = []
+    most = min(LAGS, max(n - 1, 0)) if np.isfinite(bound) else 0
+    rest = np.zeros((most + 1, n))
+    memory, entering = np.zeros((most + 1, n, most + 1)), np.zeros((most + 1, n, most + 1, places))
     for i in range(n):
-        columns = [x[i], *(row for lag in range(min(lags, i) + 1) for row in f[i - lag])]
-        counts = np.cumsum([1, *(len(f[i - lag]) for lag in range(min(lags, i) + 1))])
+        # One system for all lengths of the memory: shorter ones are its leading blocks.
+        columns: list[Array] = []
+        for lag in range(min(most, i) + 1):
+            columns += [x[i - lag], *f[i - lag]]
         matrix = np.stack(columns)
-        systems.append((matrix @ matrix.T, matrix @ x[i + 1], float(x[i + 1] @ x[i + 1]), counts))
-    rest = np.zeros((lags + 1, n))
-    found = []
-    for lag in range(lags + 1):
-        decay, weight = np.zeros(n), np.zeros((n, lag + 1, places))
-        for i, (gram, right, square, counts) in enumerate(systems):
-            used = counts[min(lag, i) + 1]
-            scale = np.sqrt(np.maximum(np.diag(gram)[:used], 1e-300))
-            system = gram[:used, :used] / np.outer(scale, scale)
-            solved = np.linalg.lstsq(system, right[:used] / scale, rcond=1e-13)[0] / scale
-            decay[i] = solved[0]
-            left = square - 2 * solved @ right[:used] + solved @ gram[:used, :used] @ solved
-            rest[lag, i] = np.sqrt(max(left, 0.0) / len(x[0]))
-            first = 1
+        scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)
+        matrix = matrix / scale[:, None]
+        gram, right = matrix @ matrix.T, matrix @ x[i + 1]
+        used = 0
+        for lag in range(most + 1):
+            if lag <= i:
+                used += 1 + len(f[i - lag])
+                solved = np.linalg.lstsq(gram[:used, :used], right[:used], rcond=1e-14)[0]
+            rest[lag, i] = _size(x[i + 1] - solved @ matrix[:used])
+            term = max(np.abs(solved) * np.sqrt(1 / len(x[0])), default=0.0)
+            rest[lag, i] /= max(sizes[i + 1], term) * bound + 1e-5 * _size(x[i + 1]) if np.isfinite(bound) else np.inf
+            first = 0
             for own in range(min(lag, i) + 1):
                 count = len(f[i - own])
-                weight[i, own, :count] = solved[first : first + count]
-                first += count
-        found.append((decay, weight))
-    moved = np.array([np.sqrt(np.mean(one**2)) for one in x[1:]])
-    allowed = bound * np.array(sizes[1:]) + 1e-5 * moved if np.isfinite(bound) else np.full(n, np.inf)
-    passed = (rest <= allowed).all(1)
-    if not passed.any():
+                back = solved[first : first + 1 + count] / scale[first : first + 1 + count]
+                memory[lag, i, own], entering[lag, i, own, :count] = back[0], back[1:]
+                first += 1 + count
+    worst = rest.max(1)
+    if worst.min() > 1:
         return None
-    total = (rest / np.maximum(allowed, 1e-300)).max(1) if np.isfinite(bound) else np.zeros(1)
-    enough = np.flatnonzero(passed & (total <= 1.3 * total[passed].min() + 1e-3))
-    return found[int(enough[0])]
+    chosen = int(np.flatnonzero(worst <= 1.3 * worst.min() + 1e-2)[0])
+    return memory[chosen][:, : chosen + 1], entering[chosen][:, : chosen + 1]
 
 
 def _proportions(steps: int, weight: Array, counts: Sequence[int]) -> list[Array]:
