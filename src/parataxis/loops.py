@@ -44,8 +44,9 @@ SHORT = 8  # levels: shorter loops run sequentially
 PROOF = 48  # elements of a level to fit its coefficients to; smaller loops are recorded more often
 MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
-ROUNDING = 32  # units of the states' own rounding below which nothing is claimed
-ATTEMPTS = 3  # solves from the trajectory of a replay, at most
+ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
+FLOORS = 1.5  # the certificate counts what the replay has corrected: at the floor it exceeds the error
 
 
 @dataclass
@@ -243,6 +244,10 @@ class _Solving:
         self.certificate = 0.0  # of the stage at hand
         self.best = np.inf
         self.attempts = 0
+        self.falling = True  # the certificate falls from replay to replay
+        self.replayed = False  # a pass answers every round
+        self.repeated = False  # the equation is that of an earlier call
+        self.stale = False
 
     def run(self) -> Any:
         """Solve every stage, replay, and return what the loop returns."""
@@ -257,11 +262,11 @@ class _Solving:
             done, value = passes.play(certify=self.certified)
             stage = passes.stages[-1] if passes.stages else None
             if stage is not None and not stage.settled:
-                self.solve(stage, replaying=True)
+                self.again(stage)
             elif done:
                 break
             else:
-                self.solve(self.record(), replaying=False)
+                self.solve(self.record())
         self.loop.learned[passes.key] = passes.stages[0].structure
         if passes.always:
             self.report.reason = "a callback changes what the loop does, so it runs in every pass."
@@ -285,14 +290,16 @@ class _Solving:
     def repeat(self, structure: Structure) -> None:
         """Solve the first stage with what an earlier call has learned: one pass tells what the loop adds."""
         passes = self.passes
+        self.repeated = True
         stage = Stage(structure, 0, [None] * len(structure.sites))
         passes.stages.append(stage)
         try:
             self.wander(stage)
         except Changed:
+            self.repeated = False
             passes.stages.clear()
         else:
-            self.solve(stage, replaying=False)
+            self.solve(stage)
 
     def record(self) -> Stage:
         """Find the structure of the calls that the latest pass has recorded, by more passes with random outputs."""
@@ -333,10 +340,9 @@ class _Solving:
             self.wander(stage, seed=THIRD + 2)
             linearise(structure, before, stage)
             self.wander(stage)
-        first_end = stage.last()
-        self.wander(stage, float(torch.finfo(structure.network).eps) / 2)
-        moved, size = (stage.last() - first_end).norm(dim=1), first_end.norm(dim=1).clamp(min=1e-30)
-        structure.floor = float((moved / size).max())
+        last = stage.last()
+        self.wander(stage, float(torch.finfo(structure.network).eps))
+        stage.measure(last)
         return stage
 
     def wander(self, stage: Stage, nudge: float = 0.0, seed: int = THIRD) -> None:
@@ -353,38 +359,55 @@ class _Solving:
         self.passes.play()
         stage.held, stage.plain = False, stage.last()
 
-    def solve(self, stage: Stage, *, replaying: bool) -> None:
-        """Solve a stage; ``replaying`` from the trajectory that the latest pass has found wanting."""
-        structure = stage.structure
-        guess = None
-        if replaying:
-            self.attempts += 1
-            last = [] if stage.end is None else [stage.end]
-            guess = torch.stack([*stage.inputs, *(last or stage.inputs[-1:])])  # (N + 1, G, dim)
+    def again(self, stage: Stage) -> None:
+        """Go on from the trajectory of a replay that was not good enough.
+
+        First with what the loop adds along the way taken from that replay: in the first pass it carried the rounding
+        of other states. If that did not help, the equation is not to be trusted, and the loop answers every round.
+        """
+        if self.stale:
+            # What an earlier call has learned is wrong for this one.
+            self.repeated = False
+            self.passes.stages.clear()
+            return
+        last = [] if stage.end is None else [stage.end]
+        guess = torch.stack([*stage.inputs, *(last or stage.inputs[-1:])])  # (N + 1, G, dim)
+        self.attempts += 1
+        if stage.structure.linear and not self.replayed and self.falling and self.attempts <= ANCHORS:
+            stage.anchor()
         else:
-            self.attempts, self.best = 0, np.inf
-        narrow = getattr(self.solver, "window", None) == 1
-        table = structure.linear and not narrow and not replaying
-        mode = "table" if table and self.report.mode in ("none", "table") else "replay"
-        self.report.mode = mode
-        self.report.reason = "" if structure.linear else "the loop is not linear in what its denoisers return."
+            self.replayed = True
+        self.drive(stage, guess)
+
+    def solve(self, stage: Stage) -> None:
+        """Solve a stage, by its equation if it has one."""
+        structure = stage.structure
+        self.attempts, self.best, self.falling = 0, np.inf, True
+        narrow = self.passes.merger.apart = getattr(self.solver, "window", None) == 1
+        self.replayed = narrow or not structure.linear
+        self.report.reason = ""
         if narrow:
             self.report.reason = "the window is one level."
-        tolerance = self.tolerance if not replaying else max(self.tolerance, structure.floor) / 2
+        elif not structure.linear:
+            self.report.reason = "the loop is not linear in what its denoisers return."
+        self.drive(stage)
+
+    def drive(self, stage: Stage, guess: Tensor | None = None) -> None:
+        """Drive the runs of a stage to their ends."""
         while True:
             try:
-                self.drive(stage, table, tolerance, guess)
+                self.rounds(stage, guess)
                 break
             except WholeCalls:
-                structure.joint = True
-        with np.errstate(invalid="ignore"):
-            structure.slopes = np.nan_to_num(stage.slopes.mean(1), posinf=0.0, neginf=0.0)
+                stage.structure.joint = True
+        stage.structure.slopes = np.nan_to_num(stage.slopes.mean(1), posinf=0.0, neginf=0.0)
 
-    def drive(self, stage: Stage, table: bool, tolerance: float, guess: Tensor | None) -> None:
-        """Drive the runs of a stage to their ends."""
+    def rounds(self, stage: Stage, guess: Tensor | None) -> None:
+        """Make the rounds of a solve."""
         structure, passes, report = stage.structure, self.passes, self.report
-        equation: Table = _Solved.of(stage) if table else _Replayed.of(stage, passes)
-        if not table and not hasattr(self.solver, "window"):
+        report.mode = "replay" if self.replayed or report.mode == "replay" else "table"
+        equation: Table = _Replayed.of(stage, passes) if self.replayed else _Solved.of(stage)
+        if self.replayed and not hasattr(self.solver, "window"):
             raise ValueError(
                 f"{self.solver!r} needs a loop that is linear in what its denoisers return, and this one is not: "
                 "choose Secant or Picard."
@@ -392,6 +415,8 @@ class _Solving:
         rounding = float(torch.finfo(structure.network).eps) / 2
         if guess is not None:
             guess = torch.stack([stage.runs(states) for states in guess], 1)
+        # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
+        tolerance = max(self.tolerance, structure.floor) if torch.finfo(structure.network).bits < 32 else self.tolerance
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
             pass
@@ -446,9 +471,13 @@ class _Solving:
         """Judge the replay of a stage: is its certificate within the tolerance, or as good as it gets?"""
         structure = stage.structure
         certificate = stage.certificate()
-        allowed = max(self.tolerance, structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        allowed = max(self.tolerance, FLOORS * structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
         good = certificate <= allowed
-        stage.settled = good or self.attempts >= ATTEMPTS or (self.attempts > 0 and certificate > 0.7 * self.best)
+        self.falling = certificate <= 0.5 * self.best
+        self.stale = self.repeated and certificate > 10 * allowed
+        # Near the floor it need not fall any more; elsewhere a replay in every round is still to be tried.
+        tried = self.attempts > 0 and not self.falling and certificate <= 4 * allowed
+        stage.settled = good or (not self.stale and (tried or (self.attempts > 0 and self.replayed)))
         self.best = min(self.best, certificate)
         if stage.settled:
             report = self.report

@@ -218,6 +218,7 @@ class Merger:
         calls: Network calls made.
         rows: Rows evaluated.
         peak_rows: Most rows of one call.
+        apart: Whether nothing is merged.
     """
 
     network: Callable[[int, Any, Any], Any]
@@ -226,6 +227,7 @@ class Merger:
     calls: int = 0
     rows: int = 0
     peak_rows: int = 0
+    apart: bool = False
 
     def evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
         """Return the output leaves of every ask, its rows only."""
@@ -336,8 +338,8 @@ class _Work:
     def evaluate(self, asks: Sequence[Ask]) -> list[list[Any]]:
         site = self.site(asks[0].call)
         plain = [len(ask.rows) == site.rows for ask in asks]
-        if len(asks) == 1 and all(plain):
-            return [self.single(asks[0])]
+        if all(plain) and (len(asks) == 1 or self.merger.apart):
+            return [self.single(ask) for ask in asks]
         layout = self.merger.layouts.get(self.kind.name)
         if layout is None:
             layout = self.merger.layouts[self.kind.name] = self.find()

@@ -6,9 +6,10 @@ only by what the outputs did. A sampling loop is linear in them, with a short me
     U_{i+1} - U'_{i+1} = sum_{l=0..L} [ a_{i,l} (U_{i-l} - U'_{i-l}) + b_{i,l} (V_{i-l} - V'_{i-l}) ]
 
 with scalars a, b: a small least-squares problem at each level, on a few thousand random elements, whose residual
-proves or disproves it. The states are eliminated by the recursion itself, which leaves the table. The calls or rows of a level whose inputs are equal (guidance) enter through one
-combination of their outputs, sum_r g_r V_r with sum_r g_r = 1. What the loop adds along the way is the rest of a
-third pass, whose outputs f = d u + noise, with d such that states keep their size, keep rounding small.
+proves or disproves it. The states are eliminated by the recursion itself, which leaves the table. The calls or rows
+of a level whose inputs are equal (guidance) enter through one combination of their outputs, sum_r g_r V_r with
+sum_r g_r = 1. What the loop adds along the way is the rest of a third pass, whose outputs f = d u + noise, with d such
+that states keep their size, keep rounding small.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Stage:
         held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
-        answered: Outputs of the pass that wanders.
+        answered: Outputs of the last pass, where there is an equation.
         expected: Inputs of a pass without callbacks, to tell whether callbacks change them.
         start: (G, dim) the first state.
         added: What the loop adds at every step, (G, dim) each.
@@ -260,10 +261,15 @@ class Stage:
             for leaf, sign in zip(leaves, drawn(structure.outputs[call], self.seed + 1, call), strict=True):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point():
                     leaf.copy_(leaf.to(structure.dtype) * (1 + self.nudge * sign.sign()))
+        self._tell(call, leaves)
+        return leaves
+
+    def _tell(self, call: int, leaves: Sequence[Any]) -> None:
+        """Keep what a call was answered, (G, dim) for every place of a group."""
+        structure, site = self.structure, self.structure.sites[call]
         rows = site.answers(leaves, structure.dtype)
         places = [torch.from_numpy(np.flatnonzero(site.owner == g)).to(rows.device) for g in range(structure.groups)]
         self.answered += [torch.stack([rows[place[k]] for place in places]) for k in range(len(places[0]))]
-        return leaves
 
     def _affine(self, call: int, level: int, states: Tensor) -> list[Any]:
         """Answer f_q + d_q (u - u_q) with what is known of this level, else of the last known one before."""
@@ -289,6 +295,8 @@ class Stage:
             change[index] = factor * (states[index] - anchor[owner])
         if not self.held:
             site.add(leaves, change)
+        if structure.linear:
+            self._tell(call, leaves)
         return leaves
 
     def _sources(self, call: int, level: int) -> dict[int, tuple[int, int] | None]:
@@ -372,18 +380,21 @@ class Stage:
             away = (self.last() - self.plain).double()
             found = float((torch.stack([away[own].norm() for own in map(torch.from_numpy, runs)]) / size).max())
             return found if np.isfinite(found) else float("inf")
+        gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs], 1) * slopes  # (N, G)
         moved = torch.zeros(structure.groups, structure.dim, dtype=torch.float64)
-        gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs])
-        gains = np.broadcast_to(gains, (structure.groups, structure.steps))
-        for q in range(structure.steps):
-            anchor = self.anchors[q]
+        for q, anchor in enumerate(self.anchors):
             if anchor is None or not self.known[q].all():
                 return float("inf")
-            factor = torch.from_numpy(gains[:, q] * slopes[q])[:, None]
-            moved.add_(factor * (self.inputs[q] - anchor).double().cpu())
+            moved.add_(torch.from_numpy(gains[q])[:, None] * (self.inputs[q] - anchor).double().cpu())
         errors = torch.stack([moved[own].norm() for own in map(torch.from_numpy, runs)]) / size.cpu().clamp(min=1e-30)
         worst = float(errors.max())
         return worst if np.isfinite(worst) else float("inf")
+
+    def measure(self, last: Tensor) -> None:
+        """Take the floor from two passes that differ by a nudge."""
+        structure = self.structure
+        size = last.double().norm(dim=1).clamp(min=1e-30)
+        structure.floor = float(((self.last() - last).double().norm(dim=1) / size).max())
 
     def proved(self) -> bool:
         """Return whether the pass that has just wandered obeys the equation, too."""
@@ -396,7 +407,7 @@ class Stage:
         return True
 
     def combined(self) -> list[Tensor]:
-        """Return the combined outputs of the pass that has just wandered, (G, dim) a level."""
+        """Return the combined outputs of the last pass, (G, dim) a level."""
         outputs, first = [], 0
         for level in range(self.structure.steps):
             count = len(self.structure.weights[level])
@@ -405,7 +416,7 @@ class Stage:
         return outputs
 
     def anchor(self) -> None:
-        """Take what the loop adds along the way from the pass that has just wandered."""
+        """Take what the loop adds along the way from the last pass."""
         structure = self.structure
         local = structure.local
         states = [*self.inputs, *([] if self.end is None else [self.end])]
@@ -726,7 +737,7 @@ def _equation(
             dense[i + 1] += memory[i, lag] * dense[i - lag]
             dense[i + 1, i - lag] += entering[i, lag]
     local = LocalForm.from_dense(dense)
-    least = bound / 4 * np.abs(dense[1:]).max(1, keepdims=True)
+    least = bound / 32 * np.abs(dense[1:]).max(1, keepdims=True)
     weight = np.where(np.abs(local.weight) > least, local.weight, 0.0)
     used = int(np.flatnonzero(weight.any(0))[-1]) + 1
     return weights, LocalForm(local.decay, weight[:, :used].copy(), local.noise)
