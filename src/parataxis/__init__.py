@@ -1,6 +1,7 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .loops import Report, parallel
 from .samplers import SAMPLERS, Sampler
 from .schedules import cosine, flow, karras, vp
 from .solve import OutputError, Run, Solution, Solutions, sample, start, together
@@ -17,6 +18,7 @@ __all__ = [
     "OutputError",
     "Parareal",
     "Picard",
+    "Report",
     "Run",
     "Sampler",
     "Secant",
@@ -28,6 +30,7 @@ __all__ = [
     "flow",
     "karras",
     "load_trajectory",
+    "parallel",
     "sample",
     "save_trajectory",
     "start",
