@@ -23,6 +23,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,7 @@ class _Solving:
         self.replayed = False  # a pass answers every round
         self.repeated = False  # the equation is that of an earlier call
         self.stale = False
+        self.work: Callable[[], bool] | None = None  # to be done within the next pass
 
     def run(self) -> Any:
         """Solve every stage, replay, and return what the loop returns."""
@@ -257,10 +259,13 @@ class _Solving:
             self.repeat(learned)
         while True:
             stage = passes.stages[-1] if passes.stages else None
-            if stage is not None and not stage.settled and not stage.structure.linear:
+            if stage is not None and not stage.settled and not stage.structure.linear and self.work is None:
                 self.hold(stage)
-            done, value = passes.play(certify=self.certified)
+            work, self.work = self.work, None
+            done, value = passes.play(certify=self.certified, work=work)
             stage = passes.stages[-1] if passes.stages else None
+            if work is not None and self.replayed:
+                continue  # the rounds were passes of their own
             if stage is not None and not stage.settled:
                 self.again(stage)
             elif done:
@@ -377,7 +382,7 @@ class _Solving:
             stage.anchor()
         else:
             self.replayed = True
-        self.drive(stage, guess)
+        self.work = partial(self.drive, stage, guess)
 
     def solve(self, stage: Stage) -> None:
         """Solve a stage, by its equation if it has one."""
@@ -390,10 +395,10 @@ class _Solving:
             self.report.reason = "the window is one level."
         elif not structure.linear:
             self.report.reason = "the loop is not linear in what its denoisers return."
-        self.drive(stage)
+        self.work = partial(self.drive, stage, None)
 
-    def drive(self, stage: Stage, guess: Tensor | None = None) -> None:
-        """Drive the runs of a stage to their ends."""
+    def drive(self, stage: Stage, guess: Tensor | None) -> bool:
+        """Drive the runs of a stage to their ends; return whether that left the pass at hand as it was."""
         while True:
             try:
                 self.rounds(stage, guess)
@@ -401,6 +406,7 @@ class _Solving:
             except WholeCalls:
                 stage.structure.joint = True
         stage.structure.slopes = np.nan_to_num(stage.slopes.mean(1), posinf=0.0, neginf=0.0)
+        return not self.replayed
 
     def rounds(self, stage: Stage, guess: Tensor | None) -> None:
         """Make the rounds of a solve."""

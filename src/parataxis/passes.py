@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
@@ -174,6 +174,8 @@ class Passes:
         self.seed = 0
         self.certify: Callable[[Stage], bool] | None = None
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit)
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
         self._randomness = Randomness(reachable(loop.run, args, kwargs))
         self._memory: dict[int, list[_Memory]] = {}
         self._originals: list[Any] = []
@@ -181,6 +183,8 @@ class Passes:
         self._call = 0
         self._made: dict[int, tuple[Tensor, int, int]] = {}
         self._loud = False
+        self._work: Callable[[], bool] | None = None
+        self._before = _Before([*loop.denoisers, *(owner for owner, _ in loop.remembered)])
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
@@ -218,6 +222,14 @@ class Passes:
     def _real(self) -> Iterator[None]:
         """Run real modules: no stub answers, and nothing watches their torch calls."""
         self._inside += 1
+        try:
+            with self._unwatched():
+                yield
+        finally:
+            self._inside -= 1
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
         stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         watched = bool(stack) and stack[-1] is self._randomness
         if watched:
@@ -227,30 +239,38 @@ class Passes:
         finally:
             if watched:
                 self._randomness.__enter__()  # type: ignore[no-untyped-call]
-            self._inside -= 1
 
     def play(
-        self, seed: int = 0, *, certify: Callable[[Stage], bool] | None = None, loud: bool = False
+        self,
+        seed: int = 0,
+        *,
+        certify: Callable[[Stage], bool] | None = None,
+        work: Callable[[], bool] | None = None,
+        loud: bool = False,
     ) -> tuple[bool, Any]:
         """Run the loop once; return whether it came to its end with every stage settled, and what it returned.
 
         Args:
             seed: Of the outputs of calls that nothing is known of; they are recorded.
             certify: Decides whether a stage that was left is settled; None ends the pass there.
+            work: Done at the first call of the last stage, within whatever context the loop has set up for its
+                networks; it says whether the pass may go on.
             loud: Run callbacks.
         """
         self.count += 1
+        self._work = work
         self.seed, self.certify, self._loud = seed, certify, loud
         self.recorded, self.ending, self._call, self._made = [], None, 0, {}
         for stage in self.stages:
             stage.begin()
         self._randomness.restore()
         try:
-            with self._randomness:
+            with self._randomness, _autocast(self._autocast):
                 value = self.loop.run(self.args, self.kwargs, not (loud or self.always))
                 self.called_out = False
                 self._leave(tree_leaves(value))
         except Ended:
+            self._before.restore()
             return False, None
         return not self.recorded, value
 
@@ -267,6 +287,12 @@ class Passes:
         leaves, spec = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             raise Refused("the loop takes gradients through the denoiser.")
+        if self._work is not None and self._call == self.stages[-1].first:
+            work, self._work = self._work, None
+            with self._unwatched(), _autocast({kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}):
+                going_on = work()
+            if not going_on:
+                raise Ended
         with self._real(), torch.no_grad():
             index, self._call = self._call, self._call + 1
             for stage in self.stages:
@@ -372,6 +398,40 @@ class Passes:
             raise Ended
 
 
+class _Before:
+    """What a loop may set on its modules and put back at its end, which an ended pass does not reach.
+
+    Objects that modules hold (attention processors) and the dtypes of parameters (a decoder cast up).
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        modules = {id(part): part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()}
+        places = [place for part in modules.values() for place in (part.__dict__, part._modules)]
+        self._held = [
+            (place, {k: v for k, v in place.items() if k != "_compiled_call_impl" and _held(v)}) for place in places
+        ]
+        self._dtypes = [
+            (value, value.dtype)
+            for part in modules.values()
+            for value in part._parameters.values()
+            if value is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for place, held in self._held:
+            for name, value in held.items():
+                if place.get(name) is not value:
+                    place[name] = value
+        for value, dtype in self._dtypes:
+            if value.dtype != dtype:
+                value.data = value.data.to(dtype)
+
+
+def _held(value: Any) -> bool:
+    return not isinstance(value, (Tensor, bool, int, float, str, tuple, list, dict, type(None)))
+
+
 class _Stub:
     def __init__(self, passes: Passes, number: int) -> None:
         self.passes, self.number = passes, number
@@ -391,6 +451,16 @@ class _Remembering:
 def replaced(module: nn.Module) -> bool:
     """Return whether a module's call is a stub at the moment."""
     return isinstance(module.__dict__.get("_compiled_call_impl"), (_Stub, _Remembering))
+
+
+@contextmanager
+def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Set the autocast of every kind of device."""
+    with ExitStack() as stack:
+        for kind, (enabled, dtype) in state.items():
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
 
 
 def _original(module: nn.Module) -> Callable[..., Any]:
