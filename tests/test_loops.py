@@ -344,6 +344,31 @@ def test_rows_that_look_at_their_partner_of_the_same_sample_stay_partners():
     assert run.report.peak_rows == 3 * 2 * 8
 
 
+def test_what_the_loop_sets_on_its_network_holds_for_all_evaluations_and_is_put_back():
+    class Modal(Net):
+        def __init__(self):
+            super().__init__()
+            self.activation = torch.tanh
+
+        def forward(self, x, t):
+            return self.activation(super().forward(x, t))
+
+    net = Modal()
+
+    def loop(net, clip):
+        before = net.activation
+        net.activation = torch.sin
+        x = ddim(net, clip=clip)
+        net.activation = before
+        return x
+
+    for clip in (None, 1.0):
+        for solver in (px.Secant(window=8), px.Secant(window=1)):
+            expected, result, _ = both(lambda net, clip=clip: loop(net, clip), net, solver, tolerance=1e-4)
+            assert relative(result, expected) <= 1e-4
+            assert net.activation is torch.tanh
+
+
 def test_rows_that_look_at_other_samples_are_never_torn_apart():
     class Mixing(Net):
         def forward(self, x, t, condition=None):

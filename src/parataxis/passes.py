@@ -184,7 +184,7 @@ class Passes:
         self._made: dict[int, tuple[Tensor, int, int]] = {}
         self._loud = False
         self._work: Callable[[], bool] | None = None
-        self._before = _Before([*loop.denoisers, *(owner for owner, _ in loop.remembered)])
+        self._before = self._look()
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
@@ -212,6 +212,9 @@ class Passes:
                     del place[name]
                 else:
                     place[name] = value
+
+    def _look(self) -> _Before:
+        return _Before([*self.loop.denoisers, *(owner for owner, _ in self.loop.remembered)])
 
     def evaluate(self, module: int, args: Any, kwargs: Any) -> Any:
         """Call a real denoiser."""
@@ -289,8 +292,11 @@ class Passes:
             raise Refused("the loop takes gradients through the denoiser.")
         if self._work is not None and self._call == self.stages[-1].first:
             work, self._work = self._work, None
+            # Passes within the work end at what this one has set up.
+            before, self._before = self._before, self._look()
             with self._unwatched(), _autocast({kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}):
                 going_on = work()
+            self._before = before
             if not going_on:
                 raise Ended
         with self._real(), torch.no_grad():
