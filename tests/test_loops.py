@@ -634,6 +634,17 @@ class Writing(Net):
         return super().forward(x, t)
 
 
+class Filling(Net):
+    def forward(self, x, t, memory):
+        memory.entries.append(x.clone())
+        return super().forward(x, t) + 0.01 * memory.entries[0]
+
+
+class Memory:
+    def __init__(self):
+        self.entries = []
+
+
 class Dropping(Net):
     def forward(self, x, t):
         return torch.dropout(super().forward(x, t), 0.1, self.training)
@@ -673,6 +684,11 @@ REFUSED = {
         Writing,
         lambda net: ddim(net, predict=lambda net, x, t, cache={}: net(x, t, cache)),
         "writes into its arguments",
+    ),
+    "a cache object": (
+        Filling,
+        lambda net: ddim(net, predict=lambda net, x, t, memory=Memory(): net(x, t, memory)),  # noqa: B008
+        "hidden state",
     ),
     "random numbers": (Dropping, ddim, r"draws random numbers.*eval\(\)"),
     "gradients": (Net, with_gradients, "gradients through the denoiser"),

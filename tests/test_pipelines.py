@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -377,3 +379,10 @@ def test_the_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, 
     assert relative(call(run), call(pipe)) <= 1e-2
     assert run.report.converged
     assert run.report.rounds <= most * 50
+
+
+def test_the_first_lines_of_the_documentation_run(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(code, {})
+    assert re.match(r"table: 50 levels in \d\d rounds", capsys.readouterr().out)
