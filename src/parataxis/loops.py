@@ -289,6 +289,7 @@ class _Solving:
         except Minded:
             self.loop.minded.add(passes.key)
             passes.always, passes.stages = True, []
+            del self.loop.learned[passes.key]
             self.report.__init__(tolerance=self.tolerance)  # type: ignore[misc]
             return self.run()
 
@@ -480,10 +481,14 @@ class _Solving:
         allowed = max(self.tolerance, FLOORS * structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
         good = certificate <= allowed
         self.falling = certificate <= 0.5 * self.best
-        self.stale = self.repeated and certificate > 10 * allowed
+        obeyed = not structure.linear or stage.obeys()
+        self.stale = self.repeated and not obeyed
+        if not obeyed and not self.stale:
+            structure.linear, good = False, False
+            self.report.reason = "the loop is linear elsewhere, but not where its solution lies."
         # Near the floor it need not fall any more; elsewhere a replay in every round is still to be tried.
         tried = self.attempts > 0 and not self.falling and certificate <= 4 * allowed
-        stage.settled = good or (not self.stale and (tried or (self.attempts > 0 and self.replayed)))
+        stage.settled = not self.stale and (good or (obeyed and tried) or (self.attempts > 0 and self.replayed))
         self.best = min(self.best, certificate)
         if stage.settled:
             report = self.report

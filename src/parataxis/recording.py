@@ -14,7 +14,7 @@ that states keep their size, keep rounding small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,7 @@ class Structure:
         weights: g of every level, for its calls' rows in the order of a group.
         final: Whether the loop ends with a tensor that is one more state.
         floor: Relative change of the last state under changes of all outputs by one unit in the last place.
+        precision: Rounding of a step, relative to its terms.
         slopes: (N,) of the outputs, from the last solve.
         joint: Samples cannot be evaluated apart: one run for all.
         proof: (elements, what the first recording added at them, how much rounding may change that).
@@ -107,6 +108,7 @@ class Structure:
     final: bool
     slopes: Array
     floor: float = 0.0
+    precision: float = 0.0
     joint: bool = False
     proof: tuple[Tensor, Array, Array] | None = None
 
@@ -231,9 +233,17 @@ class Stage:
             self.inputs.append(states[torch.tensor(index, device=states.device)])
             if self.expected is not None and not torch.equal(self.inputs[-1], self.expected[level]):
                 raise Minded
+        if self.expected is not None and not self._told_the_same(call, leaves):
+            raise Minded
         if self.mode == "wander":
             return self._wander(call, level, states)
         return self._affine(call, level, states)
+
+    def _told_the_same(self, call: int, leaves: Sequence[Any]) -> bool:
+        """Return whether a call is told what was recorded, besides its live inputs."""
+        live = {piece.leaf for piece in self.structure.sites[call].pieces} | set(self.structure.feeds[call])
+        recorded = self.recorded.calls[call].leaves
+        return all(i in live or equal(one, two) for i, (one, two) in enumerate(zip(leaves, recorded, strict=True)))
 
     def _record(self, call: int, made: Call) -> None:
         kind = next((leaf.device.type for leaf in made.leaves if isinstance(leaf, Tensor)), "cpu")
@@ -415,18 +425,31 @@ class Stage:
             first += count
         return outputs
 
+    def obeys(self) -> bool:
+        """Return whether the last pass obeys the equation: it adds along the way what the first one did."""
+        for before, (rest, size) in zip(self.added, self._rests(), strict=False):
+            if not float((rest - before).double().norm()) <= 4 * self.structure.precision * size:
+                return False
+        return True
+
     def anchor(self) -> None:
         """Take what the loop adds along the way from the last pass."""
-        structure = self.structure
-        local = structure.local
+        self.start = self.inputs[0]
+        rests = [rest for rest, _ in self._rests()]
+        self.added = rests + [torch.zeros_like(self.start) for _ in range(self.structure.steps - len(rests))]
+
+    def _rests(self) -> Iterator[tuple[Tensor, float]]:
+        """Yield what each step of the last pass added, with the size of the terms that it is the rest of."""
+        local, outputs = self.structure.local, self.combined()
         states = [*self.inputs, *([] if self.end is None else [self.end])]
-        outputs = self.combined()
-        self.start, self.added = states[0], [torch.zeros_like(states[0]) for _ in range(structure.steps)]
         for i in range(len(states) - 1):
             rest = states[i + 1] - float(local.decay[i]) * states[i]
+            size = float(states[i + 1].double().norm()) + abs(float(local.decay[i])) * float(states[i].double().norm())
             for lag in range(min(local.lags, i) + 1):
                 rest.sub_(outputs[i - lag], alpha=float(local.weight[i, lag]))
-            self.added[i] = rest
+                if lag < 2:
+                    size += abs(float(local.weight[i, lag])) * float(outputs[i - lag].double().norm())
+            yield rest, size
 
 
 def ending(leaves: Sequence[Any], groups: int, dim: int, dtype: torch.dtype) -> Tensor | None:
@@ -662,6 +685,7 @@ def fit(
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
     bound = 6 * precision if wide else 32 * precision  # terms within a step may cancel
+    structure.precision = bound
     complete = structure.final
     for final in (True, False) if complete else (False,):
         # A tensor at the end that does not obey may be no state: clipped, say.
