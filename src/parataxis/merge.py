@@ -486,8 +486,8 @@ class _Work:
         except Exception:  # whatever a network says to a batch that it cannot take
             return False
         for ask, output, answer in zip(asks, merged, answers, strict=True):
-            got = site.answers(output, torch.float64)
-            wanted = site.answers(answer, torch.float64)[_index(ask.rows, got)]
+            got, wanted = (site.answers(leaves, ask.states.dtype).cpu().double() for leaves in (output, answer))
+            wanted = wanted[_index(ask.rows, got)]
             if got.shape != wanted.shape or not float((got - wanted).norm()) <= bound * float(wanted.norm()):
                 return False
         return True

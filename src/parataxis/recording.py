@@ -264,7 +264,7 @@ class Stage:
         """Answer so that states keep their size, plus noise."""
         structure, site = self.structure, self.structure.sites[call]
         leaves = drawn(structure.outputs[call], self.seed, call)
-        size = WANDER * float(states.double().square().mean().sqrt()) / float(np.abs(structure.weights[level]).sum())
+        size = WANDER * float(states.square().mean().sqrt()) / float(np.abs(structure.weights[level]).sum())
         leaves = [leaf * size if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         site.add(leaves, states * float(structure.slopes[level]))
         if self.nudge:
@@ -385,9 +385,9 @@ class Stage:
         structure = self.structure
         slopes = np.nan_to_num(self.slopes)
         runs = [np.arange(structure.groups)] if structure.joint else [np.array([g]) for g in range(structure.groups)]
-        size = torch.stack([self.last()[own].double().norm() for own in map(torch.from_numpy, runs)])
+        size = torch.stack([self.last()[own].norm() for own in map(torch.from_numpy, runs)])
         if self.plain is not None:
-            away = (self.last() - self.plain).double()
+            away = self.last() - self.plain
             found = float((torch.stack([away[own].norm() for own in map(torch.from_numpy, runs)]) / size).max())
             return found if np.isfinite(found) else float("inf")
         gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs], 1) * slopes  # (N, G)
@@ -395,7 +395,7 @@ class Stage:
         for q, anchor in enumerate(self.anchors):
             if anchor is None or not self.known[q].all():
                 return float("inf")
-            moved.add_(torch.from_numpy(gains[q])[:, None] * (self.inputs[q] - anchor).double().cpu())
+            moved.add_(torch.from_numpy(gains[q])[:, None] * (self.inputs[q] - anchor).cpu().double())
         errors = torch.stack([moved[own].norm() for own in map(torch.from_numpy, runs)]) / size.cpu().clamp(min=1e-30)
         worst = float(errors.max())
         return worst if np.isfinite(worst) else float("inf")
@@ -403,15 +403,15 @@ class Stage:
     def measure(self, last: Tensor) -> None:
         """Take the floor from two passes that differ by a nudge."""
         structure = self.structure
-        size = last.double().norm(dim=1).clamp(min=1e-30)
-        structure.floor = float(((self.last() - last).double().norm(dim=1) / size).max())
+        size = last.norm(dim=1).clamp(min=1e-30)
+        structure.floor = float(((self.last() - last).norm(dim=1) / size).max())
 
     def proved(self) -> bool:
         """Return whether the pass that has just wandered obeys the equation, too."""
         assert self.structure.proof is not None
         pick, added, allowed = self.structure.proof
         for own, before, bound in zip(self.added, added, allowed, strict=False):
-            now = own.reshape(-1)[pick.to(own.device)].double().cpu().numpy()
+            now = own.reshape(-1)[pick.to(own.device)].cpu().double().numpy()
             if not np.sqrt(((now - before) ** 2).mean()) <= bound:
                 return False
         return True
@@ -428,7 +428,7 @@ class Stage:
     def obeys(self) -> bool:
         """Return whether the last pass obeys the equation: it adds along the way what the first one did."""
         for before, (rest, size) in zip(self.added, self._rests(), strict=False):
-            if not float((rest - before).double().norm()) <= 4 * self.structure.precision * size:
+            if not float((rest - before).norm()) <= 4 * self.structure.precision * size:
                 return False
         return True
 
@@ -444,11 +444,11 @@ class Stage:
         states = [*self.inputs, *([] if self.end is None else [self.end])]
         for i in range(len(states) - 1):
             rest = states[i + 1] - float(local.decay[i]) * states[i]
-            size = float(states[i + 1].double().norm()) + abs(float(local.decay[i])) * float(states[i].double().norm())
+            size = float(states[i + 1].norm()) + abs(float(local.decay[i])) * float(states[i].norm())
             for lag in range(min(local.lags, i) + 1):
                 rest.sub_(outputs[i - lag], alpha=float(local.weight[i, lag]))
                 if lag < 2:
-                    size += abs(float(local.weight[i, lag])) * float(outputs[i - lag].double().norm())
+                    size += abs(float(local.weight[i, lag])) * float(outputs[i - lag].norm())
             yield rest, size
 
 
@@ -615,8 +615,8 @@ def _levels(first: Sequence[Call], second: Sequence[Call], sites: Sequence[Site]
 
 def _same_rows(calls: Sequence[Call], one: int, two: int, sites: Sequence[Site]) -> Tensor | None:
     """Return which rows of two calls are equal to the bit, (R, R'), or None where their states differ in size."""
-    left = sites[one].states(calls[one].leaves, torch.float64)
-    right = sites[two].states(calls[two].leaves, torch.float64)
+    dtype = torch.promote_types(_live(calls, sites, one).dtype, torch.float32)
+    left, right = (sites[c].states(calls[c].leaves, dtype) for c in (one, two))
     if left.shape[1] != right.shape[1]:
         return None
     return torch.stack([(left == row).all(1) for row in right], 1).cpu()
@@ -675,12 +675,12 @@ def fit(
         for level in structure.levels:
             site = structure.sites[level[0]]
             index = [int(np.flatnonzero(site.owner == g)[0]) for g in range(structure.groups)]
-            rows = site.states(calls[level[0]].leaves, torch.float64).cpu()[index]
+            rows = site.states(calls[level[0]].leaves, structure.dtype).cpu().double()[index]
             own.append(rows.reshape(-1)[pick].numpy())
             answers.append(np.stack([row[pick].numpy() for row in _answers(structure, level, seed, base)]))
-        last = ending(end, structure.groups, structure.dim, torch.float64) if structure.final and end else None
+        last = ending(end, structure.groups, structure.dim, structure.dtype) if structure.final and end else None
         if last is not None:
-            own.append(last.cpu().reshape(-1)[pick].numpy())
+            own.append(last.cpu().double().reshape(-1)[pick].numpy())
         states.append(own)
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
@@ -725,8 +725,8 @@ def linearise(structure: Structure, one: Stage, two: Stage) -> None:
     states, outputs = [], []
     for stage in (one, two):
         ends = [] if stage.end is None else [stage.end]
-        states.append([state.double().cpu().reshape(-1).numpy() for state in (*stage.inputs, *ends)])
-        outputs.append([out[None].double().cpu().reshape(1, -1).numpy() for out in stage.combined()])
+        states.append([state.cpu().double().reshape(-1).numpy() for state in (*stage.inputs, *ends)])
+        outputs.append([out[None].cpu().double().reshape(1, -1).numpy() for out in stage.combined()])
     found = _equation(states, outputs, len(states[0]) - 1, np.inf)
     assert found is not None
     found[1].decay[0] = structure.local.decay[0]
@@ -772,7 +772,7 @@ def _answers(structure: Structure, level: Sequence[int], seed: int, base: int) -
     found = []
     for call in level:
         site = structure.sites[call]
-        rows = site.answers(drawn(structure.outputs[call], seed, base + call), torch.float64).cpu()
+        rows = site.answers(drawn(structure.outputs[call], seed, base + call), structure.dtype).cpu().double()
         places = [np.flatnonzero(site.owner == g) for g in range(structure.groups)]
         if len({len(place) for place in places}) > 1:
             raise Refused("some samples are given to the denoiser more often than others.")
