@@ -431,6 +431,21 @@ def test_condition_channels_and_tokens_beside_the_state_are_no_part_of_it():
         assert run.report.peak_rows == 16
 
 
+def test_conditions_with_several_rows_for_each_of_the_state_follow_it():
+    class Frames(Net):
+        def forward(self, x, t, condition):  # (3 B, DIM): one for each of three frames
+            return super().forward(x, t, condition.view(len(x), 3, DIM).mean(1))
+
+    def predict(net, x, t):
+        condition = torch.linspace(-1, 1, 6 * len(x) * DIM).view(-1, DIM)
+        without, with_ = net(torch.cat([x] * 2), t, condition).chunk(2)
+        return without + 3 * (with_ - without)
+
+    expected, result, run = both(lambda net: ddim(net, predict=predict), Frames(), tolerance=1e-4)
+    assert relative(result, expected) <= 1e-4
+    assert run.report.peak_rows == 32
+
+
 def test_learned_variances_are_held_where_they_are_dropped_and_replayed_where_they_are_used():
     def dropped(net, x, t):
         return net(x, t)[:, :DIM]

@@ -4,7 +4,7 @@ A loop calls its denoiser with whatever arguments it likes. Recorded, a call is 
 *live*: they depend on earlier outputs. With R rows in the live leaf's first dimension, the rows wanted of many calls
 become one call by what each other leaf turns out to be over all calls:
 
-- a tensor with R rows: its rows are taken along,
+- a tensor with R rows, or several for each of them: its rows are taken along,
 - a number, or a tensor of one element, that differs between calls (the time): one entry a row,
 - anything that is the same in all calls: shared; calls that differ in anything else are not merged.
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,7 @@ class _Layout:
     grade: str
     column: bool = False  # numbers are given as (R, 1, ..) instead of (R,)
     shared: bool = False  # leaves equal in all calls are shared even if they have as many rows as the call
+    several: bool = False  # leaves with a multiple of the call's rows have several for each, one behind the other
 
 
 @dataclass(eq=False)
@@ -276,7 +278,7 @@ class _Kind:
 
     key: Any
     name: Any
-    roles: list[str]  # live, feed, row, number, shared
+    roles: list[str]  # live, feed, row, number, shared, several
     members: list[int]
     ambiguous: bool  # a leaf with as many rows as the call is the same in all calls
 
@@ -318,6 +320,8 @@ def _kinds(calls: Sequence[Call], sites: Sequence[Site]) -> dict[int, _Kind]:
 def _role(leaf: Any, site: Site, same: bool) -> str:
     if isinstance(leaf, Tensor) and site.batched and leaf.ndim and len(leaf) == site.rows:
         return "row"
+    if same and isinstance(leaf, Tensor) and site.batched and leaf.ndim > 1 and len(leaf) % site.rows == 0:
+        return "several"
     if same:
         return "shared"
     number = isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
@@ -416,6 +420,10 @@ class _Work:
             if role in ("row", "live"):
                 parts = [value[_index(ask.rows, value)] for ask, value in zip(asks, values, strict=True)]
                 leaves.append(torch.cat(parts)[_index(order, parts[0])])
+            elif role == "several" and layout.several:
+                parts = [value.unflatten(0, (site.rows, -1)) for value in values]
+                parts = [part[_index(ask.rows, part)] for ask, part in zip(asks, parts, strict=True)]
+                leaves.append(torch.cat(parts)[_index(order, parts[0])].flatten(0, 1))
             elif role == "number":
                 leaves.append(_numbers(values, counts, order, asks[0].states, site, layout))
             else:
@@ -453,10 +461,12 @@ class _Work:
         some = [Ask(c, rows, inputs[c][_index(rows, inputs[c])]) for c, rows in zip(members, chosen, strict=False)]
         some += whole[2:]
 
-        variants = [(False, False), (True, False)] + ([(False, True), (True, True)] if self.kind.ambiguous else [])
+        columns = (False, True) if "number" in self.kind.roles else (False,)
+        shares = (False, True) if self.kind.ambiguous else (False,)
+        severals = (False, True) if "several" in self.kind.roles else (False,)
         for grade, asks in (("rows", some), ("calls", whole)):
-            for column, shared in variants:
-                layout = _Layout(grade, column, shared)
+            for column, shared, several in product(columns, shares, severals):
+                layout = _Layout(grade, column, shared, several)
                 if trial.agrees(asks, answers, layout, 2e-5 if precise else 0.1):
                     return layout
         return _Layout("single")
