@@ -242,8 +242,7 @@ class _Solving:
     def __init__(self, passes: Passes, solver: Solver, tolerance: float, report: Report) -> None:
         self.passes, self.loop = passes, passes.loop
         self.solver, self.tolerance, self.report = solver, tolerance, report
-        self.certificate = 0.0  # of the stage at hand
-        self.best = np.inf
+        self.best = np.inf  # certificate of the stage at hand
         self.attempts = 0
         self.falling = True  # the certificate falls from replay to replay
         self.replayed = False  # a pass answers every round
@@ -406,7 +405,6 @@ class _Solving:
                 break
             except WholeCalls:
                 stage.structure.joint = True
-        stage.structure.slopes = np.nan_to_num(stage.slopes.mean(1), posinf=0.0, neginf=0.0)
         return not self.replayed
 
     def rounds(self, stage: Stage, guess: Tensor | None) -> None:

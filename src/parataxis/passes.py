@@ -40,6 +40,11 @@ class Loop:
         refuses: Why the loop cannot be solved in parallel as it is now, or None.
         state: What its numbers depend on besides its arguments (the scheduler's configuration).
         calls_back: Whether these keyword arguments hold a callback, which then runs once, in the final replay.
+        outputs: Form of the output of every kind of call.
+        layouts: How each kind of call is merged.
+        limit: Most rows that memory has had room for.
+        learned: What stays the same of the first stage, by :meth:`key`.
+        minded: Keys of calls whose callbacks change what the loop does.
     """
 
     run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
@@ -52,7 +57,7 @@ class Loop:
     layouts: dict[Any, Any] = field(default_factory=dict)
     limit: int | None = None
     learned: dict[Any, Structure] = field(default_factory=dict)
-    minded: set[Any] = field(default_factory=set)  # calls whose callbacks change what the loop does
+    minded: set[Any] = field(default_factory=set)
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
@@ -370,19 +375,13 @@ class Passes:
         if self._call and not inside and not any(_alike(leaves, one) for one in self.constant):
             self.called_out = True
             self._leave(leaves)
-        return self.remember(number, original, args, kwargs, leaves, spec)
-
-    def remember(
-        self, number: int, original: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: TreeSpec
-    ) -> Any:
-        """Run a module and remember its result."""
         kept = [keep(leaf, None) for leaf in leaves]
         before = torch.get_rng_state()
         with self._real():
             result = original(*args, **kwargs)
         after = torch.get_rng_state()
         drew = None if torch.equal(before, after) else after
-        self._memory[number].append(_Memory(spec, kept, tree_map(_copy, result), drew))
+        entries.append(_Memory(spec, kept, tree_map(_copy, result), drew))
         return result
 
     def _leave(self, leaves: list[Any] | None) -> None:

@@ -87,7 +87,7 @@ class Structure:
         final: Whether the loop ends with a tensor that is one more state.
         floor: Relative change of the last state under changes of all outputs by one unit in the last place.
         precision: Rounding of a step, relative to its terms.
-        slopes: (N,) of the outputs, from the last solve.
+        slopes: (N,) of outputs with which states keep their size.
         joint: Samples cannot be evaluated apart: one run for all.
         proof: (elements, what the first recording added at them, how much rounding may change that).
     """
