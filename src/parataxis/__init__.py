@@ -3,6 +3,7 @@
 from . import stopping
 from .driver import Solutions, sample
 from .execution import Latency, latency
+from .loops import Report, parallel
 from .planning import Plan, plan
 from .samplers import SAMPLERS, Sampler
 from .schedulers import read
@@ -24,6 +25,7 @@ __all__ = [
     "Parareal",
     "Picard",
     "Plan",
+    "Report",
     "Run",
     "Sampler",
     "Secant",
@@ -39,6 +41,7 @@ __all__ = [
     "load_trajectory",
     "plan",
     "read",
+    "parallel",
     "sample",
     "save_trajectory",
     "start",

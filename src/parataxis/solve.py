@@ -269,7 +269,7 @@ class _Batch:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler | None,
         table: Table,
         guess: Tensor | None,
         dtype: torch.dtype,
@@ -438,7 +438,7 @@ class Run:
 
 
 def start(
-    sampler: Sampler,
+    sampler: Sampler | None,
     table: Table,
     solver: Solver,
     *,
@@ -448,11 +448,12 @@ def start(
     keep: bool = False,
     frozen: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    rounding: float | None = None,
 ) -> list[Run]:
     """Start one run for every sample of a table.
 
     Args:
-        sampler: The equation; its ``output`` is applied to what the network returns.
+        sampler: The equation; its ``output`` is applied to what the network returns. None where the table is all.
         table: From ``sampler.table(noise)``; its dtype is that of the states.
         solver: How to solve it.
         tolerance: Relative error allowed in each final sample, >= 0; with 0 it is the sequential sample up to
@@ -465,6 +466,7 @@ def start(
         keep: Keep every settled state for ``Solution.trajectory``.
         generator: Seeds the random stream of every run, if its solver draws: one for the batch, one for each sample, or
             None for torch's own.
+        rounding: Unit roundoff of the network, where it works in another dtype than it is given; default: of ``dtype``.
 
     Raises:
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that cannot work on
@@ -502,7 +504,7 @@ def start(
         )
     if frozen and (not hasattr(solver, "window") or table.local.lags):
         raise ValueError("frozen needs a solver with a window and a one-step sampler: choose such, or frozen=0.")
-    rounding = torch.finfo(dtype).eps / 2
+    rounding = torch.finfo(dtype).eps / 2 if rounding is None else rounding
     problem = Problem(table.local, float(tolerance), states[0].numel(), guess is not None, rounding, frozen)
     return [Run(batch, index, solver, problem, keep=keep) for index in range(len(states))]
 
@@ -669,7 +671,7 @@ def _answer(runs: Sequence[Run], outputs: Tensor) -> None:
         raise OutputError(f"the network returned {outputs.dtype}, expected its input's {batch.dtype}: convert it.")
     outputs = outputs.to(batch.rows)
     states = _offsets(runs, [ask.states for ask in asks])
-    if batch.sampler.transform is not None:
+    if batch.sampler is not None and batch.sampler.transform is not None:
         u = batch.gather(states).view(expected)
         outputs = batch.sampler.output(torch.from_numpy(point), u, outputs)
     rows = outputs.reshape(len(point), -1)

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 # Of the error estimate, from trained networks and exact mixtures: errors are larger than their estimate by average
 # slopes, because they lie along directions that grow more.
-SAFETY = 8.0  # in the misfit of a slope
+SAFETY = 16.0  # in the misfit of a slope
 DIRECTIONS = 4.0  # in the growth behind the window
 SMALLEST = 0.1  # part of a move that may remain, at least
 UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
@@ -281,7 +281,7 @@ class Window:
         """Move the window and fill its new rows: from the given guess; else by rolling on, or by copies.
 
         Where steps add noise, the last data prediction is held while rolling on; else outputs follow their line
-        through the window.
+        through the window. In a recorded loop, of which less is known, the last output is held.
         """
         lo = self.lo + self._advance
         first, last = self.hi + 1, min(lo + self.width, self.steps)
@@ -291,7 +291,7 @@ class Window:
                 yield Load(np.arange(first, last + 1), into)
             elif not roll:
                 yield self._copies(self.states(self.hi, self.hi), self.hi, into, first)
-            elif self.local.noise.any():
+            elif self.local.noise.any() or self.local.alpha is None:
                 yield Response(
                     start=point,
                     states=self.states(point, point, 1),

@@ -1,0 +1,569 @@
+r"""Any sampling loop, unmodified: record, solve, replay.
+
+A loop belongs to someone else: a function, a pipeline. :func:`parallel` runs its Python several times with stubs in
+the place of the networks (:mod:`parataxis.passes`), and the networks only where the solver wants them.
+
+1. *Record.* Two passes with outputs at random tell the loop's equation (:mod:`parataxis.recording`), a third proves
+   it and gives what the loop adds along the way.
+2. *Solve.* A solver works on that table; the recorded calls of the levels it asks for are merged into few network
+   calls (:mod:`parataxis.merge`). Where there is no equation, a pass of the loop answers the solver's Response in
+   every round: a stub says f_q + d_q (u - u_q), and the loop itself says what trajectory follows.
+3. *Replay.* A last pass with the same stubs decodes and returns as the loop always does. Its inputs U, compared with
+   the inputs X at which outputs were computed, certify the result:
+
+       certificate = | sum_q gain_q d_q (U_q - X_q) | / |sample|
+
+   the first-order effect of all that is not exact. The replay answers with the correction d_q (U_q - X_q) included,
+   so its own error is of second order.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .merge import Ask, WholeCalls, equal
+from .passes import Loop, Passes, reachable, replaced
+from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
+from .solve import Rows, Solver, start, together
+from .solvers import Secant, Sequential
+from .table import LocalForm, Part, Table
+
+__all__ = ["Parallel", "Report", "checked", "parallel", "solved"]
+
+Array = NDArray[np.float64]
+SHORT = 8  # levels: shorter loops run sequentially
+PROOF = 48  # elements of a level to fit its coefficients to; smaller loops are recorded more often
+MORE = 16  # recordings at most, besides two
+THIRD = 99  # seed of the pass that tells what the loop adds
+ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
+FLOORS = 1.5  # the certificate counts what the replay has corrected: at the floor it exceeds the error
+
+
+@dataclass
+class Report:
+    """What was done for the latest call of a loop; filled in by each call.
+
+    Attributes:
+        mode: ``table`` (the loop's equation was solved), ``replay`` (the loop's Python answered every round),
+            ``sequential`` (as it is), or ``none`` before the first call.
+        reason: Why so.
+        levels: N, over all stages.
+        samples: Samples of the loop's batch.
+        rounds: Rounds of network calls that waited for one another.
+        evaluations: Levels evaluated, over all samples.
+        calls: Network calls, those for the form of outputs and the checks of merged layouts included.
+        rows: Rows of these calls.
+        peak_width: Most levels of one sample in a round.
+        peak_rows: Most rows of one call.
+        passes: Runs of the loop's Python.
+        certificate: First-order estimate of the relative error of the result to the sequential loop's.
+        floor: Relative change of the loop's result when every output changes by a unit in its last place.
+        tolerance: As asked for.
+        converged: Whether the certificate is within the tolerance, or the floor where that is larger.
+    """
+
+    mode: str = "none"
+    reason: str = "not run yet"
+    levels: int = 0
+    samples: int = 0
+    rounds: int = 0
+    evaluations: int = 0
+    calls: int = 0
+    rows: int = 0
+    peak_width: int = 0
+    peak_rows: int = 0
+    passes: int = 0
+    certificate: float = 0.0
+    floor: float = 0.0
+    tolerance: float = 0.0
+    converged: bool = False
+
+    def __str__(self) -> str:
+        """Return one readable line."""
+        if self.mode in ("none", "sequential"):
+            return f"{self.mode}: {self.reason}"
+        work = self.evaluations / max(self.levels * self.samples, 1)
+        return (
+            f"{self.mode}: {self.levels} levels in {self.rounds} rounds ({work:.2f} evaluations a level, "
+            f"{self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); certificate "
+            f"{self.certificate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
+            + ("" if self.converged else "; NOT CONVERGED")
+            + (f"; {self.reason}" if self.reason else "")
+        )
+
+
+def parallel(
+    target: Any,
+    solver: Solver | None = None,
+    *,
+    tolerance: float = 1e-2,
+    denoisers: Sequence[nn.Module] | None = None,
+) -> Any:
+    """Run a sampling loop parallel in time: the same sample, in fewer rounds of network calls.
+
+    Args:
+        target: A function that runs a sampling loop, or a diffusers pipeline.
+        solver: Default ``Secant(window=8)``.
+        tolerance: Relative error allowed in each sample, compared with the loop as it is.
+        denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
+            function can see.
+
+    Returns:
+        For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context
+        manager: within ``with parallel(pipe) as report``, calls of ``pipe`` itself run in parallel.
+
+    Raises:
+        TypeError: If the target is neither.
+        ValueError: If the denoisers cannot be found, or for a negative tolerance.
+    """
+    if hasattr(target, "components") and hasattr(target, "register_modules"):
+        from . import pipelines
+
+        return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers)
+    if not callable(target) or isinstance(target, nn.Module):
+        raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
+    return Parallel(target, *checked(solver, tolerance), denoisers)
+
+
+def checked(solver: Solver | None, tolerance: float) -> tuple[Solver, float]:
+    """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    solver = Secant(window=8) if solver is None else solver
+    if isinstance(solver, type) or not hasattr(solver, "refuses"):
+        raise TypeError(
+            f"solver must be a solver with its options, such as parataxis.Secant(window=8), got {solver!r}: "
+            "parataxis.SOLVERS has them by name."
+        )
+    return solver, tolerance
+
+
+class Parallel:
+    """A function that runs a sampling loop, parallel in time; ``report`` says how the latest call went."""
+
+    def __init__(
+        self, function: Callable[..., Any], solver: Solver, tolerance: float, denoisers: Sequence[nn.Module] | None
+    ) -> None:
+        """See :func:`parallel`."""
+        functools.update_wrapper(self, function, updated=())
+        self.function, self.solver, self.tolerance = function, solver, tolerance
+        self.report = Report()
+        self._denoisers = None if denoisers is None else tuple(denoisers)
+        self._loop: Loop | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the loop."""
+        found = self._denoisers
+        modules = _modules(self.function, args, kwargs)
+        if found is None:
+            if len(modules) != 1:
+                raise ValueError(
+                    f"the loop {self.function!r} can see {len(modules)} modules, and which it calls level by level is "
+                    "not clear: name them with denoisers=[...]."
+                )
+            found = (modules[0],)
+        others = tuple((module, "__call__") for module in modules if not any(module is one for one in found))
+        loop = self._loop
+        if loop is None or loop.denoisers != found or loop.remembered != others:
+
+            def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
+                return self.function(*args, **kwargs)
+
+            loop = self._loop = Loop(run, found, others)
+        return solved(loop, args, kwargs, self.solver, self.tolerance, self.report)
+
+
+def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:
+    """Return the outermost modules that a function can see."""
+    found: list[nn.Module] = []
+    for value in reachable(function, args, kwargs):
+        if isinstance(value, nn.Module) and not any(value is one for one in found):
+            found.append(value)
+    inner = {id(part) for module in found for part in module.modules() if part is not module}
+    return [module for module in found if id(module) not in inner]
+
+
+def solved(
+    loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
+) -> Any:
+    """Run a loop once, in parallel if it can be, and fill in the report."""
+    if any(replaced(module) for module in loop.denoisers):
+        raise RuntimeError(
+            "this denoiser is being solved for another loop: one parallel loop cannot run within another."
+        )
+    report.__init__(tolerance=tolerance)  # type: ignore[misc]
+    why = loop.refuses()
+    if isinstance(solver, Sequential):
+        why = "the solver is Sequential."
+    passes = Passes(loop, args, kwargs)
+    if why is None:
+        try:
+            with passes.replaced():
+                value = _Solving(passes, solver, tolerance, report).run()
+                report.passes = passes.count
+                return value
+        except Refused as refusal:
+            why = str(refusal)
+        finally:
+            loop.limit = passes.merger.limit
+            _count(passes, report)
+    if not isinstance(solver, Sequential) and not why.startswith("the loop has only"):
+        warnings.warn(f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
+    value = passes.sequential()
+    report.mode, report.reason, report.converged, report.passes = "sequential", why, True, passes.count
+    report.certificate, report.rounds = 0.0, 0
+    return value
+
+
+def _count(passes: Passes, report: Report) -> None:
+    merger = passes.merger
+    report.calls, report.rows, report.peak_rows, report.passes = (
+        merger.calls,
+        merger.rows,
+        merger.peak_rows,
+        passes.count,
+    )
+
+
+class _Solving:
+    """One call of a loop, being solved stage by stage."""
+
+    def __init__(self, passes: Passes, solver: Solver, tolerance: float, report: Report) -> None:
+        self.passes, self.loop = passes, passes.loop
+        self.solver, self.tolerance, self.report = solver, tolerance, report
+        self.best = np.inf  # certificate of the stage at hand
+        self.attempts = 0
+        self.falling = True  # the certificate falls from replay to replay
+        self.replayed = False  # a pass answers every round
+        self.repeated = False  # the equation is that of an earlier call
+        self.stale = False
+        self.work: Callable[[], bool] | None = None  # to be done within the next pass
+
+    def run(self) -> Any:
+        """Solve every stage, replay, and return what the loop returns."""
+        passes = self.passes
+        learned = self.loop.learned.pop(passes.key, None)
+        if learned is not None:
+            self.repeat(learned)
+        while True:
+            stage = passes.stages[-1] if passes.stages else None
+            if stage is not None and not stage.settled and not stage.structure.linear and self.work is None:
+                self.hold(stage)
+            work, self.work = self.work, None
+            done, value = passes.play(certify=self.certified, work=work)
+            stage = passes.stages[-1] if passes.stages else None
+            if work is not None and self.replayed:
+                continue  # the rounds were passes of their own
+            if stage is not None and not stage.settled:
+                self.again(stage)
+            elif done:
+                break
+            else:
+                self.solve(self.record())
+        self.loop.learned[passes.key] = passes.stages[0].structure
+        if passes.always:
+            self.report.reason = "a callback changes what the loop does, so it runs in every pass."
+        elif self.loop.calls_back(passes.kwargs):
+            return self.call_back()
+        return value
+
+    def call_back(self) -> Any:
+        """Replay once more, with callbacks; if they change what the loop does, solve it with them in every pass."""
+        passes = self.passes
+        for stage in passes.stages:
+            stage.expected = stage.inputs
+        try:
+            return passes.play(loud=True)[1]
+        except Minded:
+            self.loop.minded.add(passes.key)
+            passes.always, passes.stages = True, []
+            del self.loop.learned[passes.key]
+            self.report.__init__(tolerance=self.tolerance)  # type: ignore[misc]
+            return self.run()
+
+    def repeat(self, structure: Structure) -> None:
+        """Solve the first stage with what an earlier call has learned: one pass tells what the loop adds."""
+        passes = self.passes
+        self.repeated = True
+        stage = Stage(structure, 0, [None] * len(structure.sites))
+        passes.stages.append(stage)
+        try:
+            self.wander(stage)
+        except Changed:
+            self.repeated = False
+            passes.stages.clear()
+        else:
+            self.solve(stage)
+
+    def record(self) -> Stage:
+        """Find the structure of the calls that the latest pass has recorded, by more passes with random outputs."""
+        passes = self.passes
+        first = passes.stages[-1].stop if passes.stages else 0
+        if not passes.recorded:
+            raise Refused("the loop calls none of its denoisers.")
+        if not first and len(passes.recorded) <= SHORT:
+            raise Refused(f"the loop has only {len(passes.recorded)} levels.")
+        recordings, endings, called = [passes.recorded], [passes.ending], passes.called_out
+        while len(recordings) < 2:
+            passes.play(len(recordings))
+            recordings.append(passes.recorded)
+            endings.append(passes.ending)
+            if called and passes.called_out and _alike(*endings[-2:]):
+                # A module that the loop calls along the way, with nothing that depends on outputs.
+                passes.constant.append(endings[0] or [])
+                passes.play(0)
+                recordings, endings, called = [passes.recorded], [passes.ending], passes.called_out
+        structure, count = analyse(recordings, endings, range(len(recordings)), first)
+        elements = structure.groups * structure.dim
+        if elements < PROOF:
+            for seed in range(2, 2 + min(-(-PROOF // elements), MORE)):
+                passes.play(seed)
+                recordings.append(passes.recorded)
+                endings.append(passes.ending)
+            structure, count = analyse(recordings, endings, range(len(recordings)), first)
+        if not first and count == len(recordings[0]) and structure.steps <= SHORT:
+            raise Refused(f"the loop has only {structure.steps} levels.")
+        stage = Stage(structure, first, list(recordings[0][:count]))
+        passes.stages.append(stage)
+        self.wander(stage)
+        if structure.linear and not stage.proved():
+            structure.linear = False
+        structure.proof = None
+        if not structure.linear:
+            before = replace(stage)
+            self.wander(stage, seed=THIRD + 2)
+            linearise(structure, before, stage)
+            self.wander(stage)
+        last = stage.last()
+        self.wander(stage, float(torch.finfo(structure.network).eps))
+        stage.measure(last)
+        return stage
+
+    def wander(self, stage: Stage, nudge: float = 0.0, seed: int = THIRD) -> None:
+        """Make the pass that tells what the loop adds along the way; again with outputs nudged, it tells the floor."""
+        stage.mode, stage.seed, stage.nudge = "wander", seed, nudge
+        self.passes.play()
+        if not nudge:
+            stage.anchor()
+        stage.mode = "affine"
+
+    def hold(self, stage: Stage) -> None:
+        """Make the pass that leaves the corrections out, to be compared with the replay."""
+        stage.held = True
+        self.passes.play()
+        stage.held, stage.plain = False, stage.last()
+
+    def again(self, stage: Stage) -> None:
+        """Go on from the trajectory of a replay that was not good enough.
+
+        First with what the loop adds along the way taken from that replay: in the first pass it carried the rounding
+        of other states. If that did not help, the equation is not to be trusted, and the loop answers every round.
+        """
+        if self.stale:
+            # What an earlier call has learned is wrong for this one.
+            self.repeated = False
+            self.passes.stages.clear()
+            return
+        last = [] if stage.end is None else [stage.end]
+        guess = torch.stack([*stage.inputs, *(last or stage.inputs[-1:])])  # (N + 1, G, dim)
+        self.attempts += 1
+        if stage.structure.linear and not self.replayed and self.falling and self.attempts <= ANCHORS:
+            stage.anchor()
+        else:
+            self.replayed = True
+        self.work = partial(self.drive, stage, guess)
+
+    def solve(self, stage: Stage) -> None:
+        """Solve a stage, by its equation if it has one."""
+        structure = stage.structure
+        self.attempts, self.best, self.falling = 0, np.inf, True
+        narrow = self.passes.merger.apart = getattr(self.solver, "window", None) == 1
+        self.replayed = narrow or not structure.linear
+        self.report.reason = ""
+        if narrow:
+            self.report.reason = "the window is one level."
+        elif not structure.linear:
+            self.report.reason = "the loop is not linear in what its denoisers return."
+        self.work = partial(self.drive, stage, None)
+
+    def drive(self, stage: Stage, guess: Tensor | None) -> bool:
+        """Drive the runs of a stage to their ends; return whether that left the pass at hand as it was."""
+        while True:
+            try:
+                self.rounds(stage, guess)
+                break
+            except WholeCalls:
+                stage.structure.joint = True
+        return not self.replayed
+
+    def rounds(self, stage: Stage, guess: Tensor | None) -> None:
+        """Make the rounds of a solve."""
+        structure, passes, report = stage.structure, self.passes, self.report
+        report.mode = "replay" if self.replayed or report.mode == "replay" else "table"
+        equation: Table = _Replayed.of(stage, passes) if self.replayed else _Solved.of(stage)
+        if self.replayed and not hasattr(self.solver, "window"):
+            raise ValueError(
+                f"{self.solver!r} needs a loop that is linear in what its denoisers return, and this one is not: "
+                "choose Secant or Picard."
+            )
+        rounding = float(torch.finfo(structure.network).eps) / 2
+        if guess is not None:
+            guess = torch.stack([stage.runs(states) for states in guess], 1)
+        # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
+        tolerance = max(self.tolerance, structure.floor) if torch.finfo(structure.network).bits < 32 else self.tolerance
+        runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
+        for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
+            pass
+        report.levels = sum(one.structure.steps for one in passes.stages)
+        report.samples = structure.groups
+        report.rounds += max(run.rounds for run in runs)
+        report.evaluations += sum(run.evaluations for run in runs) * structure.groups // len(runs)
+        report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+
+    def evaluate(self, stage: Stage, rows: Rows) -> Tensor:
+        """Evaluate the network at states of runs: (R, dim) to the combined outputs of their levels, (R, dim)."""
+        structure = stage.structure
+        states = rows.u.reshape(-1, structure.dim)
+        level = rows.point.numpy()
+        group = rows.sample.numpy()
+        if structure.joint:
+            level = np.repeat(level, structure.groups)
+            group = np.tile(np.arange(structure.groups), len(rows.point))
+        asks, places = [], []
+        for q in np.unique(level):
+            own = np.flatnonzero(level == q)
+            item = np.full(structure.groups, -1)
+            item[group[own]] = own
+            for call in structure.levels[q]:
+                owner = structure.sites[call].owner
+                wanted = np.flatnonzero(item[owner] >= 0)
+                index = torch.from_numpy(item[owner[wanted]])
+                asks.append(Ask(call, wanted, states[index.to(states.device)]))
+                places.append((int(q), item[owner[wanted]]))
+        outputs = self.passes.merger.evaluate(stage.recorded, asks)
+        found: dict[int, list[Tensor]] = {}
+        total = torch.empty_like(states)
+        for ask, (q, items), output in zip(asks, places, outputs, strict=True):
+            site = structure.sites[ask.call]
+            stage.learn(ask.call, ask.rows, output)
+            answers = site.answers(output, structure.dtype)
+            slots = site.slot[ask.rows]
+            for k in range(int(slots.max()) + 1):
+                row = torch.empty_like(total)
+                chosen = np.flatnonzero(slots == k)
+                row[torch.from_numpy(items[chosen])] = answers[torch.from_numpy(chosen)]
+                found.setdefault(q, []).append(row)
+        for q in np.unique(level):
+            items = np.flatnonzero(level == q)
+            index = torch.from_numpy(items).to(total.device)
+            total[index] = structure.combine(int(q), [row[index] for row in found[int(q)]])
+            given = states[index].to(structure.network).to(structure.dtype)
+            stage.place(int(q), group[items], given, torch.isfinite(total[index]).all(1).cpu().numpy())
+        return total.view(rows.u.shape)
+
+    def certified(self, stage: Stage) -> bool:
+        """Judge the replay of a stage: is its certificate within the tolerance, or as good as it gets?"""
+        structure = stage.structure
+        certificate = stage.certificate()
+        allowed = max(self.tolerance, FLOORS * structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        good = certificate <= allowed
+        self.falling = certificate <= 0.5 * self.best
+        obeyed = not structure.linear or stage.obeys()
+        self.stale = self.repeated and not obeyed
+        if not obeyed and not self.stale:
+            structure.linear, good = False, False
+            self.report.reason = "the loop is linear elsewhere, but not where its solution lies."
+        # Near the floor it need not fall any more; elsewhere a replay in every round is still to be tried.
+        tried = self.attempts > 0 and not self.falling and certificate <= 4 * allowed
+        stage.settled = not self.stale and (good or (obeyed and tried) or (self.attempts > 0 and self.replayed))
+        self.best = min(self.best, certificate)
+        if stage.settled:
+            report = self.report
+            first = stage is self.passes.stages[0]
+            report.certificate = certificate if first else max(report.certificate, certificate)
+            report.floor = structure.floor if first else max(report.floor, structure.floor)
+            report.converged = good if first else good and report.converged
+        return stage.settled
+
+
+def _alike(one: Sequence[Any] | None, two: Sequence[Any] | None) -> bool:
+    return one is not None and two is not None and len(one) == len(two) and all(map(equal, one, two))
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved(Table):
+    """The loop's equation; a Response leaves its slopes with the stage, for the replay."""
+
+    stage: Stage | None = None
+
+    @classmethod
+    def of(cls, stage: Stage) -> _Solved:
+        local = stage.structure.local
+        assert stage.start is not None
+        noise = torch.stack([stage.runs(added) for added in stage.added], 1)
+        return cls(local, stage.runs(stage.start), noise, stage)
+
+    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
+        """Answer from the equation."""
+        assert self.stage is not None
+        self.stage.note(parts)
+        return super().respond(rows, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Replayed(Table):
+    """A loop as its own equation: a pass of its Python answers a Response."""
+
+    stage: Stage | None = None
+    passes: Passes | None = None
+
+    @classmethod
+    def of(cls, stage: Stage, passes: Passes) -> _Replayed:
+        local = stage.structure.local
+        # The coefficients only turn slopes into growth and back.
+        local = LocalForm(local.decay, local.weight.sum(1, keepdims=True), np.zeros(local.steps))
+        assert stage.start is not None
+        return cls(local, stage.runs(stage.start), None, stage, passes)
+
+    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
+        """Answer by one pass of the loop for all runs, which goes on as far as windows may reach next."""
+        stage, passes = self.stage, self.passes
+        assert stage is not None
+        assert passes is not None
+        asks = [part.response for part in parts]
+        if any(ask.order is not None for ask in asks):
+            raise ValueError(
+                "this solver asks for truncated responses, and a replayed loop has none: choose Secant or Picard."
+            )
+        last = max(ask.first + len(ask.into) - 1 for ask in asks)
+        if stage.note(parts) or last > len(stage.inputs) - (stage.end is None):
+            ahead = max(len(ask.outputs) for ask in asks)
+            stage.reach = min(last + ahead, self.local.steps)
+            passes.play()
+            stage.reach = self.local.steps
+        answers: list[Array | None] = []
+        for sample, offset, ask in parts:
+            levels = range(ask.first, ask.first + len(ask.into))
+            new = torch.stack([stage.state(level, sample) for level in levels]).to(rows)
+            norms = None
+            if ask.measure:
+                change = new - rows[torch.from_numpy(offset + ask.states[1:]).to(rows.device)]
+                # What the steps' own growth does not carry on stands for the residual.
+                growth = torch.from_numpy(self.local.growth(ask.slopes[: len(change)], ask.start)).to(change)
+                rest = change.clone()
+                rest[1:] -= growth[1:, None] * change[:-1]
+                norms = torch.stack([change.square().sum(1), rest.square().sum(1)], 1).double().cpu().numpy()
+            rows[torch.from_numpy(offset + ask.into).to(rows.device)] = new
+            answers.append(norms)
+        return answers

@@ -1,0 +1,509 @@
+r"""Passes: one run of a loop's own Python, with stubs in the place of its networks.
+
+Every pass starts from the same random state, so it draws what the unmodified loop draws. A stub takes the whole call
+of a module (hooks, compiled code and offloading stay inside what it replaces) and answers with what the present pass
+is for: outputs at random, the affine model of earlier evaluations, or what a module said before. A pass that has seen
+what it is for ends by a private exception.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+
+from .merge import Call, Merger, Output, equal
+from .recording import Changed, Ended, Refused, Stage, Structure, drawn
+
+__all__ = ["Loop", "Passes", "reachable"]
+
+_MISSING = object()
+
+
+@dataclass(eq=False)
+class Loop:
+    """A loop as it belongs to someone else, and what is kept of it from call to call.
+
+    Attributes:
+        run: Runs it once: ``run(args, kwargs, quiet)``; ``quiet`` leaves out callbacks and progress bars.
+        denoisers: The modules that it calls level by level.
+        remembered: Other costly calls: (object, name of its method; ``__call__`` for a module itself).
+        refuses: Why the loop cannot be solved in parallel as it is now, or None.
+        state: What its numbers depend on besides its arguments (the scheduler's configuration).
+        calls_back: Whether these keyword arguments hold a callback, which then runs once, in the final replay.
+        outputs: Form of the output of every kind of call.
+        layouts: How each kind of call is merged.
+        limit: Most rows that memory has had room for.
+        learned: What stays the same of the first stage, by :meth:`key`.
+        minded: Keys of calls whose callbacks change what the loop does.
+    """
+
+    run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
+    denoisers: tuple[nn.Module, ...]
+    remembered: tuple[tuple[Any, str], ...] = ()
+    refuses: Callable[[], str | None] = lambda: None
+    state: Callable[[], Any] = lambda: None
+    calls_back: Callable[[dict[str, Any]], bool] = lambda kwargs: False
+    outputs: dict[Any, Output] = field(default_factory=dict)
+    layouts: dict[Any, Any] = field(default_factory=dict)
+    limit: int | None = None
+    learned: dict[Any, Structure] = field(default_factory=dict)
+    minded: set[Any] = field(default_factory=set)
+
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
+        leaves, spec = tree_flatten((args, kwargs))
+        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state())
+
+
+def _trait(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return repr(leaf) if isinstance(leaf, (bool, int, float)) or leaf is None else type(leaf).__name__
+
+
+def reachable(function: Any, *values: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield the objects that a function can see: its arguments, its closure, the globals it names, its owner."""
+    stack = [(function, 0), *((leaf, 0) for leaf in tree_leaves(values))]
+    seen: set[int] = set()
+    while stack:
+        value, level = stack.pop()
+        if id(value) in seen or level > depth:
+            continue
+        seen.add(id(value))
+        yield value
+        inside: list[Any] = []
+        if isinstance(value, FunctionType):
+            inside += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            inside += [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+            inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, (list, tuple, dict)):
+            inside += tree_leaves(value) if len(value) < 1000 else []
+        elif hasattr(value, "func") and hasattr(value, "args"):  # functools.partial
+            inside += [value.func, *value.args, *getattr(value, "keywords", {}).values()]
+        elif not isinstance(value, (nn.Module, Tensor, type)):
+            inside += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+            inside += list(getattr(value, "__dict__", {}).values()) if not _library(value) else []
+        stack += [(found, level + 1) for found in inside if found is not None]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(one) for one in code.co_consts if isinstance(one, CodeType)))
+
+
+def _library(value: Any) -> bool:
+    return getattr(type(value), "__module__", "").split(".")[0] in ("torch", "numpy", "builtins")
+
+
+class Randomness(TorchFunctionMode):
+    """The random state that a loop starts from: of torch, numpy, Python, and of every generator that it uses."""
+
+    def __init__(self, seen: Iterable[Any]) -> None:
+        """Take the present state; ``seen`` are objects that may be generators of numpy or Python."""
+        super().__init__()
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self._numpy = np.random.get_state()  # noqa: NPY002  # what the loop may use
+        self._python = random.getstate()
+        self._torch: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._others: list[tuple[Any, Any]] = []
+        for value in seen:
+            if isinstance(value, np.random.Generator):
+                self._others.append((value, value.bit_generator.state))
+            elif isinstance(value, random.Random):
+                self._others.append((value, value.getstate()))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep the state of a torch generator at its first use, wherever the loop hides it."""
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if type(value) is torch.Generator and id(value) not in self._torch:
+                self._torch[id(value)] = (value, value.get_state())
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Bring everything back to the state at the beginning."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        random.setstate(self._python)
+        for generator, state in self._torch.values():
+            generator.set_state(state)
+        for other, state in self._others:
+            if isinstance(other, random.Random):
+                other.setstate(state)
+            else:
+                other.bit_generator.state = state
+
+
+@dataclass(eq=False)
+class _Memory:
+    spec: TreeSpec
+    leaves: list[Any]
+    result: Any
+    after: Tensor | None  # random state that it left behind, if it drew
+
+
+class Passes:
+    """All passes of one call of a loop."""
+
+    def __init__(self, loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the random state; nothing runs yet."""
+        self.loop, self.args, self.kwargs = loop, args, kwargs
+        self.key = loop.key(args, kwargs)
+        self.always = self.key in loop.minded
+        self.stages: list[Stage] = []
+        self.count = 0  # passes made
+        self.recorded: list[Call] = []
+        self.ending: list[Any] | None = None
+        self.called_out = False  # the recording ended with a call of another module
+        self.constant: list[list[Any]] = []  # arguments of such calls that do not depend on outputs
+        self.seed = 0
+        self.certify: Callable[[Stage], bool] | None = None
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit)
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        self._randomness = Randomness(reachable(loop.run, args, kwargs))
+        self._memory: dict[int, list[_Memory]] = {}
+        self._originals: list[Any] = []
+        self._inside = 0
+        self._call = 0
+        self._made: dict[int, tuple[Tensor, int, int]] = {}
+        self._loud = False
+        self._work: Callable[[], bool] | None = None
+        self._before = self._look()
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Replace the networks' calls by stubs, and put everything back as it was."""
+        before: list[tuple[dict[str, Any], str, Any]] = []
+
+        def put(owner: Any, name: str, stub: Any) -> None:
+            # Through __dict__: wrapped modules send ordinary assignments on to what they wrap.
+            before.append((owner.__dict__, name, owner.__dict__.get(name, _MISSING)))
+            owner.__dict__[name] = stub
+
+        try:
+            for number, module in enumerate(self.loop.denoisers):
+                self._originals.append(_original(module))
+                put(module, "_compiled_call_impl", _Stub(self, number))
+            for number, (owner, name) in enumerate(self.loop.remembered):
+                if name == "__call__":
+                    put(owner, "_compiled_call_impl", _Remembering(self, number, _original(owner)))
+                else:
+                    put(owner, name, _Remembering(self, number, getattr(owner, name)))
+            yield
+        finally:
+            for place, name, value in reversed(before):
+                if value is _MISSING:
+                    del place[name]
+                else:
+                    place[name] = value
+
+    def _look(self) -> _Before:
+        return _Before([*self.loop.denoisers, *(owner for owner, _ in self.loop.remembered)])
+
+    def evaluate(self, module: int, args: Any, kwargs: Any) -> Any:
+        """Call a real denoiser."""
+        with self._real():
+            return self._originals[module](*args, **kwargs)
+
+    @contextmanager
+    def _real(self) -> Iterator[None]:
+        """Run real modules: no stub answers, and nothing watches their torch calls."""
+        self._inside += 1
+        try:
+            with self._unwatched():
+                yield
+        finally:
+            self._inside -= 1
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        watched = bool(stack) and stack[-1] is self._randomness
+        if watched:
+            self._randomness.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if watched:
+                self._randomness.__enter__()  # type: ignore[no-untyped-call]
+
+    def play(
+        self,
+        seed: int = 0,
+        *,
+        certify: Callable[[Stage], bool] | None = None,
+        work: Callable[[], bool] | None = None,
+        loud: bool = False,
+    ) -> tuple[bool, Any]:
+        """Run the loop once; return whether it came to its end with every stage settled, and what it returned.
+
+        Args:
+            seed: Of the outputs of calls that nothing is known of; they are recorded.
+            certify: Decides whether a stage that was left is settled; None ends the pass there.
+            work: Done at the first call of the last stage, within whatever context the loop has set up for its
+                networks; it says whether the pass may go on.
+            loud: Run callbacks.
+        """
+        self.count += 1
+        self._work = work
+        self.seed, self.certify, self._loud = seed, certify, loud
+        self.recorded, self.ending, self._call, self._made = [], None, 0, {}
+        for stage in self.stages:
+            stage.begin()
+        self._randomness.restore()
+        try:
+            with self._randomness, _autocast(self._autocast):
+                value = self.loop.run(self.args, self.kwargs, not (loud or self.always))
+                self.called_out = False
+                self._leave(tree_leaves(value))
+        except Ended:
+            self._before.restore()
+            return False, None
+        return not self.recorded, value
+
+    def sequential(self) -> Any:
+        """Run the loop as it is, from the random state at the beginning."""
+        self.count += 1
+        self._randomness.restore()
+        return self.loop.run(self.args, self.kwargs, False)
+
+    def called(self, module: int, args: Any, kwargs: Any) -> Any:
+        """Answer a call of a denoiser."""
+        if self._inside:
+            return self._originals[module](*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            raise Refused("the loop takes gradients through the denoiser.")
+        if self._work is not None and self._call == self.stages[-1].first:
+            work, self._work = self._work, None
+            # Passes within the work end at what this one has set up.
+            before, self._before = self._before, self._look()
+            with self._unwatched(), _autocast({kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}):
+                going_on = work()
+            self._before = before
+            if not going_on:
+                raise Ended
+        with self._real(), torch.no_grad():
+            index, self._call = self._call, self._call + 1
+            for stage in self.stages:
+                if index < stage.stop:
+                    output = stage.output(index - stage.first)
+                    return output.tree(stage.answer(index - stage.first, module, spec, leaves))
+            self._leave(None)
+            return self._record(index, module, spec, leaves)
+
+    def _record(self, index: int, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
+        first = self.stages[-1].stop if self.stages else 0
+        feeds = {i: self._made[id(leaf)][1:] for i, leaf in enumerate(leaves) if id(leaf) in self._made}
+        previous = next((call for call in reversed(self.recorded) if call.spec == spec), None)
+        kept = [keep(leaf, previous.leaves[i] if previous else None) for i, leaf in enumerate(leaves)]
+        kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+        autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        call = Call(module, spec, kept, feeds, autocast, Output(spec, []))
+        name = call.signature()
+        if name not in self.loop.outputs:
+            self.loop.outputs[name] = self._try(call)
+        call.output = self.loop.outputs[name]
+        self.recorded.append(call)
+        made = drawn(call.output, self.seed, index)
+        if len(self.loop.denoisers) > 1:
+            for i, leaf in enumerate(made):
+                if isinstance(leaf, Tensor):
+                    self._made[id(leaf)] = (leaf, index - first, i)
+        return call.output.tree(made)
+
+    def _try(self, call: Call) -> Output:
+        """Call the network for the form of its output, and see that it keeps nothing to itself."""
+        module = self.loop.denoisers[call.module]
+        rows = next((len(leaf) for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+        for attempt in range(2):
+            copies = [keep(leaf, None) for leaf in call.leaves]
+            args, kwargs = call.arguments(copies)
+            before, noise = _inner(module, call.leaves), torch.get_rng_state()
+            with call.context():
+                result = self._originals[call.module](*args, **kwargs)
+            self.merger.calls, self.merger.rows = self.merger.calls + 1, self.merger.rows + rows
+            if not torch.equal(noise, torch.get_rng_state()):
+                raise Refused("the denoiser draws random numbers: put it in evaluation mode, with eval().")
+            written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            if written - {id(leaf) for leaf in copies}:
+                raise Refused("the denoiser writes into its arguments, which the loop hands on (a KV cache).")
+            # What fills in on the first call only (tables of positions) is no state.
+            after = _inner(module, call.leaves)
+            if [(id(one), version) for one, version in after] == [(id(one), version) for one, version in before]:
+                break
+            if attempt:
+                raise Refused("the denoiser has hidden state: what it keeps changes with every call (a cache).")
+        leaves, spec = tree_flatten(result)
+        return Output(
+            spec, [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        )
+
+    def remembering(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Answer a call of another module: from memory, or by running it, if its inputs are the loop's own."""
+        if self._inside:
+            return original(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        entries = self._memory.setdefault(number, [])
+        for entry in entries:
+            if entry.spec == spec and all(map(equal, entry.leaves, leaves)):
+                if entry.after is not None:
+                    torch.set_rng_state(entry.after)
+                return tree_map(_copy, entry.result)
+        inside = bool(self.stages) and self._call < self.stages[-1].stop
+        if self._call and not inside and not any(_alike(leaves, one) for one in self.constant):
+            self.called_out = True
+            self._leave(leaves)
+        kept = [keep(leaf, None) for leaf in leaves]
+        before = torch.get_rng_state()
+        with self._real():
+            result = original(*args, **kwargs)
+        after = torch.get_rng_state()
+        drew = None if torch.equal(before, after) else after
+        entries.append(_Memory(spec, kept, tree_map(_copy, result), drew))
+        return result
+
+    def _leave(self, leaves: list[Any] | None) -> None:
+        """The loop has left the last stage: it returns or calls another module with these leaves, or goes on."""
+        if self.recorded:
+            if leaves is not None:
+                self.ending = [keep(leaf, None) for leaf in leaves]
+                raise Ended
+            return
+        if not self.stages or self.stages[-1].settled:
+            return
+        stage = self.stages[-1]
+        if self._call - (leaves is None) < stage.stop:
+            if self._loud:
+                return  # a callback ended the loop, as it may
+            raise Changed("the number of calls of the denoiser changes from pass to pass.")
+        stage.finish(leaves)
+        if self.certify is None or not self.certify(stage):
+            raise Ended
+
+
+class _Before:
+    """What a loop may set on its modules and put back at its end, which an ended pass does not reach.
+
+    Objects that modules hold (attention processors) and the dtypes of parameters (a decoder cast up).
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        modules = {id(part): part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()}
+        places = [place for part in modules.values() for place in (part.__dict__, part._modules)]
+        self._held = [
+            (place, {k: v for k, v in place.items() if k != "_compiled_call_impl" and _held(v)}) for place in places
+        ]
+        self._dtypes = [
+            (value, value.dtype)
+            for part in modules.values()
+            for value in part._parameters.values()
+            if value is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for place, held in self._held:
+            for name, value in held.items():
+                if place.get(name) is not value:
+                    place[name] = value
+        for value, dtype in self._dtypes:
+            if value.dtype != dtype:
+                value.data = value.data.to(dtype)
+
+
+def _held(value: Any) -> bool:
+    return not isinstance(value, (Tensor, bool, int, float, str, tuple, list, dict, type(None)))
+
+
+class _Stub:
+    def __init__(self, passes: Passes, number: int) -> None:
+        self.passes, self.number = passes, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.passes.called(self.number, args, kwargs)
+
+
+class _Remembering:
+    def __init__(self, passes: Passes, number: int, original: Callable[..., Any]) -> None:
+        self.passes, self.number, self.original = passes, number, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.passes.remembering(self.number, self.original, args, kwargs)
+
+
+def replaced(module: nn.Module) -> bool:
+    """Return whether a module's call is a stub at the moment."""
+    return isinstance(module.__dict__.get("_compiled_call_impl"), (_Stub, _Remembering))
+
+
+@contextmanager
+def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Set the autocast of every kind of device."""
+    with ExitStack() as stack:
+        for kind, (enabled, dtype) in state.items():
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
+    """Return what a call of the module runs, hooks and compiled code included."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    return compiled if compiled is not None else module._call_impl
+
+
+def keep(leaf: Any, previous: Any) -> Any:
+    """Copy a leaf, because the loop may write to it; what equals the same leaf of the call before is shared."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return previous if equal(leaf, previous) else leaf.detach().clone()
+
+
+def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
+    return len(one) == len(two) and all(map(equal, one, two))
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _inner(module: nn.Module, leaves: Sequence[Any]) -> list[tuple[Tensor, int]]:
+    """Return the tensors that a module and the objects among its arguments hold, besides parameters, with versions."""
+    marks: list[tuple[Tensor, int]] = []
+    plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    holders: list[Any] = [one.__dict__ for one in module.modules()]
+    holders += [getattr(leaf, "__dict__", None) for leaf in leaves if not isinstance(leaf, plain)]
+    for holder in holders:
+        stack = [] if holder is None else [(v, 0) for k, v in holder.items() if k not in ("_parameters", "_modules")]
+        while stack:
+            value, depth = stack.pop()
+            if isinstance(value, Tensor):
+                marks.append((value, 0 if value.is_inference() else value._version))
+            elif isinstance(value, (list, tuple, dict)) and depth < 3:
+                items = value.values() if isinstance(value, dict) else value
+                stack += [(item, depth + 1) for item in items]
+            elif not isinstance(value, (*plain, nn.Module, type, FunctionType)) and depth < 2 and not _library(value):
+                stack += [(item, depth + 1) for item in getattr(value, "__dict__", {}).values()]
+    return marks

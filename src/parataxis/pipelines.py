@@ -1,0 +1,181 @@
+"""Diffusers pipelines, parallel in time: what must be known of a pipeline, and nothing of any one of them.
+
+Its denoisers are the components whose class is one of diffusers' U-Nets, transformers or ControlNets, or whose name
+says so. Every other module is remembered: text encoders run once, a decoder in the final replay only. For
+:func:`enable`, the object's class is exchanged for one whose call goes through :mod:`parataxis.loops`;
+:func:`disable` puts it back, and nothing else has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .loops import Report, checked, solved
+from .passes import Loop
+from .solve import Solver
+
+__all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
+
+NAMES = ("unet", "transformer", "prior", "controlnet", "denoiser", "dit")
+FOLDERS = ("unets", "transformers", "controlnets")
+CALLBACKS = ("callback_on_step_end", "callback")
+METHODS = ("encode", "decode", "generate")
+
+
+def parallel(
+    pipe: Any,
+    solver: Solver | None = None,
+    *,
+    tolerance: float = 1e-2,
+    denoisers: Sequence[nn.Module] | None = None,
+) -> ParallelPipeline:
+    """Run a pipeline parallel in time; see :func:`parataxis.parallel`.
+
+    ``parallel(pipe)(...)`` is one call; within ``with parallel(pipe) as report``, calls of ``pipe`` itself are meant.
+    """
+    return ParallelPipeline(pipe, *checked(solver, tolerance), denoisers)
+
+
+def enable(
+    pipe: Any,
+    solver: Solver | None = None,
+    *,
+    tolerance: float = 1e-2,
+    denoisers: Sequence[nn.Module] | None = None,
+) -> Report:
+    """Make every call of ``pipe`` parallel in time, until :func:`disable`.
+
+    Returns:
+        The report, filled in by each call.
+
+    Raises:
+        RuntimeError: If it is enabled already.
+    """
+    return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers).__enter__()
+
+
+def disable(pipe: Any) -> None:
+    """Make ``pipe`` what it was before :func:`enable`.
+
+    Raises:
+        RuntimeError: If it is not enabled.
+    """
+    if not _enabled(pipe):
+        raise RuntimeError("this pipeline is not enabled: call parataxis.pipelines.enable(pipe) first.")
+    pipe.__class__ = type(pipe).__mro__[1]
+
+
+class ParallelPipeline:
+    """A pipeline whose calls run parallel in time; ``report`` says how the latest one went."""
+
+    def __init__(self, pipe: Any, solver: Solver, tolerance: float, denoisers: Sequence[nn.Module] | None) -> None:
+        """See :func:`parallel`."""
+        self.pipe, self.solver, self.tolerance = pipe, solver, tolerance
+        self.report = Report(tolerance=tolerance)
+        self._chosen = None if denoisers is None else tuple(denoisers)
+        self._loop: Loop | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline."""
+        return solved(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+
+    def __enter__(self) -> Report:
+        """Enable the pipeline."""
+        pipe = self.pipe
+        if _enabled(pipe):
+            raise RuntimeError("this pipeline is enabled already: disable it before it is enabled again.")
+        plain, parallelized = type(pipe), self
+
+        @functools.wraps(plain.__call__)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return parallelized(*args, **kwargs)
+
+        pipe.__class__ = type(
+            plain.__name__,
+            (plain,),
+            {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__, "_parataxis": self},
+        )
+        return self.report
+
+    def __exit__(self, *exception: object) -> None:
+        """Disable the pipeline."""
+        disable(self.pipe)
+
+    def _current(self) -> Loop:
+        """Return what is known of the loop; components may have been exchanged since the last call."""
+        components = [(name, part) for name, part in self.pipe.components.items() if isinstance(part, nn.Module)]
+        denoisers = self._chosen or tuple(part for name, part in components if _denoises(name, part))
+        if not denoisers:
+            raise ValueError(
+                f"none of the components {', '.join(name for name, _ in components)} is known as a denoiser: name them "
+                "with denoisers=[...]."
+            )
+        remembered: list[tuple[Any, str]] = []
+        for _, part in components:
+            if not any(part is one for one in denoisers):
+                remembered.append((part, "__call__"))
+                remembered += [(part, name) for name in METHODS if callable(getattr(part, name, None))]
+        loop = self._loop
+        if loop is None or loop.denoisers != denoisers or loop.remembered != tuple(remembered):
+            loop = self._loop = Loop(
+                run=self._run,
+                denoisers=denoisers,
+                remembered=tuple(remembered),
+                refuses=lambda: _refusal(denoisers),
+                state=self._state,
+                calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
+            )
+        return loop
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
+        pipe = self.pipe
+        plain = type(pipe).__mro__[1] if _enabled(pipe) else type(pipe)
+        if not quiet:
+            return plain.__call__(pipe, *args, **kwargs)
+        kept = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
+        with _no_progress(pipe):
+            return plain.__call__(pipe, *args, **kept)
+
+    def _state(self) -> Any:
+        parts = self.pipe.components.items()
+        return [(name, type(part).__name__, dict(part.config)) for name, part in parts if hasattr(part, "step")]
+
+
+def _enabled(pipe: Any) -> bool:
+    return "_parataxis" in type(pipe).__dict__
+
+
+def _denoises(name: str, part: nn.Module) -> bool:
+    kind = type(getattr(part, "_orig_mod", part))
+    path = kind.__module__.split(".")
+    return name.rstrip("_0123456789") in NAMES or (path[0] == "diffusers" and any(one in FOLDERS for one in path))
+
+
+@contextmanager
+def _no_progress(pipe: Any) -> Iterator[None]:
+    """Show no progress bars for passes: they do not show the work."""
+    before = pipe.__dict__.get("_progress_bar_config")
+    pipe.__dict__["_progress_bar_config"] = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe.__dict__["_progress_bar_config"]
+        else:
+            pipe.__dict__["_progress_bar_config"] = before
+
+
+def _refusal(denoisers: Sequence[nn.Module]) -> str | None:
+    """Return why denoisers cannot be evaluated out of order, or None."""
+    for denoiser in denoisers:
+        for part in denoiser.modules():
+            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+            for name, hook in hooks.items():
+                if getattr(hook, "_is_stateful", False):
+                    return f"the denoiser keeps state from call to call (its hook {name!r}): disable its cache."
+    return None

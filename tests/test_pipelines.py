@@ -1,0 +1,388 @@
+"""Diffusers pipelines, unmodified: tiny ones with random weights, and the shipped model through its own pipeline."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import parataxis as px
+from parataxis import pipelines
+from parataxis.models import FOLDER
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import diffusers as df
+
+df.utils.logging.set_verbosity_error()
+
+LINEAR_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+BLOCKS = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+
+
+def decoder(**options):
+    return df.AutoencoderKL(
+        **BLOCKS,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **options,
+    )
+
+
+def stable_diffusion(scheduler=None, dtype=torch.float32, *, control=False):
+    torch.manual_seed(0)
+    unet = df.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    parts = {}
+    if control:
+        parts["controlnet"] = df.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+        for value in parts["controlnet"].parameters():
+            value.data.add_(0.05 * torch.randn_like(value))
+    kind = df.StableDiffusionControlNetPipeline if control else df.StableDiffusionPipeline
+    pipe = kind(
+        unet=unet.to(dtype),
+        vae=decoder().to(dtype),
+        scheduler=scheduler or df.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **LINEAR_BETAS),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+    return quiet(pipe)
+
+
+def quiet(pipe):
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(run, seed=0, dtype=torch.float32, steps=20, **options):
+    """Call Stable Diffusion, guided, with two prompts."""
+    prompts = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(9)).to(dtype)
+    call = {"output_type": "pt", "guidance_scale": 4.0, "height": 16, "width": 16} | options
+    generator = torch.Generator().manual_seed(seed)
+    return run(
+        prompt_embeds=prompts,
+        negative_prompt_embeds=-prompts,
+        num_inference_steps=steps,
+        generator=generator,
+        **call,
+    ).images
+
+
+def controlled(run, **options):
+    return picture(run, image=torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), **options)
+
+
+def stable_diffusion_3():
+    torch.manual_seed(0)
+    transformer = df.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    return quiet(
+        df.StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=df.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=decoder(shift_factor=0.1, scaling_factor=1.5),
+            **dict.fromkeys(names),
+        )
+    )
+
+
+def picture_3(run, seed=0, **options):
+    generator = torch.Generator().manual_seed(9)
+    prompts, pooled = torch.randn(2, 5, 16, generator=generator), torch.randn(2, 8, generator=generator)
+    call = {"output_type": "pt", "guidance_scale": 3.0, "height": 16, "width": 16, "num_inference_steps": 20} | options
+    return run(
+        prompt_embeds=prompts,
+        negative_prompt_embeds=-prompts,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=-pooled,
+        generator=torch.Generator().manual_seed(seed),
+        **call,
+    ).images
+
+
+def dit():
+    torch.manual_seed(0)
+    transformer = df.DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+        attention_bias=True,
+    )
+    for value in transformer.parameters():
+        value.data.add_(0.05 * torch.randn_like(value))
+    return quiet(df.DiTPipeline(transformer=transformer, vae=decoder(), scheduler=df.DDIMScheduler(clip_sample=False)))
+
+
+def picture_of_classes(run, seed=0, **options):
+    call = {"class_labels": [1, 2], "num_inference_steps": 20, "output_type": "np"} | options
+    return torch.from_numpy(run(generator=torch.Generator().manual_seed(seed), **call).images)
+
+
+SCHEDULERS = {
+    "ddpm": lambda: df.DDPMScheduler(clip_sample=False, **LINEAR_BETAS),
+    "euler": lambda: df.EulerDiscreteScheduler(**LINEAR_BETAS),
+    "ancestral": lambda: df.EulerAncestralDiscreteScheduler(**LINEAR_BETAS),
+    "2M": lambda: df.DPMSolverMultistepScheduler(**LINEAR_BETAS),
+    "UniPC": lambda: df.UniPCMultistepScheduler(**LINEAR_BETAS),
+    "PNDM": lambda: df.PNDMScheduler(skip_prk_steps=True, **LINEAR_BETAS),
+    "LCM": lambda: df.LCMScheduler(**LINEAR_BETAS),
+}
+PIPELINES = {
+    "stable diffusion": (stable_diffusion, picture, "table"),
+    "rescaled guidance": (stable_diffusion, lambda run, **more: picture(run, guidance_rescale=0.7, **more), "replay"),
+    "latents": (stable_diffusion, lambda run, **more: picture(run, output_type="latent", **more), "table"),
+    "control": (lambda: stable_diffusion(control=True), controlled, "table"),
+    "stable diffusion 3": (stable_diffusion_3, picture_3, "table"),
+    "dit": (dit, picture_of_classes, "table"),
+} | {name: (lambda make=make: stable_diffusion(make()), picture, "table") for name, make in SCHEDULERS.items()}
+
+
+@cache
+def made(name):
+    return PIPELINES[name][0]()
+
+
+def relative(x, y):
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_unmodified_pipeline_gives_the_sequential_picture(name):
+    _, call, mode = PIPELINES[name]
+    pipe = made(name)
+    expected = call(pipe)
+    run = px.parallel(pipe, px.Secant(window=8))
+    for passes in (5, 2):
+        assert relative(call(run), expected) <= 1e-2
+        assert run.report.mode == mode
+        assert run.report.converged
+        assert run.report.rounds < 0.75 * run.report.levels
+        if mode == "table":
+            assert run.report.passes == passes
+    exact = px.parallel(pipe, px.Secant(window=8), tolerance=0)
+    assert relative(call(exact), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["stable diffusion", "control", "stable diffusion 3", "ancestral", "rescaled guidance"]
+)
+def test_window_one_is_the_sequential_pipeline_to_the_bit(name):
+    _, call, _ = PIPELINES[name]
+    pipe = made(name)
+    run = px.parallel(pipe, px.Secant(window=1))
+    assert torch.equal(call(run), call(pipe))
+    assert run.report.rounds == run.report.levels == 20
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler", "2M"])
+def test_half_precision_pipelines_end_within_their_own_floor(name):
+    pipe = stable_diffusion(SCHEDULERS[name](), torch.bfloat16)
+
+    def call(run):
+        return picture(run, dtype=torch.bfloat16, output_type="latent")
+
+    run = px.parallel(pipe)
+    assert relative(call(run), call(pipe)) <= max(1e-2, 2 * run.report.floor)
+    assert run.report.mode == "table"
+
+
+def test_within_the_context_the_pipeline_itself_is_parallel_and_after_it_is_what_it_was():
+    pipe = made("stable diffusion")
+    kind, attributes = type(pipe), dict(pipe.__dict__)
+    inner = {name: dict(part.__dict__) for name, part in pipe.components.items() if hasattr(part, "__dict__")}
+    expected = picture(pipe)
+    with px.parallel(pipe) as report:
+        assert isinstance(pipe, df.StableDiffusionPipeline)
+        assert type(pipe).__name__ == kind.__name__
+        assert relative(picture(pipe), expected) <= 1e-2
+        assert report.mode == "table"
+        assert report.levels == 20
+        with pytest.raises(RuntimeError, match="enabled already"):
+            pipelines.enable(pipe)
+    assert type(pipe) is kind
+    assert pipe.__dict__.keys() == attributes.keys()
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            assert part.__dict__ == inner[name]
+    with pytest.raises(RuntimeError, match="is not enabled"):
+        pipelines.disable(pipe)
+    assert torch.equal(picture(pipe), expected)
+
+
+def test_the_decoder_and_callbacks_run_once_and_errors_of_callbacks_leave_nothing_behind():
+    pipe = made("stable diffusion")
+    expected, seen, decoded = picture(pipe), [], []
+    hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda module, args: decoded.append(1))
+
+    def watch(pipe, step, time, values):
+        seen.append((step, int(time)))
+        return {}
+
+    def fail(pipe, step, time, values):
+        if step == 7:
+            raise LookupError("enough")
+        return {}
+
+    report = pipelines.enable(pipe)
+    try:
+        assert relative(picture(pipe, callback_on_step_end=watch), expected) <= 1e-2
+        assert [step for step, _ in seen] == list(range(20))
+        assert len(decoded) == 1
+        assert report.passes == 6
+        with pytest.raises(LookupError, match="enough"):
+            picture(pipe, callback_on_step_end=fail)
+    finally:
+        pipelines.disable(pipe)
+        hook.remove()
+    assert "_compiled_call_impl" not in pipe.unet.__dict__
+    assert "decode" not in pipe.vae.__dict__
+    assert torch.equal(picture(pipe), expected)
+
+
+def test_a_callback_that_changes_what_the_loop_does_runs_in_every_pass():
+    pipe = made("stable diffusion")
+
+    def shift(pipe, step, time, values):
+        return {"latents": values["latents"] * 0.9}
+
+    expected = picture(pipe, callback_on_step_end=shift)
+    run = px.parallel(pipe)
+    for _ in range(2):
+        assert relative(picture(run, callback_on_step_end=shift), expected) <= 1e-2
+        assert "callback changes what the loop does" in run.report.reason
+
+
+def test_a_callback_may_end_the_loop():
+    pipe = made("stable diffusion")
+
+    def stop(pipe, step, time, values):
+        pipe._interrupt = step == 11
+        return {}
+
+    expected = picture(pipe, callback_on_step_end=stop)
+    assert relative(picture(px.parallel(pipe), callback_on_step_end=stop), expected) <= 1e-2
+
+
+def test_two_pipelines_that_share_a_denoiser_do_not_disturb_each_other():
+    one = made("stable diffusion")
+    two = df.StableDiffusionImg2ImgPipeline(**one.components, requires_safety_checker=False)
+    two.set_progress_bar_config(disable=True)
+
+    def other(run):
+        image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        prompts = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(9))
+        generator = torch.Generator().manual_seed(3)
+        return run(
+            image=image,
+            strength=0.8,
+            prompt_embeds=prompts,
+            negative_prompt_embeds=-prompts,
+            generator=generator,
+            num_inference_steps=20,
+            output_type="pt",
+        ).images
+
+    expected = picture(one), other(two)
+    with px.parallel(one) as report:
+        assert torch.equal(other(two), expected[1])
+        assert report.mode == "none"
+        with px.parallel(two) as second:
+            assert relative(picture(one), expected[0]) <= 1e-2
+            assert relative(other(two), expected[1]) <= 1e-2
+        assert report.levels == 20
+        assert second.levels == 16
+
+
+def test_caches_of_the_denoiser_are_refused():
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    pipe = stable_diffusion_3()
+    run = px.parallel(pipe)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 950),
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(pipe.transformer, config)
+    with pytest.warns(RuntimeWarning, match=r"keeps state from call to call .*disable its cache"):
+        result = picture_3(run)
+    assert run.report.mode == "sequential"
+    for part in pipe.transformer.modules():
+        if hasattr(part, "_diffusers_hook"):
+            part._diffusers_hook.reset_stateful_hooks(recurse=False)
+    assert torch.equal(picture_3(pipe), result)
+
+
+def test_denoisers_that_no_name_gives_away_are_asked_for():
+    class Holder:
+        def __init__(self):
+            self.components = {"thing": torch.nn.Linear(2, 2)}
+
+        def register_modules(self):
+            pass
+
+    with pytest.raises(ValueError, match=r"components thing is known as a denoiser.*denoisers=\[\.\.\.\]"):
+        px.parallel(Holder())()
+
+
+@pytest.mark.parametrize(("scheduler", "most"), [(df.DDIMScheduler, 0.36), (df.DDPMScheduler, 0.46)])
+def test_the_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, most):
+    pipe = df.DiffusionPipeline.from_pretrained(FOLDER / "digits-unconditional", low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    kind = df.DDIMPipeline if scheduler is df.DDIMScheduler else df.DDPMPipeline
+    pipe = quiet(kind(unet=pipe.unet, scheduler=scheduler.from_config(pipe.scheduler.config, clip_sample=False)))
+
+    def call(run):
+        generator = torch.Generator().manual_seed(3)
+        images = run(batch_size=4, num_inference_steps=50, output_type="np", generator=generator).images
+        return 2 * torch.from_numpy(images) - 1
+
+    run = px.parallel(pipe, px.Secant(window=16))
+    assert relative(call(run), call(pipe)) <= 1e-2
+    assert run.report.converged
+    assert run.report.rounds <= most * 50
+
+
+def test_the_first_lines_of_the_documentation_run(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(code, {})
+    assert re.match(r"table: 50 levels in \d\d rounds", capsys.readouterr().out)
