@@ -147,7 +147,7 @@ class Stage:
         settled: Whether the loop may go on behind it.
         reach: Last level of a pass.
         seed: Of the noise of a pass that wanders.
-        nudge: Relative change of its outputs.
+        nudge: Change of its outputs, relative to those of the network.
         held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
@@ -268,9 +268,10 @@ class Stage:
         leaves = [leaf * size if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         site.add(leaves, states * float(structure.slopes[level]))
         if self.nudge:
-            for leaf, sign in zip(leaves, drawn(structure.outputs[call], self.seed + 1, call), strict=True):
+            output = structure.outputs[call]
+            for leaf, noise, own in zip(leaves, drawn(output, self.seed + 1, call), output.sizes, strict=True):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    leaf.copy_(leaf.to(structure.dtype) * (1 + self.nudge * sign.sign()))
+                    leaf.add_(noise, alpha=self.nudge * own)
         self._tell(call, leaves)
         return leaves
 
