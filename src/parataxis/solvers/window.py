@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 # Of the error estimate, from trained networks and exact mixtures: errors are larger than their estimate by average
 # slopes, because they lie along directions that grow more.
-SAFETY = 8.0  # in the misfit of a slope
+SAFETY = 16.0  # in the misfit of a slope
 DIRECTIONS = 4.0  # in the growth behind the window
 SMALLEST = 0.1  # part of a move that may remain, at least
 UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
