@@ -295,3 +295,22 @@ def test_what_is_no_sampler_is_said(sampler):
     network, noise, _ = setting()
     with pytest.raises(TypeError, match=r"sampler must be a sampler with its steps, such as parataxis.samplers.ddim"):
         px.sample(network, noise, sampler, px.Picard())
+
+
+def test_the_floor_is_what_the_network_makes_of_its_batch_and_no_tolerance_goes_below_it():
+    sampler, noise = problems.sampler("ddpm", 20), problems.noise(2)
+    network = problems.network("power law", "ddpm")
+
+    def rough(x, t):
+        return network(x, t) * (1 + 1e-5 * len(x))
+
+    assert px.floor(network, noise, sampler, generator=problems.generators(2)) <= 1e-12
+    found = px.floor(rough, noise, sampler, generator=problems.generators(2))
+    sequential, among = (
+        px.sample(make, noise, sampler, px.Sequential(), generator=problems.generators(2)).x
+        for make in (lambda x, t: network(x, t) * (1 + 1e-5), lambda x, t: network(x, t) * (1 + 8e-5))
+    )
+    assert found == pytest.approx(problems.relative(among, sequential), rel=1e-3)
+    with pytest.raises(ValueError, match=r"tolerance 1e-05 is below the floor \d\.\d+e-05 of this network"):
+        px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, floor=found)
+    assert px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-2, floor=found).converged

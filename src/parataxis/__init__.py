@@ -1,7 +1,7 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
-from .driver import Solutions, sample
+from .driver import Solutions, floor, sample
 from .execution import Latency, latency
 from .loops import Report, parallel
 from .planning import Plan, plan
@@ -35,6 +35,7 @@ __all__ = [
     "Speculative",
     "Table",
     "cosine",
+    "floor",
     "flow",
     "karras",
     "latency",

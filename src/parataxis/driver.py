@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from .execution import Executor, Network, check, duration
 from .planning import Plan, plan
 from .samplers import Sampler
-from .solve import Run, Solution, Solver, start, together
+from .solve import Rows, Run, Solution, Solver, start, together
+from .solvers import Sequential
 
-__all__ = ["Solutions", "sample"]
+__all__ = ["Solutions", "floor", "sample"]
 
 
 class Solutions(Sequence[Solution]):
@@ -91,6 +92,7 @@ def sample(
     frozen: int = 0,
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
+    floor: float = 0.0,
     progress: bool = False,
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
@@ -124,6 +126,7 @@ def sample(
             memory runs out, the limit is halved and kept for the rest of the solve.
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); rounds are split and padded to them, so
             that ``torch.compile`` or CUDA graphs meet few shapes.
+        floor: What :func:`parataxis.floor` measured for this network; a tolerance below it is refused.
         progress: Show a bar: settled levels of all samples.
         on_round: Called after every round with the runs; see :func:`parataxis.together`.
         stop: Ends a run early; see :func:`parataxis.together`.
@@ -138,6 +141,11 @@ def sample(
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
     check(noise, sampler, condition)
+    if 0 < tolerance < floor:
+        raise ValueError(
+            f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself differs "
+            "between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
+        )
     planned = None
     if isinstance(solver, str) and solver == "auto":
         if guess is not None or frozen:
@@ -173,3 +181,50 @@ def sample(
             for run in runs:
                 run.end("interrupted")
     return Solutions([run.solution for run in runs], time.perf_counter() - begun, planned)
+
+
+def floor(
+    denoise: Callable[..., Tensor],
+    noise: Tensor,
+    sampler: Sampler,
+    *,
+    condition: Any = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    rows: int = 8,
+) -> float:
+    """Measure the relative error below which samples of a network cannot be compared: its own batch dependence.
+
+    Kernels for one row and for several round differently. The floor is |x_1 - x_n| / |x_1|, the worst of the samples,
+    where x_n is the sequential loop's sample if every call holds its row n times. It takes 2 N calls for each sample.
+
+    Args:
+        denoise: As for :func:`parataxis.sample`.
+        noise: (B, *shape), likewise; one sample is enough.
+        sampler: Likewise.
+        condition: Likewise.
+        generator: Likewise.
+        rows: n, how many rows a round will have.
+
+    Returns:
+        The floor, 0 for networks whose rows do not depend on their number; for ``floor=`` of :func:`parataxis.sample`.
+    """
+    check(noise, sampler, condition)
+    if rows < 2:
+        raise ValueError(
+            f"rows must be at least 2, got {rows!r}: the floor compares calls of one row with larger ones."
+        )
+    table = sampler.table(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
+    network = Network(denoise, sampler.network_times(noise.dtype), condition)
+
+    def samples(count: int) -> Tensor:
+        def repeated(row: Rows) -> Tensor:
+            return network(Rows(*(part.repeat_interleave(count, 0) for part in row)))[:1]
+
+        runs = start(sampler, table, Sequential(), dtype=noise.dtype)
+        with torch.no_grad():
+            for _ in together(runs, Executor(repeated, max_rows=1)):
+                pass
+        return torch.stack([run.solution.x for run in runs]).flatten(1).double()
+
+    alone, among = samples(1), samples(rows)
+    return float(((among - alone).norm(dim=1) / alone.norm(dim=1)).max())
