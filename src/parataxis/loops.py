@@ -47,7 +47,7 @@ MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
-FLOORS = 1.5  # the certificate counts what the replay has corrected: at the floor it exceeds the error
+FLOORS = 2  # the certificate counts what the replay has corrected: at the floor it exceeds the error
 
 
 @dataclass
