@@ -47,7 +47,7 @@ MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
-FLOORS = 1.5  # the certificate counts what the replay has corrected: at the floor it exceeds the error
+FLOORS = 2  # the certificate counts what the replay has corrected: at the floor it exceeds the error
 
 
 @dataclass
@@ -421,7 +421,9 @@ class _Solving:
         if guess is not None:
             guess = torch.stack([stage.runs(states) for states in guess], 1)
         # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
-        tolerance = max(self.tolerance, structure.floor) if torch.finfo(structure.network).bits < 32 else self.tolerance
+        tolerance = (
+            max(self.tolerance, structure.floor / 4) if torch.finfo(structure.network).bits < 32 else self.tolerance
+        )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
             pass

@@ -427,11 +427,14 @@ class Stage:
         return outputs
 
     def obeys(self) -> bool:
-        """Return whether the last pass obeys the equation: it adds along the way what the first one did."""
-        for before, (rest, size) in zip(self.added, self._rests(), strict=False):
-            if not float((rest - before).norm()) <= 4 * self.structure.precision * size:
-                return False
-        return True
+        """Return whether the last pass obeys the equation: it adds along the way what the first one did.
+
+        In 16 bits terms within a step may cancel, which makes single steps a poor proof: half of them must be good.
+        """
+        away = [float((rest - old).norm()) / max(size, 1e-30) for old, (rest, size) in zip(self.added, self._rests())]  # noqa: B905
+        half = torch.finfo(self.structure.network)
+        close = half.bits >= 32 or bool(np.median(away) <= 2 * half.eps)
+        return close and max(away) <= 4 * self.structure.precision
 
     def anchor(self) -> None:
         """Take what the loop adds along the way from the last pass."""
