@@ -190,9 +190,14 @@ class Window:
         self._turn += 1
 
     def measure_variance(self) -> Asking:
-        """Measure the mean square of the data prediction at the last point evaluated, before the response."""
+        """Measure the mean square of the data prediction at the last point evaluated, before the response.
+
+        Where it is unknown, that of the window's last state stands for it.
+        """
         local, point = self.local, self.hi - 1
         if local.alpha is None or local.data_input is None or local.data_output is None:
+            size = float((yield Inner((self.states(self.hi, self.hi),)))[0, 0, 0]) / self.problem.dim
+            self.variance = size if np.isfinite(size) and size > 0 else 1.0
             return 0
         gram = (yield Inner((self.states(point, point), self.outputs(point, point + 1))))[0]
         weights = np.array([local.data_input[point], local.data_output[point]])
