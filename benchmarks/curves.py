@@ -12,8 +12,9 @@ kind of sampler (``ode``: steps add no noise; ``sde``: they do). The slopes c1..
 samplers, with the same weight each; c0 is that of the trained networks, as exact mixtures are easier. What networks
 differ by is taken from the trained ones, too few for one solver alone: one number for all curves.
 
-Narrow windows come from ``results/rounds.csv``. Its runs of full width do not end by a tolerance, so those are made
-here, into ``results/ends.csv``; a cell that is there already is skipped. Then fits whatever there is.
+Narrow windows come from ``results/rounds.csv``, as far as it has them. Its runs of full width do not end by a
+tolerance: those, and narrow ones that it lacks, are made here, into ``results/ends.csv``. What is there already is not
+made again, so delete that file when a solver has changed. Then fits whatever there is.
 """
 
 from __future__ import annotations
@@ -41,30 +42,46 @@ MODELS = ("mixture-64", "digits", "digits-flow")
 SEEDS = 4
 
 
+def runs() -> Iterator[dict[str, Any]]:
+    """Yield the runs that ended by their tolerance, of the solvers with their present options."""
+    for path in (rounds.OUT, ENDS):
+        if path.exists():
+            with path.open() as file:
+                for row in csv.DictReader(file):
+                    if row["solver"] in SOLVERS and row["width"] != "full":
+                        window = None if row["width"] == row["steps"] else int(row["width"])
+                        if row["options"] == repr(make(row["solver"], window)):
+                            yield {**row, **{name: float(row[name]) for name in NUMBERS}}
+
+
+def make(label: str, window: int | None) -> Any:
+    """Return a solver by the name that the tables give it."""
+    solver: Any = SOLVERS[label]
+    return solver(window=window)
+
+
 def measure(seconds: float) -> None:
-    """Make the runs of full width that are missing, the shortest first, until so many seconds have passed."""
+    """Make the runs that are missing, the shortest first, until so many seconds have passed."""
     begun = time.monotonic()
-    done = set()
-    if ENDS.exists():
-        with ENDS.open() as file:
-            done = {tuple(row[name] for name in (*COLUMNS[:5], "target")) for row in csv.DictReader(file)}
+    done = {(row["model"], row["sampler"], row["options"], *(row[name] for name in NUMBERS[:3])) for row in runs()}
     problems = [rounds.problem(name) for name in MODELS]
     cells = [
-        (problem, name, steps, label, tolerance)
+        (problem, name, steps, label, window, tolerance)
         for steps in (25, 50, 100)
         for problem in problems
         for tolerance in (1e-1, 1e-2, 1e-3)
+        for window in (8, 16, 32, None)
         for label in SOLVERS
         for name in problem.samplers
+        if window is None or window < steps
     ]
     with ENDS.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if not done:
+        if not file.tell():
             writer.writeheader()
-        for problem, name, steps, label, tolerance in cells:
-            solver: Any = SOLVERS[label]()
-            cell = [problem.name, name, steps, label, repr(solver)]
-            if (*map(str, cell), str(tolerance)) in done:
+        for problem, name, steps, label, window, tolerance in cells:
+            solver = make(label, window)
+            if (problem.name, name, repr(solver), float(steps), float(window or steps), tolerance) in done:
                 continue
             if time.monotonic() - begun > seconds:
                 break
@@ -79,24 +96,12 @@ def measure(seconds: float) -> None:
                 generator=[torch.Generator().manual_seed(10_000 + i) for i in range(SEEDS)],
                 max_rows=64,
             )
+            cell = [problem.name, name, steps, label, repr(solver), window or steps]
             for seed, one in enumerate(result):
-                row = [*cell, steps, seed, tolerance, one.rounds, one.evaluations]
+                row = [*cell, seed, tolerance, one.rounds, one.evaluations]
                 writer.writerow(dict(zip(COLUMNS, row, strict=True)))
             file.flush()
-            print(*cell[:4], tolerance, [one.rounds for one in result], flush=True)
-
-
-def runs() -> Iterator[dict[str, Any]]:
-    """Yield the runs that ended by their tolerance, of the solvers with their present options."""
-    for path in (rounds.OUT, ENDS):
-        if path.exists():
-            with path.open() as file:
-                for row in csv.DictReader(file):
-                    if row["solver"] in SOLVERS and row["width"] != "full":
-                        solver: Any = SOLVERS[row["solver"]]
-                        window = None if path == ENDS else int(row["width"])
-                        if row["options"] == repr(solver(window=window)):
-                            yield {**row, **{name: float(row[name]) for name in NUMBERS}}
+            print(*cell[:4], cell[5], tolerance, [one.rounds for one in result], flush=True)
 
 
 def fit(chosen: list[dict[str, Any]]) -> tuple[RoundsCurve, list[float], str]:
