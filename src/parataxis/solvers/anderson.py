@@ -56,7 +56,7 @@ class Anderson:
             is finished when the root mean square of its one-step residual is at most ``threshold``, or at most
             ``threshold`` times the noise that DDPM adds there).
         threshold: Of the published rule; the tolerance is then not used.
-        entry: How states enter the window: ``roll`` (the last output is held) or ``copy``.
+        entry: How states enter the window: ``roll`` (on from its end) or ``copy``.
     """
 
     window: int | None = None

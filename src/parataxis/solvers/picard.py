@@ -25,8 +25,8 @@ class Picard:
     J_i = 1. With ``rule="paradigms"`` and ``entry="copy"`` this is the published algorithm: state j is accepted while
     |new_j - old_j|^2 <= threshold^2 dim v_j, v_j the variance of DDPM's noise at that step, and the first state that
     fails is taken too. By default states are accepted while their estimated effect on the sample fits in the
-    tolerance, and states that enter the window roll on from its end with the last output held (where steps add
-    noise: the last data prediction) instead of copying it.
+    tolerance, and states that enter the window roll on from its end, along the line of its outputs (where steps add
+    noise, with the last data prediction held), instead of copying it.
 
     Attributes:
         window: Levels evaluated in a round; None for all.
