@@ -53,6 +53,7 @@ class Window:
         self.variance = 1.0
         self.coarse = False
         self._strides = list(problem.strides)
+        self._rough = bool(self._strides)  # no round has been on all points yet
         self._held = self.local.held_slopes()
         ring, lags = self.width + 1, self.local.lags
         rings = max(2, history) + (history if history > 1 else 0)
@@ -121,6 +122,7 @@ class Window:
     def query(self) -> Asking:
         """Evaluate the window: one round; while strides are left, only every so many points of it."""
         self.hi = min(self.lo + self.width, self.steps)
+        self._rough = bool(self._strides) or self.coarse
         stride = self._strides.pop(0) if self._strides else 1
         self.coarse = stride > 1
         points = np.arange(self.lo, self.hi)
@@ -259,9 +261,9 @@ class Window:
 
         The last point stays for another evaluation, which measures the misfit of its slope, unless it ends the loop.
         A published test tells instead which states ``passed``; then the first that did not is taken too. Of outputs
-        that were interpolated only the first state is.
+        that were interpolated, and in the first round on all points, only the first state is.
         """
-        if self.coarse:
+        if self._rough:
             return 1
         if passed is not None:
             return len(passed) if passed.all() else int(np.argmin(passed)) + 1
