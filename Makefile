@@ -18,7 +18,7 @@ sample: $(READY)
 		--compare --out out/sample.png --trace out/trace.png
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
