@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from .planning import Plan, plan
 from .samplers import Sampler
 from .solve import Rows, Run, Solution, Solver, start, together
 from .solvers import Sequential
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import Ranks
 
 __all__ = ["Solutions", "floor", "sample"]
 
@@ -93,6 +98,7 @@ def sample(
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
     floor: float = 0.0,
+    mesh: DeviceMesh | Ranks | None = None,
     progress: bool = False,
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
@@ -127,6 +133,8 @@ def sample(
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); rounds are split and padded to them, so
             that ``torch.compile`` or CUDA graphs meet few shapes.
         floor: What :func:`parataxis.floor` measured for this network; a tolerance below it is refused.
+        mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks share the rows of every round, each with
+            ``max_rows`` and ``buckets`` of its own; see :func:`parataxis.distributed.sharded`.
         progress: Show a bar: settled levels of all samples.
         on_round: Called after every round with the runs; see :func:`parataxis.together`.
         stop: Ends a run early; see :func:`parataxis.together`.
@@ -136,6 +144,7 @@ def sample(
         ``interrupted``. Printed, it says what was done and, for ``auto``, how long that was expected to take.
 
     Raises:
+        RankError: With a mesh, if a rank is lost, fails, or does other work than the others.
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
         TypeError: If ``sampler`` or ``solver`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
@@ -146,13 +155,26 @@ def sample(
             f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself differs "
             "between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
+    ranks = None
+    if mesh is not None:
+        from .distributed import Ranks, Sharded
+
+        ranks = Ranks.of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":
         if guess is not None or frozen:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: name a solver.")
         planned = plan(
-            denoise, noise, sampler, tolerance=tolerance, condition=condition, max_rows=max_rows, buckets=buckets
+            denoise,
+            noise,
+            sampler,
+            tolerance=tolerance,
+            condition=condition,
+            devices=1 if ranks is None else ranks.size,
+            max_rows=max_rows,
+            buckets=buckets,
         )
+        planned = planned if ranks is None else ranks.first(planned)
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
     state = torch.promote_types(noise.dtype, torch.float32)
@@ -169,7 +191,19 @@ def sample(
         generator=generator,
     )
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    evaluate = Executor(network, max_rows=max_rows, buckets=buckets)
+    evaluate: Callable[[Rows], Tensor] = Executor(network, max_rows=max_rows, buckets=buckets)
+    if ranks is not None:
+        ranks.compare(
+            noise=table.start,
+            added=table.noise,
+            condition=condition,
+            guess=guess,
+            sampler=sampler.local,
+            times=sampler.times,
+            solver=solver,
+            tolerance=tolerance,
+        )
+        evaluate = Sharded(evaluate, ranks)
     total = sampler.steps * len(runs)
     with tqdm(total=total, unit="level", disable=not progress) as bar:
         try:
@@ -180,6 +214,8 @@ def sample(
         except KeyboardInterrupt:
             for run in runs:
                 run.end("interrupted")
+    if ranks is not None:
+        ranks.end()
     return Solutions([run.solution for run in runs], time.perf_counter() - begun, planned)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .samplers import Sampler
 from .solve import Rows
 
-__all__ = ["Executor", "Latency", "Network", "check", "duration", "latency", "out_of_memory", "seconds_of"]
+__all__ = ["Executor", "Latency", "Network", "check", "duration", "latency", "out_of_memory", "seconds_of", "take"]
 
 Array = NDArray[np.float64]
 
@@ -154,10 +154,11 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
-    return _take(rows, torch.arange(first, first + size).clamp(max=first + own - 1))
+    return take(rows, torch.arange(first, first + size).clamp(max=first + own - 1))
 
 
-def _take(rows: Rows, index: Tensor) -> Rows:
+def take(rows: Rows, index: Tensor) -> Rows:
+    """Return some of the rows."""
     return Rows(rows.u[index.to(rows.u.device)], rows.point[index], rows.sample[index])
 
 
@@ -259,7 +260,7 @@ def latency(
     with torch.no_grad():
         for size in sizes:
             try:
-                times.append(_time(evaluate, _take(rows, torch.arange(size) % len(rows.u))))
+                times.append(_time(evaluate, take(rows, torch.arange(size) % len(rows.u))))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise

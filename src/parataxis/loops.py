@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,12 @@ from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
 from .table import LocalForm, Part, Table
 
-__all__ = ["Parallel", "Report", "checked", "parallel", "solved"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import Ranks
+
+__all__ = ["Parallel", "Report", "checked", "parallel", "ranks_of", "solved"]
 
 Array = NDArray[np.float64]
 SHORT = 8  # levels: shorter loops run sequentially
@@ -109,6 +114,7 @@ def parallel(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    mesh: DeviceMesh | Ranks | None = None,
 ) -> Any:
     """Run a sampling loop parallel in time: the same sample, in fewer rounds of network calls.
 
@@ -118,6 +124,8 @@ def parallel(
         tolerance: Relative error allowed in each sample, compared with the loop as it is.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
+        mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
+            see :func:`parataxis.distributed.sharded`. Levels are shared, as rows of one call belong together.
 
     Returns:
         For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context
@@ -130,10 +138,19 @@ def parallel(
     if hasattr(target, "components") and hasattr(target, "register_modules"):
         from . import pipelines
 
-        return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers)
+        return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), denoisers)
+    return Parallel(target, *checked(solver, tolerance), denoisers, ranks_of(mesh))
+
+
+def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:
+    """Return the ranks of a mesh, if there is one."""
+    if mesh is None:
+        return None
+    from .distributed import Ranks
+
+    return Ranks.of(mesh)
 
 
 def checked(solver: Solver | None, tolerance: float) -> tuple[Solver, float]:
@@ -153,13 +170,19 @@ class Parallel:
     """A function that runs a sampling loop, parallel in time; ``report`` says how the latest call went."""
 
     def __init__(
-        self, function: Callable[..., Any], solver: Solver, tolerance: float, denoisers: Sequence[nn.Module] | None
+        self,
+        function: Callable[..., Any],
+        solver: Solver,
+        tolerance: float,
+        denoisers: Sequence[nn.Module] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """See :func:`parallel`."""
         functools.update_wrapper(self, function, updated=())
         self.function, self.solver, self.tolerance = function, solver, tolerance
         self.report = Report()
         self._denoisers = None if denoisers is None else tuple(denoisers)
+        self._ranks = ranks
         self._loop: Loop | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +203,7 @@ class Parallel:
             def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
                 return self.function(*args, **kwargs)
 
-            loop = self._loop = Loop(run, found, others)
+            loop = self._loop = Loop(run, found, others, ranks=self._ranks)
         return solved(loop, args, kwargs, self.solver, self.tolerance, self.report)
 
 
@@ -424,9 +447,20 @@ class _Solving:
         tolerance = (
             max(self.tolerance, structure.floor / 4) if torch.finfo(structure.network).bits < 32 else self.tolerance
         )
+        ranks = self.loop.ranks
+        if ranks is not None:
+            ranks.compare(
+                noise=equation.start,
+                added=torch.stack(stage.added),
+                tolerance=tolerance,
+                solver=self.solver,
+                mode=report.mode,
+            )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
             pass
+        if ranks is not None:
+            ranks.end()
         report.levels = sum(one.structure.steps for one in passes.stages)
         report.samples = structure.groups
         report.rounds += max(run.rounds for run in runs)

@@ -20,13 +20,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 __all__ = ["Ask", "Call", "Calls", "Merger", "Output", "Piece", "Site", "equal"]
 
@@ -222,6 +225,7 @@ class Merger:
         rows: Rows evaluated.
         peak_rows: Most rows of one call.
         apart: Whether nothing is merged.
+        ranks: Those that share the calls, each with a merger of its own; None for one alone.
     """
 
     network: Callable[[int, Any, Any], Any]
@@ -231,19 +235,35 @@ class Merger:
     rows: int = 0
     peak_rows: int = 0
     apart: bool = False
+    ranks: Ranks | None = None
 
     def evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
         """Return the output leaves of every ask, its rows only."""
+        ranks = self.ranks
+        if ranks is None:
+            return self._evaluate(recorded, asks)
+        for work, members in self._works(recorded, asks):
+            work.layout([asks[i] for i in members])  # the same on all ranks, whatever their shares
+        own = asks[ranks.share(len(asks))]
+        asked = b"".join(np.append(ask.rows, ask.call).tobytes() for ask in asks)
+        outputs = ranks.work(asked, lambda: self._evaluate(recorded, own))
+        return ranks.leaves(outputs, [recorded.form(ask) for ask in asks])
+
+    def _evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
+        outputs: list[list[Any]] = [[] for _ in asks]
+        for work, members in self._works(recorded, asks):
+            for i, output in zip(members, work.evaluate([asks[i] for i in members]), strict=True):
+                outputs[i] = output
+        return outputs
+
+    def _works(self, recorded: Calls, asks: Sequence[Ask]) -> Iterator[tuple[_Work, list[int]]]:
+        """Yield the asks of every kind of call, by their places."""
         kinds = recorded.kinds
         groups: dict[Any, list[int]] = {}
         for i, ask in enumerate(asks):
             groups.setdefault(kinds[ask.call].key, []).append(i)
-        outputs: list[list[Any]] = [[] for _ in asks]
         for members in groups.values():
-            work = _Work(self, recorded, kinds[asks[members[0]].call])
-            for i, output in zip(members, work.evaluate([asks[i] for i in members]), strict=True):
-                outputs[i] = output
-        return outputs
+            yield _Work(self, recorded, kinds[asks[members[0]].call]), members
 
     def run(self, call: Call, leaves: Sequence[Any], rows: int) -> list[Any]:
         """Call the network once."""
@@ -267,6 +287,11 @@ class Calls:
     def kinds(self) -> dict[int, _Kind]:
         """The kind of every call."""
         return _kinds(self.calls, self.sites)
+
+    def form(self, ask: Ask) -> list[Any]:
+        """Return leaves of the shapes that answer an ask; of tensors, their values mean nothing."""
+        rows, leaves = self.sites[ask.call].rows, self.calls[ask.call].output.leaves
+        return [leaf[: len(ask.rows)] if _has_rows(leaf, rows) else leaf for leaf in leaves]
 
 
 class WholeCalls(Exception):
@@ -341,15 +366,7 @@ class _Work:
         return self.recorded.sites[call]
 
     def evaluate(self, asks: Sequence[Ask]) -> list[list[Any]]:
-        site = self.site(asks[0].call)
-        plain = [len(ask.rows) == site.rows for ask in asks]
-        if all(plain) and (len(asks) == 1 or self.merger.apart):
-            return [self.single(ask) for ask in asks]
-        layout = self.merger.layouts.get(self.kind.name)
-        if layout is None:
-            layout = self.merger.layouts[self.kind.name] = self.find()
-        if layout.grade != "rows" and not all(plain):
-            raise WholeCalls
+        layout = self.layout(asks)
         if layout.grade == "single":
             return [self.single(ask) for ask in asks]
         outputs: list[list[Any]] = []
@@ -357,12 +374,31 @@ class _Work:
             rest = asks[len(outputs) :]
             count = self.fitting(rest)
             try:
-                outputs += self.merged(rest[:count], layout) if count > 1 or not all(plain) else [self.single(rest[0])]
+                if count == 1 and self.whole(rest[:1]):
+                    outputs.append(self.single(rest[0]))
+                else:
+                    outputs += self.merged(rest[:count], layout)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
                 self.merger.limit = max(1, sum(len(ask.rows) for ask in rest[:count]) // 2)
         return outputs
+
+    def layout(self, asks: Sequence[Ask]) -> _Layout:
+        """Return how to merge the asks, or raise :class:`WholeCalls` if their rows cannot be taken apart."""
+        whole = self.whole(asks)
+        if whole and (len(asks) == 1 or self.merger.apart):
+            return _Layout("single")
+        layout = self.merger.layouts.get(self.kind.name)
+        if layout is None:
+            layout = self.merger.layouts[self.kind.name] = self.find()
+        if layout.grade != "rows" and not whole:
+            raise WholeCalls
+        return layout
+
+    def whole(self, asks: Sequence[Ask]) -> bool:
+        """Return whether all rows of every call are asked for."""
+        return all(len(ask.rows) == self.site(ask.call).rows for ask in asks)
 
     def fitting(self, asks: Sequence[Ask]) -> int:
         """Return how many asks the row limit lets into one call, at least one."""
@@ -516,7 +552,11 @@ def _index(rows: Rows, like: Tensor) -> Tensor:
 
 
 def _take(leaf: Any, rows: Rows, total: int) -> Any:
-    return leaf[_index(rows, leaf)] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == total else leaf
+    return leaf[_index(rows, leaf)] if _has_rows(leaf, total) else leaf
+
+
+def _has_rows(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
 
 
 def _numbers(

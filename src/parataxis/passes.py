@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from .merge import Call, Merger, Output, equal
 from .recording import Changed, Ended, Refused, Stage, Structure, drawn
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 __all__ = ["Loop", "Passes", "reachable"]
 
@@ -45,6 +48,7 @@ class Loop:
         limit: Most rows that memory has had room for.
         learned: What stays the same of the first stage, by :meth:`key`.
         minded: Keys of calls whose callbacks change what the loop does.
+        ranks: Those that share the network's calls; None for one alone.
     """
 
     run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
@@ -58,6 +62,7 @@ class Loop:
     limit: int | None = None
     learned: dict[Any, Structure] = field(default_factory=dict)
     minded: set[Any] = field(default_factory=set)
+    ranks: Ranks | None = None
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
@@ -178,7 +183,7 @@ class Passes:
         self.constant: list[list[Any]] = []  # arguments of such calls that do not depend on outputs
         self.seed = 0
         self.certify: Callable[[Stage], bool] | None = None
-        self.merger = Merger(self.evaluate, loop.layouts, loop.limit)
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks)
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
         self._randomness = Randomness(reachable(loop.run, args, kwargs))
@@ -356,6 +361,9 @@ class Passes:
             if attempt:
                 raise Refused("the denoiser has hidden state: what it keeps changes with every call (a cache).")
         leaves, spec = tree_flatten(result)
+        if self.loop.ranks is not None:
+            self.loop.ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
+            self.loop.ranks.agree(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return Output(spec, forms, [_size(leaf) for leaf in leaves])
 

@@ -11,13 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .loops import Report, checked, solved
+from .loops import Report, checked, ranks_of, solved
 from .passes import Loop
 from .solve import Solver
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import Ranks
 
 __all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
 
@@ -33,12 +38,13 @@ def parallel(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    mesh: DeviceMesh | Ranks | None = None,
 ) -> ParallelPipeline:
     """Run a pipeline parallel in time; see :func:`parataxis.parallel`.
 
     ``parallel(pipe)(...)`` is one call; within ``with parallel(pipe) as report``, calls of ``pipe`` itself are meant.
     """
-    return ParallelPipeline(pipe, *checked(solver, tolerance), denoisers)
+    return ParallelPipeline(pipe, *checked(solver, tolerance), denoisers, ranks_of(mesh))
 
 
 def enable(
@@ -47,6 +53,7 @@ def enable(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    mesh: DeviceMesh | Ranks | None = None,
 ) -> Report:
     """Make every call of ``pipe`` parallel in time, until :func:`disable`.
 
@@ -56,7 +63,7 @@ def enable(
     Raises:
         RuntimeError: If it is enabled already.
     """
-    return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers).__enter__()
+    return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh).__enter__()
 
 
 def disable(pipe: Any) -> None:
@@ -73,11 +80,19 @@ def disable(pipe: Any) -> None:
 class ParallelPipeline:
     """A pipeline whose calls run parallel in time; ``report`` says how the latest one went."""
 
-    def __init__(self, pipe: Any, solver: Solver, tolerance: float, denoisers: Sequence[nn.Module] | None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        solver: Solver,
+        tolerance: float,
+        denoisers: Sequence[nn.Module] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """See :func:`parallel`."""
         self.pipe, self.solver, self.tolerance = pipe, solver, tolerance
         self.report = Report(tolerance=tolerance)
         self._chosen = None if denoisers is None else tuple(denoisers)
+        self._ranks = ranks
         self._loop: Loop | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +144,7 @@ class ParallelPipeline:
                 refuses=lambda: _refusal(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
+                ranks=self._ranks,
             )
         return loop
 

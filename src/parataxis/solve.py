@@ -655,20 +655,26 @@ def _merge(runs: Sequence[Run]) -> Rows:
     return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
 
 
+def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return what the network returned, or raise an :class:`OutputError` unless it has this shape and dtype."""
+    if not isinstance(outputs, Tensor):
+        raise OutputError(
+            f"the network returned {type(outputs).__name__}, expected a tensor of shape {shape}: "
+            "return the prediction itself (for a diffusers model, its `.sample`)."
+        )
+    if tuple(outputs.shape) != shape:
+        raise OutputError(f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}.")
+    if outputs.dtype != dtype:
+        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}: convert it.")
+    return outputs
+
+
 def _answer(runs: Sequence[Run], outputs: Tensor) -> None:
     """Check the network's outputs, apply the sampler's output transform, keep them and tell each run."""
     batch, asks = runs[0]._batch, _queries(runs)
     point = np.concatenate([ask.point for ask in asks])
     expected = (len(point), *batch.shape)
-    if not isinstance(outputs, Tensor):
-        raise OutputError(
-            f"the network returned {type(outputs).__name__}, expected a tensor of shape {expected}: "
-            "return the prediction itself (for a diffusers model, its `.sample`)."
-        )
-    if tuple(outputs.shape) != expected:
-        raise OutputError(f"the network returned the shape {tuple(outputs.shape)}, expected its input's {expected}.")
-    if outputs.dtype != batch.dtype:
-        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {batch.dtype}: convert it.")
+    outputs = expect(outputs, expected, batch.dtype)
     outputs = outputs.to(batch.rows)
     states = _offsets(runs, [ask.states for ask in asks])
     if batch.sampler is not None and batch.sampler.transform is not None:

@@ -1,0 +1,186 @@
+"""What the ranks of tests/test_distributed.py run: ``python ranks.py CASE FOLDER``, started with torchrun's variables.
+
+A case is a function of a mesh; what it returns is saved as FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import parataxis as px
+from parataxis import pipelines
+from parataxis.denoisers import mixture
+from parataxis.distributed import Ranks, sharded
+
+NOISE = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+SAMPLER = px.SAMPLERS["ddpm"](steps=40)
+EXACT = mixture(64).network(px.vp())
+
+
+def generators(seed=7):
+    return [torch.Generator().manual_seed(seed + k) for k in range(2)]
+
+
+def draw(mesh, network=EXACT, solver=None, seed=7, noise=NOISE, **options):
+    solver = solver or px.Secant(window=8)
+    return px.sample(network, noise, SAMPLER, solver, generator=generators(seed), mesh=mesh, **options)
+
+
+def said(call):
+    """Return the error that a call raises."""
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def samples(mesh):
+    """Draw with every kind of driver, and record how many rows this rank's network was given."""
+    rows = []
+
+    def network(u, t):
+        rows.append(len(u))
+        return EXACT(u, t)
+
+    plain = draw(mesh, network)
+    counted = list(rows)
+    table = SAMPLER.table(NOISE, generators())
+    runs = px.start(SAMPLER, table, px.Picard(window=5))
+    times = SAMPLER.network_times()
+    evaluate = sharded(lambda asked: EXACT(asked.u, times[asked.point]), mesh)
+    for _ in px.together(runs, evaluate):
+        pass
+    return {
+        "x": plain.x,
+        "rounds": plain.rounds,
+        "rows": counted,
+        "wave": draw(mesh, solver=px.Parareal(blocks=5)).x,
+        "together": torch.stack([run.solution.x for run in runs]),
+        "auto": draw(mesh, solver="auto").x,
+        "auto solver": repr(draw(mesh, solver="auto")[0].solver),
+    }
+
+
+def pipeline(mesh):
+    import zoo
+
+    pipe, call = zoo.make("stable_diffusion_3")
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *told: calls.append(len(told[2][0])))
+    report = pipelines.enable(pipe, px.Secant(window=6), tolerance=1e-4, mesh=mesh)
+    x = zoo.run(pipe, call)
+    pipelines.disable(pipe)
+    assert report.mode == "table"
+    return {"x": x, "rounds": report.rounds, "evaluations": report.evaluations, "calls": calls}
+
+
+def unequal(mesh):
+    """Let rank 1 differ in one thing at a time."""
+    odd = mesh.get_rank() == 1
+
+    def fails(u, t):
+        raise ValueError("the network of rank 1 is broken")
+
+    def late(run):
+        return odd and run.rounds == 3
+
+    def returns(u, t):
+        return EXACT(u, t)[:, :5]
+
+    other = mixture(64, seed=5).network(px.vp())
+    found = {
+        "seed": said(lambda: draw(mesh, seed=8 if odd else 7)),
+        "noise": said(lambda: draw(mesh, noise=NOISE + odd)),
+        "dtype": said(lambda: draw(mesh, noise=NOISE.double() if odd else NOISE)),
+        "solver": said(lambda: draw(mesh, solver=px.Secant(window=4 if odd else 8))),
+        "tolerance": said(lambda: draw(mesh, tolerance=0.1 if odd else 0.2)),
+        "device": said(lambda: Ranks.of(mesh).compare(device="cuda" if odd else "cpu")),
+        "weights": said(lambda: draw(mesh, other if odd else EXACT)),
+        "failure": said(lambda: draw(mesh, fails if odd else EXACT)),
+        "shape": said(lambda: draw(mesh, returns if odd else EXACT)),
+        "stop": said(lambda: draw(mesh, stop=late)),
+        "loop": said(lambda: loop(mesh, 8 if odd else 7)),
+        "unnamed": said(lambda: draw(init_device_mesh("cpu", (3,), mesh_dim_names=("data",)))),
+        "no mesh": said(lambda: draw(3)) if odd else "",
+    }
+    found["afterwards"] = said(lambda: draw(mesh))
+    return found
+
+
+class Net(torch.nn.Module):
+    def forward(self, u, t):
+        return EXACT(u, torch.as_tensor(t).expand(len(u)))
+
+
+def loop(mesh, seed):
+    net, times = Net(), SAMPLER.network_times().tolist()
+    generator = torch.Generator().manual_seed(seed)
+
+    def run():
+        x = torch.randn(1, 64, generator=generator)
+        for t in times:
+            x = 0.9 * x + 0.1 * net(x, t) + 0.1 * torch.randn(x.shape, generator=generator)
+        return x
+
+    return px.parallel(run, denoisers=[net], mesh=mesh)()
+
+
+def tensors(mesh):
+    """Shard the network itself along another dimension of the mesh."""
+    group = mesh["tensor"].get_group()
+
+    def network(u, t):
+        half = EXACT(u, t)
+        half[:, mesh["tensor"].get_local_rank() :: 2] = 0  # this rank has every other feature
+        dist.all_reduce(half, group=group)
+        return half
+
+    return {"x": draw(mesh, network).x}
+
+
+def lost(mesh, what):
+    """Lose rank 1 in the third round."""
+    calls = []
+
+    def network(u, t):
+        calls.append(u)
+        if len(calls) == 4 and mesh.get_rank() == 1:
+            what()
+        return EXACT(u, t)
+
+    draw(Ranks(mesh, timeout=4.0), network)
+
+
+def killed(mesh):
+    lost(mesh, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hanging(mesh):
+    lost(mesh, lambda: time.sleep(600))
+
+
+def main():
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+    torch.set_num_threads(1)
+    case, folder = sys.argv[1:]
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    shape, names = ((2, 2), ("time", "tensor")) if case == "tensors" else ((size,), ("time",))
+    found = globals()[case](init_device_mesh("cpu", shape, mesh_dim_names=names))
+    torch.save(found, Path(folder) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Several processes for one sample: identical bits, and no rank waits for one that does not come."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import parataxis as px
+import ranks
+import zoo
+from parataxis import pipelines
+from parataxis.distributed import fingerprint
+
+SCRIPT = Path(ranks.__file__)
+
+
+def started(case, folder, size):
+    """Start the ranks of a case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), case, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finished(case, folder, size):
+    """Run the ranks of a case and return what each has found."""
+    for process in started(case, folder, size):
+        error = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, error
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def near(x, y, bound=1e-5):
+    return (x - y).norm() <= bound * y.norm()
+
+
+def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path):
+    found = finished("samples", tmp_path, 3)
+    for one in found[1:]:
+        for name in ("x", "wave", "together", "auto"):
+            assert torch.equal(one[name], found[0][name])
+        assert one["auto solver"] == found[0]["auto solver"]
+    alone = ranks.draw(None)
+    assert near(found[0]["x"], alone.x)
+    assert near(found[0]["wave"], ranks.draw(None, solver=px.Parareal(blocks=5)).x)
+    assert found[0]["rounds"] == alone.rounds
+    # One row to compare the networks, then a call a round (but for ranks without a row).
+    rows = [one["rows"][1:] for one in found]
+    assert sum(map(sum, rows)) == alone.evaluations
+    whole = [own for own in zip(*rows, strict=False) if sum(own) == 16]
+    assert whole
+    assert all(sorted(own) == [5, 5, 6] for own in whole)
+
+
+def test_a_pipeline_on_three_ranks_has_identical_bits_and_the_result_of_one_process(tmp_path):
+    found = finished("pipeline", tmp_path, 3)
+    pipe, call = zoo.make("stable_diffusion_3")
+    report = pipelines.enable(pipe, px.Secant(window=6), tolerance=1e-4)
+    x = zoo.run(pipe, call)
+    pipelines.disable(pipe)
+    assert all(torch.equal(one["x"], found[0]["x"]) for one in found)
+    assert near(found[0]["x"], x)
+    assert all(one["rounds"] == report.rounds and one["evaluations"] == report.evaluations for one in found)
+    # The rows of the rounds are shared; those that find the layout and the form of outputs are not.
+    assert max(sum(one["calls"]) for one in found) < 0.6 * report.rows
+
+
+def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
+    for rank, found in enumerate(finished("unequal", tmp_path, 3)):
+        for case in ("seed", "noise", "dtype", "solver", "tolerance", "device", "weights", "loop"):
+            assert found[case].startswith("RankError"), (case, found[case])
+            assert "rank 1 (" in found[case], (case, found[case])
+            assert "rank 2 (" not in found[case]
+        assert "added: rank 1" in found["seed"]
+        assert "arguments: rank 1" in found["loop"]
+        assert "Secant(window=4" in found["solver"]
+        assert "float64" in found["dtype"]
+        assert "device: rank 1" in found["device"]
+        assert "load the same weights" in found["weights"]
+        broken = "ValueError: the network of rank 1 is broken"
+        assert found["failure"] == broken if rank == 1 else broken in found["failure"]
+        assert "expected its input's (1, 64)" in found["shape"]
+        assert "rank 1 (" in found["stop"]
+        assert "other rows" in found["stop"]
+        assert "none is named 'time'" in found["unnamed"]
+        assert "init_device_mesh" in found["no mesh"] if rank == 1 else not found["no mesh"]
+        assert found["afterwards"] == "no error"
+
+
+def test_the_network_may_be_sharded_along_another_dimension_of_the_mesh(tmp_path):
+    found = finished("tensors", tmp_path, 4)
+    assert all(torch.equal(one["x"], found[0]["x"]) for one in found)
+    assert near(found[0]["x"], ranks.draw(None).x)
+
+
+@pytest.mark.parametrize("case", ["killed", "hanging"])
+def test_a_rank_that_is_lost_ends_the_others_with_its_name(case, tmp_path):
+    processes = started(case, tmp_path, 3)
+    try:
+        errors = {rank: processes[rank].communicate(timeout=120)[1] for rank in (0, 2)}
+        ended = time.monotonic()
+        for rank, error in errors.items():
+            assert processes[rank].returncode == 1
+            assert "RankError: rank 1 (" in error
+            assert "is lost in round 3" in error or "is lost in round 4" in error
+        if case == "killed":
+            processes[1].wait(timeout=30)
+        assert time.monotonic() - ended < 30
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_two_agents_of_torchrun_act_as_two_machines(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+            + ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+            + [str(SCRIPT), "samples", str(tmp_path)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for agent in agents:
+        error = agent.communicate(timeout=240)[1]
+        assert agent.returncode == 0, error
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["x"], second["x"])
+    assert near(first["x"], ranks.draw(None).x)
+
+
+def test_fingerprints_tell_values_apart():
+    values = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).double(), torch.ones(2), None, 0.1, [torch.ones(2), 3]]
+    values += [px.Secant(window=8), px.Secant(window=4), px.SAMPLERS["ddim"](steps=9).local]
+    values.append(px.SAMPLERS["ddpm"](steps=9).local)
+    texts = [fingerprint(value) for value in values]
+    assert len(set(texts)) == len(texts)
+    assert fingerprint(px.SAMPLERS["ddim"](steps=9).local) == texts[-2]
+    assert fingerprint(torch.zeros(2, dtype=torch.bfloat16)) == fingerprint(torch.zeros(2, dtype=torch.bfloat16))
