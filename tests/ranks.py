@@ -66,6 +66,7 @@ def samples(mesh):
         "rows": counted,
         "wave": draw(mesh, solver=px.Parareal(blocks=5)).x,
         "together": torch.stack([run.solution.x for run in runs]),
+        "refilled": draw(mesh, rows=5).x,
         "auto": draw(mesh, solver="auto").x,
         "auto solver": repr(draw(mesh, solver="auto")[0].solver),
     }

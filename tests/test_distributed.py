@@ -54,11 +54,12 @@ def near(x, y, bound=1e-5):
 def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path):
     found = finished("samples", tmp_path, 3)
     for one in found[1:]:
-        for name in ("x", "wave", "together", "auto"):
+        for name in ("x", "wave", "together", "refilled", "auto"):
             assert torch.equal(one[name], found[0][name])
         assert one["auto solver"] == found[0]["auto solver"]
     alone = ranks.draw(None)
     assert near(found[0]["x"], alone.x)
+    assert near(found[0]["refilled"], alone.x)
     assert near(found[0]["wave"], ranks.draw(None, solver=px.Parareal(blocks=5)).x)
     assert found[0]["rounds"] == alone.rounds
     # One row to compare the networks, then a call a round (but for ranks without a row).

@@ -10,7 +10,18 @@ from pathlib import Path
 import parataxis
 
 PACKAGE = Path(parataxis.__file__).parent
-ORDER = ["schedules", "table", "samplers", "solve", "solvers", "execution", "distributed", "planning", "driver"]
+ORDER = [
+    "schedules",
+    "table",
+    "samplers",
+    "solve",
+    "solvers",
+    "distributed",
+    "execution",
+    "refill",
+    "planning",
+    "driver",
+]
 
 
 def test_import_loads_no_heavy_library():

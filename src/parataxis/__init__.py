@@ -5,6 +5,7 @@ from .driver import Solutions, floor, sample
 from .execution import Latency, latency
 from .loops import Report, parallel
 from .planning import Plan, plan
+from .refill import Job, stream
 from .samplers import SAMPLERS, Sampler
 from .schedulers import read
 from .schedules import cosine, flow, karras, vp
@@ -18,6 +19,7 @@ __all__ = [
     "SAMPLERS",
     "SOLVERS",
     "Anderson",
+    "Job",
     "Latency",
     "LocalForm",
     "Nested",
@@ -46,6 +48,7 @@ __all__ = [
     "sample",
     "save_trajectory",
     "start",
+    "stream",
     "stopping",
     "together",
     "vp",

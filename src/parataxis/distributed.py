@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from .execution import take
 from .solve import Rows, expect
 
 __all__ = ["RankError", "Ranks", "Sharded", "fingerprint", "sharded"]
@@ -287,7 +286,7 @@ class Sharded:
             ranks.compare(states=rows.u)
             one = Rows(*(part[-1:] for part in rows))  # at pure noise networks differ least
             ranks.agree(ranks.work(asked, lambda: self._checked(one)))
-        own = take(rows, torch.arange(count)[ranks.share(count)])
+        own = rows.take(torch.arange(count)[ranks.share(count)])
         return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.u) else own.u), count)
 
     def _checked(self, rows: Rows) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .execution import Executor, Network, check, duration
+from .execution import Executor, Network, check, duration, pick, ranks_of
 from .planning import Plan, plan
+from .refill import Job, Stream, stream
 from .samplers import Sampler
 from .solve import Rows, Run, Solution, Solver, start, together
 from .solvers import Sequential
+from .table import Table
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,13 +30,17 @@ class Solutions(Sequence[Solution]):
     """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``.
 
     Attributes:
+        rounds: Network calls of the batch that waited for one another.
         seconds: How long the solve took.
         plan: How the solver was chosen, if it was.
     """
 
-    def __init__(self, solutions: Sequence[Solution], seconds: float, plan: Plan | None = None) -> None:
+    def __init__(
+        self, solutions: Sequence[Solution], rounds: int, seconds: float = 0.0, plan: Plan | None = None
+    ) -> None:
         """Hold the solutions of a batch in its order."""
         self._solutions = tuple(solutions)
+        self.rounds = rounds
         self.seconds = seconds
         self.plan = plan
 
@@ -63,11 +69,6 @@ class Solutions(Sequence[Solution]):
         return all(solution.converged for solution in self._solutions)
 
     @property
-    def rounds(self) -> int:
-        """Network calls of the batch that waited for one another."""
-        return max(solution.rounds for solution in self._solutions)
-
-    @property
     def evaluations(self) -> int:
         """Levels evaluated for all samples."""
         return sum(solution.evaluations for solution in self._solutions)
@@ -85,12 +86,13 @@ class Solutions(Sequence[Solution]):
 
 def sample(
     denoise: Callable[..., Tensor],
-    noise: Tensor,
+    noise: Tensor | Iterable[Job | Tensor],
     sampler: Sampler,
     solver: Solver | Literal["auto"],
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
+    rows: int | None = None,
     guess: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     keep: bool = False,
@@ -112,7 +114,7 @@ def sample(
             of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
             samples and must not influence one another.
         noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
-            the noise is.
+            the noise is. With ``rows`` also an iterator of :class:`parataxis.Job`, drawn in its order.
         sampler: The equation, from :mod:`parataxis.samplers`.
         solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.LAW_EXACT` give a sample
             of the same law instead of the same sample; or ``auto``: by the solver that :func:`parataxis.plan`
@@ -122,6 +124,9 @@ def sample(
             for law-exact solvers.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
             the network row by row.
+        rows: Rows of a round: not all samples at once, but as many as keep that many rows busy, the next one entering
+            where another leaves; see :func:`parataxis.stream`, which yields samples as they are finished. Default:
+            whatever all samples ask for.
         guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
             are free, so the result is the sample of the new condition.
         generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
@@ -149,17 +154,38 @@ def sample(
         TypeError: If ``sampler`` or ``solver`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
-    check(noise, sampler, condition)
     if 0 < tolerance < floor:
         raise ValueError(
             f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself differs "
             "between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
-    ranks = None
-    if mesh is not None:
-        from .distributed import Ranks, Sharded
-
-        ranks = Ranks.of(mesh)
+    if rows is not None or not isinstance(noise, Tensor):
+        if rows is None or isinstance(solver, str):
+            raise ValueError(
+                "samples that come and go need rows=, the rows of a round, and a solver by name: got "
+                f"rows={rows!r} and solver={solver!r}."
+            )
+        if guess is not None or frozen or on_round is not None or stop is not None:
+            raise ValueError("samples that come and go (rows=) admit none of guess, frozen, on_round and stop.")
+        jobs = _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise
+        with tqdm(total=len(noise) if isinstance(noise, Tensor) else None, disable=not progress) as bar:
+            return _gathered(
+                stream(
+                    denoise,
+                    jobs,
+                    sampler,
+                    solver,
+                    rows=rows,
+                    tolerance=tolerance,
+                    keep=keep,
+                    max_rows=max_rows,
+                    buckets=buckets,
+                    mesh=mesh,
+                ),
+                bar,
+            )
+    check(noise, sampler, condition)
+    ranks = ranks_of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":
         if guess is not None or frozen:
@@ -193,6 +219,8 @@ def sample(
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
     evaluate: Callable[[Rows], Tensor] = Executor(network, max_rows=max_rows, buckets=buckets)
     if ranks is not None:
+        from .distributed import Sharded
+
         ranks.compare(
             noise=table.start,
             added=table.noise,
@@ -216,7 +244,39 @@ def sample(
                 run.end("interrupted")
     if ranks is not None:
         ranks.end()
-    return Solutions([run.solution for run in runs], time.perf_counter() - begun, planned)
+    solutions = [run.solution for run in runs]
+    return Solutions(solutions, max(one.rounds for one in solutions), time.perf_counter() - begun, planned)
+
+
+def _jobs(
+    noise: Tensor,
+    sampler: Sampler,
+    condition: Any,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Iterator[Job]:
+    """Yield the samples of a batch; what steps add to them is drawn at once, in the order of the batch's own loop."""
+    check(noise, sampler, condition)
+    table = sampler.table(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
+    several = generator if isinstance(generator, Sequence) else [generator] * len(noise)
+    for b in range(len(noise)):
+        added = None if table.noise is None else table.noise[b : b + 1]
+        told = pick(condition, torch.tensor(b))
+        yield Job(noise[b], told, several[b], Table(table.local, table.start[b : b + 1], added))
+
+
+def _gathered(found: Stream, bar: Any) -> Solutions:
+    """Return all samples of a stream, in the order of their jobs."""
+    begun = time.perf_counter()
+    solutions: dict[int, Solution] = {}
+    try:
+        for number, solution in found:
+            solutions[number] = solution
+            bar.update()
+    except KeyboardInterrupt:
+        solutions.update(found.interrupt())
+    if not solutions:
+        raise ValueError("there is no sample to draw: the jobs are empty.")
+    return Solutions([solutions[number] for number in sorted(solutions)], found.rounds, time.perf_counter() - begun)
 
 
 def floor(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,23 @@ from torch import Tensor
 from .samplers import Sampler
 from .solve import Rows
 
-__all__ = ["Executor", "Latency", "Network", "check", "duration", "latency", "out_of_memory", "seconds_of", "take"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed import Ranks
+
+__all__ = [
+    "Executor",
+    "Latency",
+    "Network",
+    "check",
+    "duration",
+    "latency",
+    "out_of_memory",
+    "pick",
+    "ranks_of",
+    "seconds_of",
+]
 
 Array = NDArray[np.float64]
 
@@ -43,16 +59,17 @@ class Network:
         t = self.times[rows.point].to(rows.u.device)
         if self.condition is None:
             return self.denoise(rows.u, t)
-        return self.denoise(rows.u, t, _pick(self.condition, rows.sample))
+        return self.denoise(rows.u, t, pick(self.condition, rows.sample))
 
 
-def _pick(condition: Any, index: Tensor) -> Any:
+def pick(condition: Any, index: Tensor) -> Any:
+    """Return what the network is told of some samples."""
     if isinstance(condition, Tensor):
         return condition[index.to(condition.device)]
     if isinstance(condition, dict):
-        return {name: _pick(value, index) for name, value in condition.items()}
+        return {name: pick(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):
-        return type(condition)(_pick(value, index) for value in condition)
+        return type(condition)(pick(value, index) for value in condition)
     return condition
 
 
@@ -154,12 +171,16 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
-    return take(rows, torch.arange(first, first + size).clamp(max=first + own - 1))
+    return rows.take(torch.arange(first, first + size).clamp(max=first + own - 1))
 
 
-def take(rows: Rows, index: Tensor) -> Rows:
-    """Return some of the rows."""
-    return Rows(rows.u[index.to(rows.u.device)], rows.point[index], rows.sample[index])
+def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:
+    """Return the ranks of a mesh, if there is one."""
+    if mesh is None:
+        return None
+    from .distributed import Ranks
+
+    return Ranks.of(mesh)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -260,7 +281,7 @@ def latency(
     with torch.no_grad():
         for size in sizes:
             try:
-                times.append(_time(evaluate, take(rows, torch.arange(size) % len(rows.u))))
+                times.append(_time(evaluate, rows.take(torch.arange(size) % len(rows.u))))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise

@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .execution import ranks_of
 from .merge import Ask, WholeCalls, equal
 from .passes import Loop, Passes, reachable, replaced
 from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from .distributed import Ranks
 
-__all__ = ["Parallel", "Report", "checked", "parallel", "ranks_of", "solved"]
+__all__ = ["Parallel", "Report", "checked", "parallel", "solved"]
 
 Array = NDArray[np.float64]
 SHORT = 8  # levels: shorter loops run sequentially
@@ -142,15 +143,6 @@ def parallel(
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
     return Parallel(target, *checked(solver, tolerance), denoisers, ranks_of(mesh))
-
-
-def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:
-    """Return the ranks of a mesh, if there is one."""
-    if mesh is None:
-        return None
-    from .distributed import Ranks
-
-    return Ranks.of(mesh)
 
 
 def checked(solver: Solver | None, tolerance: float) -> tuple[Solver, float]:

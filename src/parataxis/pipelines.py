@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .loops import Report, checked, ranks_of, solved
+from .execution import ranks_of
+from .loops import Report, checked, solved
 from .passes import Loop
 from .solve import Solver
 

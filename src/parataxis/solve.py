@@ -44,6 +44,7 @@ __all__ = [
     "Load",
     "Memory",
     "OutputError",
+    "Pool",
     "Problem",
     "Query",
     "Request",
@@ -54,6 +55,7 @@ __all__ = [
     "Settle",
     "Solution",
     "Solver",
+    "expect",
     "start",
     "together",
 ]
@@ -222,6 +224,10 @@ class Rows(NamedTuple):
     point: Tensor
     sample: Tensor
 
+    def take(self, index: Tensor) -> Rows:
+        """Return some of the rows; ``index`` is on the CPU."""
+        return Rows(self.u[index.to(self.u.device)], self.point[index], self.sample[index])
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -275,9 +281,10 @@ class _Batch:
         dtype: torch.dtype,
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> None:
-        self.sampler, self.table, self.dtype, self.generator = sampler, table, dtype, generator
+        self.sampler, self.table, self.dtype = sampler, table, dtype
+        self.generator: Any = generator  # one for the batch, or one for each sample
         self.noise = table.noise  # the caller's: replaced by a copy before it is changed
-        self.streams: list[np.random.Generator] = []
+        self.streams: dict[int, np.random.Generator] = {}
         self.shape = tuple(table.start.shape[1:])
         self.start = table.start.reshape(len(table.start), -1)
         self.guess = None if guess is None else guess.reshape(-1, self.start.shape[1])
@@ -289,6 +296,32 @@ class _Batch:
             self.stride = rows
             self.rows = self.start.new_zeros(len(self.start) * rows + 1, self.start.shape[1])
 
+    def own(self, generator: torch.Generator | None) -> None:
+        """Take copies of what the caller owns, as other samples will take its place."""
+        self.generator = {0: generator}
+        self.start = self.start.clone()
+        noise = None if self.table.noise is None else self.table.noise.clone()
+        self.table = replace(self.table, start=self.start.view(-1, *self.shape), noise=noise)
+        self.noise = None
+
+    def enter(self, place: int, table: Table, generator: torch.Generator | None) -> None:
+        """Put the sample of a table of its own into a place that is free, or behind the last one."""
+        count = len(self.start)
+        if place == count:
+            start, noise, rows = self.start, self.table.noise, self.rows
+            self.start = torch.cat([start, start[:1]])
+            if noise is not None:
+                noise = torch.cat([noise, noise[:1]])
+            self.table = replace(self.table, start=self.start.view(-1, *self.shape), noise=noise)
+            self.rows = rows.new_zeros((count + 1) * self.stride + 1, rows.shape[1])
+            self.rows[: count * self.stride] = rows[: count * self.stride]
+        self.rows[place * self.stride : (place + 1) * self.stride] = 0
+        self.start[place] = table.start[0].flatten()
+        if self.table.noise is not None and table.noise is not None:
+            self.table.noise[place] = table.noise[0]
+        self.streams.pop(place, None)
+        self.generator = {**self.generator, place: generator}
+
     def index(self, slots: Slots) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(slots, np.int64)).to(self.rows.device)
 
@@ -299,15 +332,13 @@ class _Batch:
         self.rows.index_copy_(0, self.index(slots), rows)
 
     def stream(self, sample: int) -> np.random.Generator:
-        if not self.streams:
-            given, count = self.generator, len(self.start)
-            several = [given] if given is None or isinstance(given, torch.Generator) else given
-            size = count if len(several) == 1 else 1
-            seeds = [
-                torch.randint(2**63 - 1, (size,), generator=one, device="cpu" if one is None else one.device).tolist()
-                for one in several
-            ]
-            self.streams = [np.random.default_rng(seed) for own in seeds for seed in own]
+        if sample not in self.streams:
+            given = self.generator
+            if given is None or isinstance(given, torch.Generator):
+                seeds = _seeds(given, len(self.start))
+                self.streams = {index: np.random.default_rng(seed) for index, seed in enumerate(seeds)}
+            else:
+                self.streams[sample] = np.random.default_rng(_seeds(given[sample], 1)[0])
         return self.streams[sample]
 
     def renew(self, steps: Slots, rows: Array) -> None:
@@ -317,6 +348,12 @@ class _Batch:
             noise = noise.clone()
             self.table = replace(self.table, noise=noise)
         noise.view(-1, rows.shape[1]).index_copy_(0, self.index(steps), torch.from_numpy(rows).to(noise))
+
+
+def _seeds(generator: torch.Generator | None, count: int) -> list[int]:
+    device = "cpu" if generator is None else generator.device
+    seeds: list[int] = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+    return seeds
 
 
 class Run:
@@ -341,6 +378,7 @@ class Run:
         self.peak_width = 0
         self.error = 0.0
         self.history: list[Round] = []
+        self.keep = keep
         self._batch = batch
         self._kept: Tensor | None = None
         if keep:
@@ -349,6 +387,7 @@ class Run:
         self._reason = ""
         self._slot: int | None = None
         self._settle: Settle | None = None
+        self._finite: list[NDArray[np.bool_]] = []  # which outputs of the pending query are, as far as it is answered
         self._asking = solver(problem)
         self._pending: Request | None = next(self._asking)
 
@@ -361,11 +400,11 @@ class Run:
     def query(self) -> Rows:
         """The rows that the network is asked for next."""
         _advance([self])
-        return _merge([self])
+        return _merge(_shares([self]))
 
     def answer(self, outputs: Tensor) -> None:
         """Tell the network's outputs for ``query``, (R, *shape)."""
-        _answer([self], outputs)
+        _answer(_shares([self]), outputs)
         _advance([self])
 
     def end(self, reason: str) -> None:
@@ -642,16 +681,45 @@ def _advance(runs: Sequence[Run]) -> None:
                 run._send(answer)
 
 
-def _queries(runs: Sequence[Run]) -> list[Query]:
-    return [run._pending for run in runs if isinstance(run._pending, Query)]
+class _Share(NamedTuple):
+    """Rows ``own`` of a run's pending query."""
+
+    run: Run
+    query: Query
+    own: slice
+
+    @property
+    def point(self) -> Slots:
+        return self.query.point[self.own]
+
+    @property
+    def states(self) -> Slots:
+        return self.query.states[self.own]
+
+    @property
+    def outputs(self) -> Slots:
+        return self.query.outputs[self.own]
 
 
-def _merge(runs: Sequence[Run]) -> Rows:
-    """Return the rows of all runs, in their order; the runs share one batch."""
-    batch, asks = runs[0]._batch, _queries(runs)
-    u = batch.gather(_offsets(runs, [ask.states for ask in asks])).view(-1, *batch.shape)
-    point = torch.from_numpy(np.concatenate([ask.point for ask in asks]))
-    index = np.repeat([run.index for run in runs], [len(ask.point) for ask in asks])
+def _shares(runs: Sequence[Run], rows: int | None = None) -> list[_Share]:
+    """Return what is left of the pending queries of runs, in their order, but no more than ``rows`` in all."""
+    found: list[_Share] = []
+    left = float("inf") if rows is None else rows
+    for run in runs:
+        if isinstance(run._pending, Query) and left > 0:
+            first = sum(map(len, run._finite))
+            stop = int(min(len(run._pending.point), first + left))
+            found.append(_Share(run, run._pending, slice(first, stop)))
+            left -= stop - first
+    return found
+
+
+def _merge(shares: Sequence[_Share]) -> Rows:
+    """Return all rows, in their order; the runs share one batch."""
+    batch, runs = shares[0].run._batch, [share.run for share in shares]
+    u = batch.gather(_offsets(runs, [share.states for share in shares])).view(-1, *batch.shape)
+    point = torch.from_numpy(np.concatenate([share.point for share in shares]))
+    index = np.repeat([run.index for run in runs], [len(share.point) for share in shares])
     return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
 
 
@@ -669,31 +737,31 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return outputs
 
 
-def _answer(runs: Sequence[Run], outputs: Tensor) -> None:
-    """Check the network's outputs, apply the sampler's output transform, keep them and tell each run."""
-    batch, asks = runs[0]._batch, _queries(runs)
-    point = np.concatenate([ask.point for ask in asks])
+def _answer(shares: Sequence[_Share], outputs: Tensor) -> None:
+    """Check the network's outputs, apply the sampler's output transform, keep them, and tell each run its last one."""
+    batch, runs = shares[0].run._batch, [share.run for share in shares]
+    point = np.concatenate([share.point for share in shares])
     expected = (len(point), *batch.shape)
-    outputs = expect(outputs, expected, batch.dtype)
-    outputs = outputs.to(batch.rows)
-    states = _offsets(runs, [ask.states for ask in asks])
+    outputs = expect(outputs, expected, batch.dtype).to(batch.rows)
     if batch.sampler is not None and batch.sampler.transform is not None:
-        u = batch.gather(states).view(expected)
+        u = batch.gather(_offsets(runs, [share.states for share in shares])).view(expected)
         outputs = batch.sampler.output(torch.from_numpy(point), u, outputs)
     rows = outputs.reshape(len(point), -1)
-    batch.put(_offsets(runs, [ask.outputs for ask in asks]), rows)
+    batch.put(_offsets(runs, [share.outputs for share in shares]), rows)
     finite = torch.isfinite(rows.sum(1)).cpu().numpy()
-    first = 0
-    for run, ask in zip(runs, asks, strict=True):
-        own = finite[first : first + len(ask.point)]
-        first += len(ask.point)
+    for run, ask, own in shares:
+        run._finite.append(finite[: own.stop - own.start])
+        finite = finite[own.stop - own.start :]
+        if own.stop < len(ask.point):
+            continue
+        every, run._finite = np.concatenate(run._finite), []
         run.rounds += 1
         run.evaluations += len(ask.point)
         run.peak_width = max(run.peak_width, len(ask.point))
         run.history.append(Round(run.front, len(ask.point), run.error))
-        if not own.all():
-            _replace(run, ask, own)
-        run._send(own)
+        if not every.all():
+            _replace(run, ask, every)
+        run._send(every)
 
 
 def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
@@ -735,7 +803,8 @@ def together(
     rounds = 0
     _advance(runs)
     while active := [run for run in runs if not run.done]:
-        _answer(active, evaluate(_merge(active)))
+        shares = _shares(active)
+        _answer(shares, evaluate(_merge(shares)))
         _advance(active)
         rounds += 1
         if on_round is not None:
@@ -744,3 +813,62 @@ def together(
             if stop is not None and not run.done and stop(run):
                 run.end(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
         yield rounds
+
+
+class Pool:
+    """Runs of one equation that come and go, with one memory for as many as are there at a time.
+
+    Args:
+        begin: Starts the first run for the one sample of a table, as :func:`start` does.
+    """
+
+    def __init__(self, begin: Callable[[Table], Run]) -> None:
+        self.runs: list[Run] = []
+        self._begin = begin
+        self._free: list[int] = []
+        self._places = 0
+        self._last: Run | None = None
+
+    def enter(self, table: Table, generator: torch.Generator | None = None) -> Run:
+        """Start a run for the one sample of a table; ``generator`` seeds its random stream, if its solver draws."""
+        if self._last is None:
+            run = self._begin(table)
+            run._batch.own(generator)
+            self._places = 1
+        else:
+            batch, place = self._last._batch, self._free.pop() if self._free else self._places
+            self._places = max(self._places, place + 1)
+            batch.enter(place, table, generator)
+            run = Run(batch, place, self._last.solver, self._last.problem, keep=self._last.keep)
+        self._last = run
+        self.runs.append(run)
+        return run
+
+    def rounds(self, evaluate: Callable[[Rows], Tensor], rows: int, admit: Callable[[], bool]) -> Iterator[list[Run]]:
+        """Drive the runs: one call of ``evaluate`` a round, of ``rows`` rows as long as there is so much to do.
+
+        The oldest runs are served first. What does not fit of a run's query waits for the next round; where there is
+        room, ``admit`` is asked to :meth:`enter` another run.
+
+        Args:
+            evaluate: The network.
+            rows: Most rows of a round.
+            admit: Enters a run, or returns that there is none left.
+
+        Yields:
+            After each round the runs that have ended.
+        """
+        more = True
+        while True:
+            _advance(self.runs)
+            ended = [run for run in self.runs if run.done]
+            self.runs = [run for run in self.runs if not run.done]
+            yield ended
+            self._free += [run.index for run in ended]
+            while more and sum(share.own.stop - share.own.start for share in _shares(self.runs)) < rows:
+                more = admit()
+                _advance(self.runs)
+            if not self.runs:
+                return
+            shares = _shares(self.runs, rows)
+            _answer(shares, evaluate(_merge(shares)))
