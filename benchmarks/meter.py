@@ -1,11 +1,14 @@
-"""Count what a solve dispatches to torch besides the network, and the memory that it holds."""
+"""What benchmarks share: a count of what a solve dispatches and holds besides the network, and where it ran."""
 
 from __future__ import annotations
 
+import csv
+import platform
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,3 +119,22 @@ def measure(
         "milliseconds_a_round": 1e3 * seconds / rounds,
         "windows": (meter.peak - (state * sampler.steps if sampler.local.noise.any() else 0)) / (state * width),
     }
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Return the columns that say where a benchmark ran: the device's name and the software's versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {torch.get_num_threads()} cores"
+    return {"device": name, "torch": torch.__version__, "parataxis": px.__version__}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table: new rows take the place of those of the same device."""
+    path.parent.mkdir(exist_ok=True)
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open() as file:
+            kept = [row for row in csv.DictReader(file) if row["device"] != rows[0]["device"]]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*kept, *rows])

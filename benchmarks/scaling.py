@@ -1,0 +1,141 @@
+"""One sample on 1, 2 and 4 processes: seconds and efficiency.
+
+    python benchmarks/scaling.py [--device cuda] [--ranks 1 2 4]
+
+Two networks: one that sleeps for a time in proportion to its rows, which shows the scheduling whatever the machine
+has, and a shipped model, which shows what this machine gains: on the CPU, where one process can use all cores, every
+process has one thread. The ideal on P ranks is a P-th of the seconds on one. Writes ``results/scaling.csv`` and
+``docs/scaling.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import parataxis as px
+from meter import machine, write
+from rounds import problem
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "results" / "scaling.csv"
+FIGURE = ROOT / "docs" / "scaling.png"
+NETWORKS = ("sleeping", "digits")
+WIDTHS = (8, 16, 32)
+STEPS, REPEATS = 100, 3
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measure as one of the ranks; the first one writes what it found."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if options.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    mesh = init_device_mesh(options.device, (size,), mesh_dim_names=("time",))
+    found = []
+    for name in NETWORKS:
+        chosen = problem("mixture-64" if name == "sleeping" else name)
+        sampler = chosen.make("ddpm", STEPS)
+        denoise = chosen.denoise
+
+        def sleeping(x: Tensor, t: Tensor) -> Tensor:
+            time.sleep(1e-3 * options.milliseconds * len(x))
+            return denoise(x, t)  # noqa: B023  # used within this turn
+
+        for width in WIDTHS:
+            seconds, rounds, evaluations = [], 0, 0
+            for seed in range(REPEATS):
+                noise = torch.randn(1, *chosen.shape, generator=torch.Generator().manual_seed(seed))
+                condition = None if chosen.classes is None else torch.tensor([seed], device=options.device)
+                dist.barrier()
+                begun = time.perf_counter()
+                result = px.sample(
+                    sleeping if name == "sleeping" else denoise,
+                    noise.to(options.device),
+                    sampler,
+                    px.Secant(window=width),
+                    condition=condition,
+                    generator=torch.Generator().manual_seed(seed),
+                    mesh=mesh,
+                )
+                seconds.append(time.perf_counter() - begun)
+                rounds, evaluations = rounds + result.rounds, evaluations + result.evaluations
+            about = {"network": name, "width": width, "ranks": size, "steps": STEPS}
+            found.append({**about, "rounds": rounds, "evaluations": evaluations, "seconds": sum(seconds)})
+    if rank == 0:
+        Path(options.worker).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measured(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start the ranks, and return what they measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(Path(__file__)), "--worker", str(out), "--device", options.device]
+        subprocess.run([*command, "--milliseconds", str(options.milliseconds)], check=True)
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw the speed-up against the number of ranks."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, name in zip(axes, NETWORKS, strict=True):
+        most = max(row["ranks"] for row in rows)
+        axis.plot([1, most], [1, most], color="0.7", label="ideal")
+        for width in WIDTHS:
+            own = [row for row in rows if row["network"] == name and row["width"] == width]
+            axis.plot([row["ranks"] for row in own], [row["speedup"] for row in own], "o-", label=f"width {width}")
+        axis.set(title=f"{name}, DDPM-{STEPS}", xlabel="ranks", xticks=sorted({row["ranks"] for row in rows}))
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("speed-up over one rank")
+    figure.suptitle(rows[0]["device"])
+    figure.savefig(FIGURE, dpi=150)
+
+
+def main() -> None:
+    """Measure with every number of ranks, write the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes, 1 among them")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--milliseconds", type=float, default=10.0, help="what a row costs the sleeping network")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    rows = [row for ranks in tqdm(sorted({1, *options.ranks})) for row in measured(ranks, options)]
+    alone = {(row["network"], row["width"]): row["seconds"] for row in rows if row["ranks"] == 1}
+    for row in rows:
+        row["speedup"] = round(alone[row["network"], row["width"]] / row["seconds"], 3)
+        row["efficiency"] = round(row["speedup"] / row["ranks"], 3)
+        row["seconds"] = round(row["seconds"], 3)
+        row |= machine(options.device)
+        print({name: row[name] for name in ("network", "width", "ranks", "rounds", "speedup", "efficiency")})
+    write(OUT, rows)
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()
