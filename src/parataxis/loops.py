@@ -426,7 +426,7 @@ class _Solving:
         )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
-            pass
+            self.loop.on_round(min(structure.steps if run.done else run.front for run in runs), structure.steps)
         report.levels = sum(one.structure.steps for one in passes.stages)
         report.samples = structure.groups
         report.rounds += max(run.rounds for run in runs)
