@@ -310,7 +310,8 @@ def parallel(
       holds (the image and noise of an inpainting mask) follow the samples.
     - A ``noise_sampler`` may keep a state: it is asked once for each draw, whatever is run more than once.
     - ``callback`` is called in a last replay, once a step and in order, with the x and denoised of that step.
-    - A loop that listens inside its model's call (CFG++) runs sequentially, with a warning.
+    - A loop that listens inside its model's call (CFG++) runs sequentially, with a warning; likewise with a model that
+      gives other results for several steps than for each of them.
 
     Args:
         sampler: ``sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options)``.
@@ -381,6 +382,8 @@ class Parallel:
             if bar is None:
                 bar = tqdm(total=count, disable=disable)
             bar.update(settled - bar.n)
+            if (why := loop.refuses()) is not None:
+                raise Refused(why)
             if self.on_round is not None:
                 self.on_round(settled, count)
 
@@ -394,11 +397,14 @@ class Parallel:
 
     def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
         """Return what is known of the loop with models and arguments of this form."""
-        form = tuple(_feature(value) for value in reachable(model, extra_args))
+        plain = (int, float, str, bytes)
+        reached = (value for value in reachable(model, extra_args) if type(value) not in plain)
+        form = tuple(_feature(value) for value in reached)
         loop = self._loops.pop(form, None)
         if loop is None:
             called_back: Callable[[dict[str, Any]], bool] = lambda given: given["callback"] is not None  # noqa: E731
             loop = Loop(self._run, (_Network(),), calls_back=called_back)
+            loop.refuses = functools.partial(_one_by_one, loop.layouts)
         self._loops[form] = loop
         if len(self._loops) > FORMS:
             del self._loops[next(iter(self._loops))]
@@ -485,6 +491,13 @@ class _Noise:
         self.next += 1
         after.restore()
         return noise.clone()
+
+
+def _one_by_one(layouts: Mapping[Any, Any]) -> str | None:
+    """Return why calls that cannot be merged are better made one after the other, or None if some can."""
+    if not layouts or any(layout.grade != "single" for layout in layouts.values()):
+        return None
+    return "the model gives other results for several steps than for each of them: it may look at one sigma only."
 
 
 def _feature(value: Any) -> Any:
