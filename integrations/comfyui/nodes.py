@@ -54,10 +54,10 @@ def function(base: Callable[..., Any], window: int, tolerance: float, solver: st
     @functools.wraps(base)
     def sample(model: Any, x: Any, sigmas: Any, *args: Any, **options: Any) -> Any:
         if any(len(hook.hook_keyframe.keyframes) > 1 for cond in _conds(model) for hook in _hooks(cond)):
-            logger.info("%s: sequential: hooks with several keyframes count their steps.", run.__name__)
+            logger.info("[parataxis] %s: sequential: hooks with several keyframes count their steps.", run.__name__)
             return base(model, x, sigmas, *args, **options)
         result = run(model, x, sigmas, *args, **options)
-        logger.info("%s: %s", run.__name__, run.report)
+        logger.info("[parataxis] %s: %s", run.__name__, run.report)
         return result
 
     sample.sequential = base
