@@ -3,71 +3,14 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 
 import parataxis as px
 import problems
+from ksamplers import SIGMAS, dpmpp_2m, euler, euler_ancestral, heun, model, state
 from parataxis import kdiffusion
-
-SIGMAS = torch.from_numpy(px.karras(0.03, 14.0).grid(14).sigma)  # (15,), the last is 0
-
-
-def euler(model, x, sigmas, extra_args=None, callback=None, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
-    for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        x, hat = churned(x, sigma, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
-        slope = (x - tell(model, x, sigma, hat, i, extra_args, callback)) / hat
-        x = x + (after - hat) * slope
-    return x
-
-
-def euler_ancestral(model, x, sigmas, extra_args=None, callback=None, eta=1.0, s_noise=1.0, noise_sampler=None):
-    for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        slope = (x - tell(model, x, sigma, sigma, i, extra_args, callback)) / sigma
-        up = min(after, eta * (after**2 * (sigma**2 - after**2) / sigma**2).sqrt())
-        x = x + ((after**2 - up**2).sqrt() - sigma) * slope
-        if after > 0:
-            x = x + (torch.randn_like(x) if noise_sampler is None else noise_sampler(sigma, after)) * s_noise * up
-    return x
-
-
-def heun(model, x, sigmas, extra_args=None, callback=None, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
-    for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        x, hat = churned(x, sigma, len(sigmas) - 1, s_churn, s_tmin, s_tmax, s_noise)
-        slope = (x - tell(model, x, sigma, hat, i, extra_args, callback)) / hat
-        trial = x + (after - hat) * slope
-        if after > 0:
-            end = (trial - model(trial, after.expand(len(x)), **(extra_args or {}))) / after
-            trial = x + (after - hat) * (slope + end) / 2
-        x = trial
-    return x
-
-
-def dpmpp_2m(model, x, sigmas, extra_args=None, callback=None):
-    before = width = None
-    for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        data = tell(model, x, sigma, sigma, i, extra_args, callback)
-        step = (sigma / after).log()
-        used = data if before is None or after == 0 else data + (data - before) * step / width / 2
-        x = after / sigma * x + (1 - after / sigma) * used
-        before, width = data, step
-    return x
-
-
-def churned(x, sigma, steps, churn, smallest, largest, factor):
-    gamma = min(churn / steps, 2**0.5 - 1) if smallest <= sigma <= largest else 0.0
-    drawn, hat = torch.randn_like(x) * factor, sigma * (1 + gamma)
-    return x + drawn * (hat**2 - sigma**2).sqrt() if gamma else x, hat
-
-
-def tell(model, x, sigma, hat, i, extra_args, callback):
-    denoised = model(x, hat.expand(len(x)), **(extra_args or {}))
-    if callback is not None:
-        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": hat, "denoised": denoised})
-    return denoised
-
 
 CHURN = {"s_churn": 6.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.1}
 CASES = [
@@ -79,19 +22,6 @@ CASES = [
     (kdiffusion.sample_heun, heun, {**CHURN, "s_tmax": math.inf}),
     (kdiffusion.sample_dpmpp_2m, dpmpp_2m, {}),
 ]
-
-
-def model(x, sigma, shift=None):
-    """An exact denoiser; ``shift`` moves its data, one number a sample."""
-    mixture = problems.mixtures()["power law"]
-    moved = 0.0 if shift is None else shift.view(-1, *(1,) * (x.ndim - 1))
-    return (
-        mixture.data_prediction((x - moved).double().flatten(1), torch.ones(len(x)), sigma).view(x.shape).to(x) + moved
-    )
-
-
-def state(dtype=torch.float64):
-    return 14.0 * problems.noise(3, dtype, shape=(4, 4))
 
 
 @pytest.mark.parametrize("sigmas", [SIGMAS, SIGMAS[3:-2]], ids=["to zero", "partial"])

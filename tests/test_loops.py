@@ -431,6 +431,45 @@ def test_condition_channels_and_tokens_beside_the_state_are_no_part_of_it():
         assert run.report.peak_rows == 16
 
 
+def test_networks_that_compute_in_fewer_bits_than_they_are_given_are_merged():
+    class Rough(Net):
+        """Like a float16 network in float32 clothes: batches of another size round another way."""
+
+        def forward(self, x, t):
+            output = super().forward(x, t)
+            return output * (1 + 1e-3 * torch.sin(output * 1e3 * len(x)))
+
+    class Rough_(Rough):
+        """Its first row decides, too."""
+
+        def forward(self, x, t):
+            return super().forward(x, t) * (1.05 if torch.as_tensor(t).reshape(-1)[0] > 500 else 1.0)
+
+    expected, result, run = both(ddim, Rough())
+    assert relative(result, expected) <= 2e-2
+    assert run.report.peak_rows > 2
+    assert run.report.rounds < 0.8 * run.report.levels
+    expected, result, run = both(ddim, Rough_(), tolerance=1e-3)
+    assert relative(result, expected) <= 1e-3
+    assert {layout.grade for layout in run._loop.layouts.values()} == {"single"}
+
+
+def test_each_value_of_an_argument_that_keeps_calls_apart_has_a_layout_of_its_own():
+    class Late(Net):
+        def forward(self, x, t, early):
+            if not early and len(x) > 2:
+                raise ValueError("two rows at a time in late steps")
+            return super().forward(x, t)
+
+    def loop(net):
+        return ddim(net, predict=lambda net, x, t: net(x, t, bool(t > 300)))
+
+    expected, result, run = both(loop, Late())
+    assert relative(result, expected) <= 1e-2
+    assert sorted(layout.grade for layout in run._loop.layouts.values()) == ["rows", "single"]
+    assert run.report.peak_rows > 2
+
+
 def test_conditions_with_several_rows_for_each_of_the_state_follow_it():
     class Frames(Net):
         def forward(self, x, t, condition):  # (3 B, DIM): one for each of three frames

@@ -9,10 +9,14 @@ alpha = 1, and ``model(x, sigma, **extra_args)`` returns the denoised state D. W
 
 The last two are first order into sigma' = 0, 2M also in its first step. Churn raises sigma to sigma (1 + gamma) by
 noise before a step, so that noise belongs to the step before it. All noise is drawn first, in the loop's order.
+
+:func:`parallel` takes any other sampler function of that signature: its loop is recorded, solved and replayed, as
+:mod:`parataxis.loops` does with loops of any kind.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,20 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from .loops import Report, checked, solved
+from .passes import Loop, Randomness, reachable, replaced
+from .recording import Refused
 from .samplers import Sampler
 from .solve import Rows, Solver, start, together
 from .solvers import Secant
 from .table import LocalForm, Table
 
-__all__ = ["sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
+__all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
 
 Array = NDArray[np.float64]
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
 SOLVER = Secant()
+FORMS = 16  # forms of models and arguments that a sampler remembers
 
 
 def sample_euler(
@@ -280,3 +289,219 @@ def _follow(value: Any, sample: Tensor, batch: int) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_follow(one, sample, batch) for one in value)
     return value
+
+
+Boundaries = Sequence[float] | Callable[[Any, Any], Sequence[float]]
+
+
+def parallel(
+    sampler: Callable[..., Tensor],
+    solver: Solver | None = None,
+    *,
+    tolerance: float = 1e-2,
+    boundaries: Boundaries = (),
+    on_round: Callable[[int, int], object] | None = None,
+) -> Parallel:
+    """Return a sampler function that does what another one does, in fewer rounds of calls of the model.
+
+    The function's own loop runs, unmodified (:mod:`parataxis.loops`), so its noise is that of the seed.
+
+    - The model is any callable; of its attributes the loop reads and writes the real ones. Tensors of x's shape that it
+      holds (the image and noise of an inpainting mask) follow the samples.
+    - A ``noise_sampler`` may keep a state: it is asked once for each draw, whatever is run more than once.
+    - ``callback`` is called in a last replay, once a step and in order, with the x and denoised of that step.
+    - A loop that listens inside its model's call (CFG++) runs sequentially, with a warning; likewise with a model that
+      gives other results for several steps than for each of them.
+
+    Args:
+        sampler: ``sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options)``.
+        solver: Default ``Secant(window=8)``.
+        tolerance: Relative error allowed in each sample, compared with the sampler's own.
+        boundaries: Noise levels at which the model changes for all rows of a call, because it looks at the sigma of the
+            first row only; or a function of (model, extra_args) that returns them. Steps on different sides of a
+            boundary, or on it, never share a call.
+        on_round: Called after every round with the number of evaluations that are settled, and how many there are; what
+            it raises ends the sampling.
+
+    Returns:
+        A function with the sampler's signature and ``.report``. What it finds out about a model is kept for the next
+        call with a model and arguments of the same form.
+
+    Raises:
+        TypeError: If the sampler is not callable, or the solver is none.
+        ValueError: For a negative tolerance.
+    """
+    if not callable(sampler):
+        raise TypeError(f"sampler must be a function with k-diffusion's signature, got {sampler!r}.")
+    return Parallel(sampler, *checked(solver, tolerance), boundaries, on_round)
+
+
+class Parallel:
+    """A sampler function, solved in parallel; ``report`` says how the latest call went."""
+
+    def __init__(
+        self,
+        sampler: Callable[..., Tensor],
+        solver: Solver,
+        tolerance: float,
+        boundaries: Boundaries,
+        on_round: Callable[[int, int], object] | None,
+    ) -> None:
+        """See :func:`parallel`."""
+        functools.update_wrapper(self, sampler, updated=())
+        self.sampler, self.solver, self.tolerance = sampler, solver, tolerance
+        self.boundaries, self.on_round = boundaries, on_round
+        self.report = Report()
+        self._loops: dict[Any, Loop] = {}
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Sample."""
+        loop = self._loop(model, extra_args)
+        network: Any = loop.denoisers[0]
+        network.model = model
+        loop.state = sigmas.tolist
+        found = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
+        levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64)
+        seen = _Model(network, model, x, levels, extra_args)
+        if options.get("noise_sampler") is not None:
+            options["noise_sampler"] = _Noise(options["noise_sampler"])
+        given = {"extra_args": extra_args, "callback": callback, "disable": disable, **options}
+        bar: tqdm[Any] | None = None
+
+        def told(settled: int, count: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = tqdm(total=count, disable=disable)
+            bar.update(settled - bar.n)
+            if (why := loop.refuses()) is not None:
+                raise Refused(why)
+            if self.on_round is not None:
+                self.on_round(settled, count)
+
+        loop.on_round = told
+        try:
+            return solved(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
+        finally:
+            if bar is not None:
+                bar.close()
+            network.model, loop.on_round = None, lambda settled, count: None
+
+    def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
+        """Return what is known of the loop with models and arguments of this form."""
+        plain = (int, float, str, bytes)
+        reached = (value for value in reachable(model, extra_args) if type(value) not in plain)
+        form = tuple(_feature(value) for value in reached)
+        loop = self._loops.pop(form, None)
+        if loop is None:
+            called_back: Callable[[dict[str, Any]], bool] = lambda given: given["callback"] is not None  # noqa: E731
+            loop = Loop(self._run, (_Network(),), calls_back=called_back)
+            loop.refuses = functools.partial(_one_by_one, loop.layouts)
+        self._loops[form] = loop
+        if len(self._loops) > FORMS:
+            del self._loops[next(iter(self._loops))]
+        return loop
+
+    def _run(self, args: tuple[Any, ...], given: dict[str, Any], quiet: bool) -> Tensor:
+        """Run the loop once, with arguments that it may write to."""
+        model, x, sigmas = args
+        if isinstance(noise := given.get("noise_sampler"), _Noise):
+            noise.again()
+        given = {**given, "extra_args": tree_map(lambda leaf: leaf, given["extra_args"])}
+        if quiet:
+            given = {**given, "callback": None, "disable": True}
+        return self.sampler(model, x.clone(), sigmas, **given)
+
+
+class _Network(nn.Module):
+    """The model's call, as a module that stubs can replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = None
+
+    def forward(self, x: Tensor, sigma: Tensor, side: str, held: dict[str, Tensor], extra: dict[str, Any]) -> Tensor:
+        """Call the model, with the rows of what it holds for its samples; ``side`` keeps calls apart."""
+        before = {name: getattr(self.model, name) for name in held}
+        try:
+            for name, rows in held.items():
+                setattr(self.model, name, rows)
+            return self.model(x, sigma, **extra)
+        finally:
+            for name, tensor in before.items():
+                setattr(self.model, name, tensor)
+
+
+class _Model:
+    """The model, as the loop sees it."""
+
+    def __init__(
+        self, network: nn.Module, model: Any, x: Tensor, boundaries: Tensor, extra_args: Mapping[str, Any] | None
+    ) -> None:
+        attributes = getattr(model, "__dict__", {})
+        held = {k: v for k, v in attributes.items() if isinstance(v, Tensor) and v.shape == x.shape}
+        self.__dict__.update(_network=network, _model=model, _boundaries=boundaries, _held=held)
+        self.__dict__["_functions"] = [leaf for leaf in tree_leaves(extra_args) if callable(leaf)]
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        for leaf in tree_leaves(extra) if replaced(self._network) else ():
+            if callable(leaf) and not any(leaf is one for one in self._functions):
+                raise Refused("the sampler listens inside the model's call, by a function of its own (CFG++).")
+        return self._network(x, sigma, self._side(sigma), self._held, extra)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def _side(self, sigma: Tensor) -> str:
+        """Return on which side of every boundary the first row is; a level that is one itself is apart."""
+        if not len(self._boundaries):
+            return ""
+        first = sigma.detach().reshape(-1)[:1].cpu()
+        return "".join("<=>"[int(sign) + 1] for sign in torch.sign(first - self._boundaries.to(first.dtype)))
+
+
+class _Noise:
+    """A noise sampler that says the same in every pass, whatever state it keeps."""
+
+    def __init__(self, draw: Callable[..., Tensor]) -> None:
+        self.draw, self.next = draw, 0
+        self.seen = [value for value in reachable(draw) if not isinstance(value, Tensor)]
+        self.drawn: list[tuple[Tensor, Randomness]] = []
+
+    def again(self) -> None:
+        """Begin a pass."""
+        self.next = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.next == len(self.drawn):
+            noise = self.draw(*args, **kwargs)
+            self.drawn.append((noise.clone(), Randomness(self.seen)))
+        noise, after = self.drawn[self.next]
+        self.next += 1
+        after.restore()
+        return noise.clone()
+
+
+def _one_by_one(layouts: Mapping[Any, Any]) -> str | None:
+    """Return why calls that cannot be merged are better made one after the other, or None if some can."""
+    if not layouts or any(layout.grade != "single" for layout in layouts.values()):
+        return None
+    return "the model gives other results for several steps than for each of them: it may look at one sigma only."
+
+
+def _feature(value: Any) -> Any:
+    """Return what tells forms of models and arguments apart: types, shapes and flags, not numbers and texts."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    return value if isinstance(value, bool) else getattr(value, "__qualname__", type(value).__qualname__)

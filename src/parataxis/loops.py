@@ -450,7 +450,7 @@ class _Solving:
             )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
-            pass
+            self.loop.on_round(min(structure.steps if run.done else run.front for run in runs), structure.steps)
         if ranks is not None:
             ranks.end()
         report.levels = sum(one.structure.steps for one in passes.stages)

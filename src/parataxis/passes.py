@@ -27,7 +27,7 @@ from .recording import Changed, Ended, Refused, Stage, Structure, drawn
 if TYPE_CHECKING:
     from .distributed import Ranks
 
-__all__ = ["Loop", "Passes", "reachable"]
+__all__ = ["Loop", "Passes", "Randomness", "reachable"]
 
 _MISSING = object()
 
@@ -43,6 +43,7 @@ class Loop:
         refuses: Why the loop cannot be solved in parallel as it is now, or None.
         state: What its numbers depend on besides its arguments (the scheduler's configuration).
         calls_back: Whether these keyword arguments hold a callback, which then runs once, in the final replay.
+        on_round: Told after every round how many levels of the stage are settled, and how many there are.
         outputs: Form of the output of every kind of call.
         layouts: How each kind of call is merged.
         limit: Most rows that memory has had room for.
@@ -57,6 +58,7 @@ class Loop:
     refuses: Callable[[], str | None] = lambda: None
     state: Callable[[], Any] = lambda: None
     calls_back: Callable[[dict[str, Any]], bool] = lambda kwargs: False
+    on_round: Callable[[int, int], object] = lambda settled, levels: None
     outputs: dict[Any, Output] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
     limit: int | None = None
@@ -121,7 +123,7 @@ class Randomness(TorchFunctionMode):
     """The random state that a loop starts from: of torch, numpy, Python, and of every generator that it uses."""
 
     def __init__(self, seen: Iterable[Any]) -> None:
-        """Take the present state; ``seen`` are objects that may be generators of numpy or Python."""
+        """Take the present state; ``seen`` are objects that may be generators, of torch, numpy or Python."""
         super().__init__()
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -132,6 +134,8 @@ class Randomness(TorchFunctionMode):
         for value in seen:
             if isinstance(value, np.random.Generator):
                 self._others.append((value, value.bit_generator.state))
+            elif isinstance(value, torch.Generator):
+                self._torch[id(value)] = (value, value.get_state())
             elif isinstance(value, random.Random):
                 self._others.append((value, value.getstate()))
 
