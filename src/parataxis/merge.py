@@ -56,11 +56,10 @@ def equal(left: Any, right: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a denoiser returned once: the form of its output, with its leaves, and their root mean squares."""
+    """What a denoiser returned once: the form of its output, with its leaves."""
 
     spec: TreeSpec
     leaves: list[Any]
-    sizes: list[float] = field(default_factory=list)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""
