@@ -150,8 +150,8 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert report.mode == "replay"
     assert report.rounds == report.levels
     assert report.certificate == 0
-    # Every call once as it was, one for each form of a call to see what it returns, one level's again for the floor: the
-    # loop made none itself.
+    # Every call once as it was, one for each form of a call to see what it returns, one level's again for the floor:
+    # none by the loop itself.
     forms, called = len(run._loop.outputs), len(net.rows) - report.calls
     assert report.calls == called + forms + called // report.levels
     assert sorted(net.rows[called + forms :][:called]) == sorted(net.rows[:called])

@@ -274,7 +274,7 @@ class WholeCalls(Exception):
 
 @dataclass(eq=False)
 class _Kind:
-    """Calls that may be merged: what each leaf is over all of them."""
+    """Calls that may be merged: what each leaf is over all of them; ``name`` is what a layout depends on."""
 
     key: Any
     name: Any
@@ -310,7 +310,7 @@ def _kinds(calls: Sequence[Call], sites: Sequence[Site]) -> dict[int, _Kind]:
             values = [calls[c].leaves[i] for i in differing]
             kind = next((k for v, k in apart if all(map(equal, v, values))), None)
             if kind is None:
-                kind = _Kind((name, len(apart)), name, roles, [], ambiguous)
+                kind = _Kind((name, len(apart)), (name, tuple(roles)), roles, [], ambiguous)
                 apart.append((values, kind))
             kind.members.append(c)
             kinds[c] = kind
