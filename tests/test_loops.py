@@ -158,6 +158,17 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert run._loop.layouts == {}
 
 
+def test_a_sample_that_is_scaled_at_the_end_is_as_exact_as_one_that_is_not():
+    # A decoder wants latents of another size; the tolerance is relative to whatever it is given.
+    one, scaled = (both(lambda net, scale=scale: scale * guided_loop(net), Net()) for scale in (1.0, 8.0))
+    assert scaled[2].report.rounds == one[2].report.rounds
+    assert relative(*scaled[:2]) <= 1.01 * relative(*one[:2]) + 1e-6
+
+
+def guided_loop(net):
+    return ddim(net, predict=guided)
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_with_tolerance_zero_the_result_is_sequential(name):
     expected, result, run = both(LOOPS[name], Net(), tolerance=0)

@@ -85,6 +85,7 @@ class Structure:
         linear: Whether the equation was proved.
         weights: g of every level, for its calls' rows in the order of a group.
         final: Whether the loop ends with a tensor that is one more state.
+        scale: How much larger it is than a state: what a decoder is given has been scaled for it.
         floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
         precision: Rounding of a step, relative to its terms.
         slopes: (N,) of outputs with which states keep their size.
@@ -107,6 +108,7 @@ class Structure:
     weights: list[Array]
     final: bool
     slopes: Array
+    scale: float = 1.0
     floor: float = 0.0
     precision: float = 0.0
     joint: bool = False
@@ -330,7 +332,8 @@ class Stage:
         """Take the last state from what the loop ends with."""
         structure = self.structure
         if structure.final and leaves is not None:
-            self.end = ending(leaves, structure.groups, structure.dim, structure.dtype)
+            end = ending(leaves, structure.groups, structure.dim, structure.dtype)
+            self.end = None if end is None else end / structure.scale
 
     def learn(self, call: int, rows: NDArray[np.int64], output: Sequence[Any]) -> None:
         """Keep the outputs (their leaves, these rows only) of an evaluated call."""
@@ -697,7 +700,10 @@ def fit(
             answers.append(np.stack([row[pick].numpy() for row in _answers(structure, level, seed, base)]))
         last = ending(end, structure.groups, structure.dim, structure.dtype) if structure.final and end else None
         if last is not None:
-            own.append(last.cpu().double().reshape(-1)[pick].numpy())
+            end = last.cpu().double().reshape(-1)[pick].numpy()
+            if not states and _size(end) > 0:
+                structure.scale = max(1.0, _size(end) / _size(own[-1]))
+            own.append(end / structure.scale)
         states.append(own)
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
