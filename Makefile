@@ -25,9 +25,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every pair of the registry on more problems than `make test` takes; goes on where it stopped.
+# Every pair of the registry on more problems than `make test` takes, and every option of every pipeline; both go on
+# where they stopped.
 matrix: $(READY)
 	$(BIN)/python benchmarks/matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipelines.py
 
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py

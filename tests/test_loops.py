@@ -150,13 +150,23 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert report.mode == "replay"
     assert report.rounds == report.levels
     assert report.certificate == 0
-    # Every call once as it was, and one for each form of a call to see what it returns: the loop made none itself.
-    forms = len(run._loop.outputs)
-    called = (len(net.rows) - forms) // 2
-    assert len(net.rows) == 2 * called + forms
-    assert report.calls == called + forms
-    assert sorted(net.rows[called + forms :]) == sorted(net.rows[:called])
+    # Every call once as it was, one for each form of a call to see what it returns, one level's again for the floor:
+    # none by the loop itself.
+    forms, called = len(run._loop.outputs), len(net.rows) - report.calls
+    assert report.calls == called + forms + called // report.levels
+    assert sorted(net.rows[called + forms :][:called]) == sorted(net.rows[:called])
     assert run._loop.layouts == {}
+
+
+def test_a_sample_that_is_scaled_at_the_end_is_as_exact_as_one_that_is_not():
+    # A decoder wants latents of another size; the tolerance is relative to whatever it is given.
+    one, scaled = (both(lambda net, scale=scale: scale * guided_loop(net), Net()) for scale in (1.0, 8.0))
+    assert scaled[2].report.rounds == one[2].report.rounds
+    assert relative(*scaled[:2]) <= 1.01 * relative(*one[:2]) + 1e-6
+
+
+def guided_loop(net):
+    return ddim(net, predict=guided)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -189,6 +199,34 @@ def test_half_precision_loops_end_within_their_own_floor(eta, predict):
     assert result.dtype == torch.bfloat16
     assert run.report.floor > 1e-3
     assert relative(result, expected) <= max(1e-2, 2 * run.report.floor)
+
+
+def jittered(net, seed):
+    """Add noise of one unit in the last place to the outputs of a network."""
+    random = torch.Generator().manual_seed(seed)
+
+    def hook(net, told, out):
+        size = torch.finfo(out.dtype).eps * out.float().square().mean().sqrt()
+        return (out + size * torch.randn(out.shape, generator=random)).to(out.dtype)
+
+    return net.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("grown", [0.1, 0.3, 1.0])
+def test_the_floor_is_what_rounding_makes_of_the_loop_itself(grown):
+    net = Net()
+
+    def loop(net):
+        return ddim(lambda *told: net(*told) * grown, dtype=torch.bfloat16)
+
+    expected, _, run = both(loop, net)
+    moved = []
+    for seed in range(4):
+        hook = jittered(net, seed)
+        torch.manual_seed(0)
+        moved.append(relative(loop(net), expected))
+        hook.remove()
+    assert min(moved) / 2.5 <= run.report.floor <= 2.5 * max(moved)
 
 
 def test_the_loop_itself_runs_five_times_at_first_and_twice_from_the_second_call_on():

@@ -16,6 +16,7 @@ are found by the signature. What diffusers itself cannot do goes to `BROKEN` wit
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -945,6 +946,65 @@ def remembering(pipe, call):
     return pipe, call
 
 
+class LowRank(nn.Module):
+    """A linear layer with an adapter of rank two beside it."""
+
+    def __init__(self, base, random):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=random).to(base.weight.dtype))
+        self.up = nn.Parameter(0.2 / math.sqrt(base.in_features) * torch.randn(base.out_features, 2, generator=random))
+        self.up.data = self.up.data.to(base.weight.dtype)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def adapted(pipe, call):
+    """Put low-rank adapters beside the projections of attention, as LoRA does."""
+    random = generator(11)
+    for net in denoisers(pipe).values():
+        for module in list(net.modules()):
+            for name in ("to_q", "to_k", "to_v"):
+                if isinstance(base := getattr(module, name, None), nn.Linear):
+                    setattr(module, name, LowRank(base, random).requires_grad_(False))
+    return pipe, call
+
+
+def compiled(pipe, call):
+    """Compile the networks, to the same operations."""
+    torch.compiler.reset()
+    for net in denoisers(pipe).values():
+        net.compile(backend="eager", dynamic=True)
+    return pipe, call
+
+
+def offloaded(pipe, call):
+    """Keep the weights elsewhere, and load them for the duration of a call, as offloading hooks do."""
+    for net in denoisers(pipe).values():
+        weights = {name: value.data.clone() for name, value in net.named_parameters()}
+        plain = net.forward
+
+        @functools.wraps(plain)
+        def forward(*told, net=net, weights=weights, plain=plain, **named):
+            for name, value in net.named_parameters():
+                value.data.copy_(weights[name])
+            try:
+                return plain(*told, **named)
+            finally:
+                unload(net)
+
+        unload(net)
+        net.forward = forward
+    return pipe, call
+
+
+def unload(net):
+    """Make the weights useless."""
+    for value in net.parameters():
+        value.data.fill_(math.nan)
+
+
 def two_pictures(pipe, call):
     """Draw two samples of one prompt from two pictures."""
     return pipe, call | {"image": count(call["image"], 2), "num_images_per_prompt": 2}
@@ -954,6 +1014,7 @@ CUTOFF = {"cutoff_step_ratio": 0.4}
 OWN = {  # options that belong to single pipelines
     "stable_diffusion": [
         ("text", words_for_embeddings),
+        ("compiled", compiled),
         ("zero terminal SNR", configured(rescale_betas_zero_snr=True, timestep_spacing="trailing")),
         ("clipped", both(configured(clip_sample=True, clip_sample_range=3.0), options(guidance_scale=2.0))),
         ("guidance cut off", options(callback_on_step_end=callbacks.SDCFGCutoffCallback(**CUTOFF))),
@@ -976,7 +1037,7 @@ OWN = {  # options that belong to single pipelines
     ],
     "ddpm_pixels": [("not clipped", configured(clip_sample=False))],
     "ddim_pixels": [("not clipped", configured(clip_sample=False))],
-    "flux": [("stateful cache", remembering)],
+    "flux": [("stateful cache", remembering), ("compiled", compiled)],
     "cogvideox": [("dynamic guidance", options(use_dynamic_cfg=True))],
     "lumina2": [
         ("guidance not normalised", options(cfg_normalization=False)),
@@ -987,6 +1048,7 @@ OWN = {  # options that belong to single pipelines
         ("guidance truncated", options(cfg_truncation=0.5)),
     ],
     "animatediff": [("free init", free_init)],
+    "wan": [("compiled", compiled)],
     "wan_image_to_video": [("three prompts, one picture", prompts(3, ("_embeds",)))],
 }
 DUPLICATED = "one picture for two samples is deprecated: the variant with two pictures stands for it"
@@ -1047,6 +1109,7 @@ def variants(name, broken=False):
             found.append(("callback changes prompt", options(callback_on_step_end=forgetting, **told)))
     elif "callback" in takes:
         found.append(("callback changes latents", options(callback=old_shrinking)))
+    found += [("low-rank adapters", adapted), ("offloaded", offloaded)]
     if call["output_type"] == "latent":
         found.append(("decoded", options(output_type="np")))
     other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}.get(config.get("prediction_type"))
@@ -1067,10 +1130,16 @@ def denoisers(pipe):
 
 
 def run(pipe, call):
-    """Return what the pipeline draws, as a tensor; the global random state is put back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        drawn = next(iter(pipe(**call).values()))
+    """Return what the pipeline draws, as a tensor; all random states are put back afterwards."""
+    generators = [one for value in call.values() for one in (value if isinstance(value, list) else [value])]
+    states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            drawn = next(iter(pipe(**call).values()))
+    finally:
+        for one, state in states:
+            one.set_state(state)
     return torch.as_tensor(drawn)
 
 
@@ -1118,18 +1187,53 @@ def measured(name, label):
 
 def watched(name, label, factor):
     """Return the sample with all outputs of the networks times a factor, and the number of calls."""
-    pipe, call = make(name, label)
     calls = 0
 
-    def scale(net, told, out):
+    def scale(tensor):
         nonlocal calls
         calls += 1
-        for tensor in out[0] if isinstance(out[0], list) else [out[0]]:
-            tensor.mul_(factor)
+        return tensor.mul_(factor)
 
-    for net in denoisers(pipe).values():
-        net.register_forward_hook(scale)
-    return run(pipe, call), calls
+    return altered(*make(name, label), scale), calls
+
+
+def altered(pipe, call, alter):
+    """Return the sample with every output of the networks altered."""
+
+    def hook(net, told, out):
+        for tensor in out[0] if isinstance(out[0], list) else [out[0]]:
+            tensor.copy_(alter(tensor))
+
+    hooks = [net.register_forward_hook(hook) for net in denoisers(pipe).values()]
+    try:
+        return run(pipe, call)
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def floor(pipe, call):
+    """Return how far apart samples are whose outputs differ by a unit in their last place, for two seeds."""
+    x = run(pipe, call)
+    return max(distance(altered(pipe, call, nudged(seed)), x) for seed in (1, 2))
+
+
+def nudged(seed):
+    """Return what adds noise of one unit in the last place to a tensor."""
+    random = generator(seed)
+
+    def nudge(tensor):
+        wide = tensor.float()
+        size = torch.finfo(tensor.dtype).eps * wide.square().mean().sqrt()
+        return wide + size * torch.randn(tensor.shape, generator=random)
+
+    return nudge
+
+
+def distance(x, y):
+    """Return the relative distance of the samples of x from those of y, the largest of the batch."""
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
-FLOORS = 2  # the certificate counts what the replay has corrected: at the floor it exceeds the error
+FLOORS = 3  # the floor is measured once, at random: an anchored solution need not be nearer
 
 
 @dataclass
@@ -68,13 +68,14 @@ class Report:
         samples: Samples of the loop's batch.
         rounds: Rounds of network calls that waited for one another.
         evaluations: Levels evaluated, over all samples.
-        calls: Network calls, those for the form of outputs and the checks of merged layouts included.
+        calls: Network calls, those for the form of outputs, the checks of merged layouts and the floor included.
         rows: Rows of these calls.
         peak_width: Most levels of one sample in a round.
         peak_rows: Most rows of one call.
         passes: Runs of the loop's Python.
         certificate: First-order estimate of the relative error of the result to the sequential loop's.
-        floor: Relative change of the loop's result when every output changes by a unit in its last place.
+        floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
+            and what the network makes of one in the last place of its input.
         tolerance: As asked for.
         converged: Whether the certificate is within the tolerance, or the floor where that is larger.
     """
@@ -273,13 +274,14 @@ class _Solving:
             self.repeat(learned)
         while True:
             stage = passes.stages[-1] if passes.stages else None
-            if stage is not None and not stage.settled and not stage.structure.linear and self.work is None:
+            held = stage is not None and not (stage.settled or stage.structure.linear or stage.nudge)
+            if stage is not None and held and self.work is None:
                 self.hold(stage)
             work, self.work = self.work, None
             done, value = passes.play(certify=self.certified, work=work)
             stage = passes.stages[-1] if passes.stages else None
-            if work is not None and self.replayed:
-                continue  # the rounds were passes of their own
+            if (work is not None and self.replayed) or (stage is not None and stage.nudged is not None):
+                continue  # the rounds were passes of their own, or this one was for the floor
             if stage is not None and not stage.settled:
                 self.again(stage)
             elif done:
@@ -360,17 +362,13 @@ class _Solving:
             self.wander(stage, seed=THIRD + 2)
             linearise(structure, before, stage)
             self.wander(stage)
-        last = stage.last()
-        self.wander(stage, float(torch.finfo(structure.network).eps))
-        stage.measure(last)
         return stage
 
-    def wander(self, stage: Stage, nudge: float = 0.0, seed: int = THIRD) -> None:
-        """Make the pass that tells what the loop adds along the way; again with outputs nudged, it tells the floor."""
-        stage.mode, stage.seed, stage.nudge = "wander", seed, nudge
+    def wander(self, stage: Stage, seed: int = THIRD) -> None:
+        """Make the pass that tells what the loop adds along the way."""
+        stage.mode, stage.seed = "wander", seed
         self.passes.play()
-        if not nudge:
-            stage.anchor()
+        stage.anchor()
         stage.mode = "affine"
 
     def hold(self, stage: Stage) -> None:
@@ -420,7 +418,25 @@ class _Solving:
                 break
             except WholeCalls:
                 stage.structure.joint = True
+        if not stage.structure.floor:
+            stage.nudge = self.roughness(stage)
         return not self.replayed
+
+    def roughness(self, stage: Stage) -> float:
+        """Return the rounding of outputs, relative to them: see the report's floor."""
+        structure = stage.structure
+        unit, level = float(torch.finfo(structure.network).eps), structure.steps // 2
+        given = stage.anchors[level]
+        if given is None or not stage.known[level].all():
+            return unit
+        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(THIRD)).to(given)
+        near = given + unit * given.square().mean(1, keepdim=True).sqrt() * noise
+        sites = [(call, structure.sites[call]) for call in structure.levels[level]]
+        asks = [
+            Ask(call, np.arange(site.rows), near[torch.from_numpy(site.owner).to(near.device)]) for call, site in sites
+        ]
+        outputs = self.passes.merger.evaluate(stage.recorded, asks)
+        return float(np.hypot(unit, stage.roughness(list(zip(structure.levels[level], outputs, strict=True)))))
 
     def rounds(self, stage: Stage, guess: Tensor | None) -> None:
         """Make the rounds of a solve."""
@@ -436,9 +452,8 @@ class _Solving:
         if guess is not None:
             guess = torch.stack([stage.runs(states) for states in guess], 1)
         # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
-        tolerance = (
-            max(self.tolerance, structure.floor / 4) if torch.finfo(structure.network).bits < 32 else self.tolerance
-        )
+        half = torch.finfo(structure.network)
+        tolerance = max(self.tolerance, max(structure.floor, half.eps) / 4) if half.bits < 32 else self.tolerance
         ranks = self.loop.ranks
         if ranks is not None:
             ranks.compare(
@@ -503,8 +518,13 @@ class _Solving:
     def certified(self, stage: Stage) -> bool:
         """Judge the replay of a stage: is its certificate within the tolerance, or as good as it gets?"""
         structure = stage.structure
+        if stage.nudge:
+            stage.nudge, stage.nudged = 0.0, stage.last()
+            return False
+        stage.measure()
         certificate = stage.certificate()
-        allowed = max(self.tolerance, FLOORS * structure.floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        floor = (FLOORS if self.attempts else 1) * structure.floor
+        allowed = max(self.tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
         good = certificate <= allowed
         self.falling = certificate <= 0.5 * self.best
         obeyed = not structure.linear or stage.obeys()

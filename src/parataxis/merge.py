@@ -61,11 +61,10 @@ def equal(left: Any, right: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a denoiser returned once: the form of its output, with its leaves, and their root mean squares."""
+    """What a denoiser returned once: the form of its output, with its leaves."""
 
     spec: TreeSpec
     leaves: list[Any]
-    sizes: list[float] = field(default_factory=list)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""
@@ -302,7 +301,7 @@ class WholeCalls(Exception):
 
 @dataclass(eq=False)
 class _Kind:
-    """Calls that may be merged: what each leaf is over all of them."""
+    """Calls that may be merged: what each leaf is over all of them; ``name`` is what a layout depends on."""
 
     key: Any
     name: Any
@@ -339,7 +338,7 @@ def _kinds(calls: Sequence[Call], sites: Sequence[Site]) -> dict[int, _Kind]:
             kind = next((k for v, k in apart if all(map(equal, v, values))), None)
             if kind is None:
                 # A layout that is right on one side of what keeps calls apart need not be right on the other.
-                named = (name, *(v if isinstance(v, (str, bool)) else type(v) for v in values))
+                named = (name, tuple(roles), *(v if isinstance(v, (str, bool)) else type(v) for v in values))
                 kind = _Kind((name, len(apart)), named, roles, [], ambiguous)
                 apart.append((values, kind))
             kind.members.append(c)

@@ -369,7 +369,7 @@ class Passes:
             self.loop.ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
             self.loop.ranks.agree(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return Output(spec, forms, [_size(leaf) for leaf in leaves])
+        return Output(spec, forms)
 
     def remembering(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answer a call of another module: from memory, or by running it, if its inputs are the loop's own."""
@@ -494,12 +494,6 @@ def keep(leaf: Any, previous: Any) -> Any:
 
 def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
     return len(one) == len(two) and all(map(equal, one, two))
-
-
-def _size(leaf: Any) -> float:
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return 0.0
-    return float(leaf.float().square().mean().sqrt().nan_to_num(1.0, 1.0))
 
 
 def _copy(leaf: Any) -> Any:

@@ -85,7 +85,8 @@ class Structure:
         linear: Whether the equation was proved.
         weights: g of every level, for its calls' rows in the order of a group.
         final: Whether the loop ends with a tensor that is one more state.
-        floor: Relative change of the last state under changes of all outputs by one unit in the last place.
+        scale: How much larger it is than a state: what a decoder is given has been scaled for it.
+        floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
         precision: Rounding of a step, relative to its terms.
         slopes: (N,) of outputs with which states keep their size.
         joint: Samples cannot be evaluated apart: one run for all.
@@ -107,6 +108,7 @@ class Structure:
     weights: list[Array]
     final: bool
     slopes: Array
+    scale: float = 1.0
     floor: float = 0.0
     precision: float = 0.0
     joint: bool = False
@@ -147,7 +149,7 @@ class Stage:
         settled: Whether the loop may go on behind it.
         reach: Last level of a pass.
         seed: Of the noise of a pass that wanders.
-        nudge: Change of its outputs, relative to those of the network.
+        nudge: Noise that a pass adds to its outputs, relative to those of the network.
         held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
@@ -156,6 +158,7 @@ class Stage:
         start: (G, dim) the first state.
         added: What the loop adds at every step, (G, dim) each.
         plain: (G, dim) the last state of a pass with ``held``.
+        nudged: (G, dim) the last state of a pass with ``nudge``, to be compared with the next replay.
         known: (N, G) whether there is an evaluation.
         anchors: Inputs X at which outputs were computed.
         raw: Output leaves of every call.
@@ -179,6 +182,7 @@ class Stage:
     start: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
     plain: Tensor | None = None
+    nudged: Tensor | None = None
     known: NDArray[np.bool_] = field(init=False)
     anchors: list[Tensor | None] = field(init=False)
     raw: list[list[Any] | None] = field(init=False)
@@ -264,14 +268,9 @@ class Stage:
         """Answer so that states keep their size, plus noise."""
         structure, site = self.structure, self.structure.sites[call]
         leaves = drawn(structure.outputs[call], self.seed, call)
-        size = WANDER * float(states.square().mean().sqrt()) / float(np.abs(structure.weights[level]).sum())
-        leaves = [leaf * size if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+        small = WANDER * float(states.square().mean().sqrt()) / float(np.abs(structure.weights[level]).sum())
+        leaves = [leaf * small if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         site.add(leaves, states * float(structure.slopes[level]))
-        if self.nudge:
-            output = structure.outputs[call]
-            for leaf, noise, own in zip(leaves, drawn(output, self.seed + 1, call), output.sizes, strict=True):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    leaf.add_(noise, alpha=self.nudge * own)
         self._tell(call, leaves)
         return leaves
 
@@ -306,6 +305,10 @@ class Stage:
             change[index] = factor * (states[index] - anchor[owner])
         if not self.held:
             site.add(leaves, change)
+        if self.nudge:
+            for leaf, noise in zip(leaves, drawn(structure.outputs[call], self.seed, call), strict=True):
+                if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                    leaf.add_(noise, alpha=self.nudge * float(leaf.float().square().mean().sqrt()))
         if structure.linear:
             self._tell(call, leaves)
         return leaves
@@ -329,7 +332,8 @@ class Stage:
         """Take the last state from what the loop ends with."""
         structure = self.structure
         if structure.final and leaves is not None:
-            self.end = ending(leaves, structure.groups, structure.dim, structure.dtype)
+            end = ending(leaves, structure.groups, structure.dim, structure.dtype)
+            self.end = None if end is None else end / structure.scale
 
     def learn(self, call: int, rows: NDArray[np.int64], output: Sequence[Any]) -> None:
         """Keep the outputs (their leaves, these rows only) of an evaluated call."""
@@ -401,11 +405,23 @@ class Stage:
         worst = float(errors.max())
         return worst if np.isfinite(worst) else float("inf")
 
-    def measure(self, last: Tensor) -> None:
-        """Take the floor from two passes that differ by a nudge."""
-        structure = self.structure
-        size = last.norm(dim=1).clamp(min=1e-30)
-        structure.floor = float(((self.last() - last).norm(dim=1) / size).max())
+    def roughness(self, asked: Sequence[tuple[int, Sequence[Any]]]) -> float:
+        """Return how much the outputs of calls differ from those evaluated before, relative to these."""
+        away = size = 0.0
+        for call, output in asked:
+            site, known = self.structure.sites[call], self.raw[call]
+            assert known is not None
+            before = site.answers(known, self.structure.dtype)
+            away += float((site.answers(output, self.structure.dtype) - before).square().sum())
+            size += float(before.square().sum())
+        return float(np.sqrt(away / max(size, 1e-30)))
+
+    def measure(self) -> None:
+        """Take the floor from the last pass and the one before it, which was nudged."""
+        if self.nudged is not None:
+            last = self.last()
+            away = (self.nudged - last).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
+            self.structure.floor, self.nudged = float(away.max()), None
 
     def proved(self) -> bool:
         """Return whether the pass that has just wandered obeys the equation, too."""
@@ -684,7 +700,10 @@ def fit(
             answers.append(np.stack([row[pick].numpy() for row in _answers(structure, level, seed, base)]))
         last = ending(end, structure.groups, structure.dim, structure.dtype) if structure.final and end else None
         if last is not None:
-            own.append(last.cpu().double().reshape(-1)[pick].numpy())
+            end = last.cpu().double().reshape(-1)[pick].numpy()
+            if not states and _size(end) > 0:
+                structure.scale = max(1.0, _size(end) / _size(own[-1]))
+            own.append(end / structure.scale)
         states.append(own)
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
