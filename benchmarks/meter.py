@@ -92,18 +92,26 @@ def noises(count: int, shape: Sequence[int] = LATENT) -> Tensor:
 
 
 def measure(
-    sampler: px.Sampler, solver: Any, count: int, tolerance: float = 1e-3, shape: Sequence[int] = LATENT
+    sampler: px.Sampler,
+    solver: Any,
+    count: int,
+    tolerance: float = 1e-3,
+    shape: Sequence[int] = LATENT,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Return operations and milliseconds a round outside the network, and memory in windows and trajectories."""
-    noise = noises(count, shape)
-    times = sampler.network_times()
+    noise = noises(count, shape).to(device)
+    times = sampler.network_times().to(device)
+    synchronize = getattr(torch, device).synchronize
 
     def solve(meter: Meter) -> tuple[int, float]:
         denoise = network(meter)
         runs = px.start(sampler, sampler.table(noise), solver, tolerance=tolerance)
         meter.operations = 0  # of rounds, not of drawing the noise
+        synchronize()
         begun = time.perf_counter()
-        rounds = sum(1 for _ in px.together(runs, lambda rows: denoise(rows.u, times[rows.point])))
+        rounds = sum(1 for _ in px.together(runs, lambda rows: denoise(rows.u, times[rows.point.to(device)])))
+        synchronize()
         return rounds, time.perf_counter() - begun - meter.seconds
 
     meter = Meter()

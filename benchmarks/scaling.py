@@ -4,14 +4,15 @@
 
 Two networks: one that sleeps for a time in proportion to its rows, which shows the scheduling whatever the machine
 has, and a shipped model, which shows what this machine gains: on the CPU, where one process can use all cores, every
-process has one thread. The ideal on P ranks is a P-th of the seconds on one. Writes ``results/scaling.csv`` and
-``docs/scaling.png``.
+process has one thread. The ideal on P ranks is a P-th of the seconds on one. Writes ``scaling.csv`` and
+``scaling-DEVICE.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,11 +29,8 @@ from meter import machine, write
 from rounds import problem
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "results" / "scaling.csv"
-FIGURE = ROOT / "docs" / "scaling.png"
 NETWORKS = ("sleeping", "digits")
-WIDTHS = (8, 16, 32)
-STEPS, REPEATS = 100, 3
+REPEATS = 3
 
 
 def work(options: argparse.Namespace) -> None:
@@ -47,16 +45,16 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     mesh = init_device_mesh(options.device, (size,), mesh_dim_names=("time",))
     found = []
-    for name in NETWORKS:
+    for name in options.networks:
         chosen = problem("mixture-64" if name == "sleeping" else name)
-        sampler = chosen.make("ddpm", STEPS)
+        sampler = chosen.make("ddpm", options.steps)
         denoise = chosen.denoise
 
         def sleeping(x: Tensor, t: Tensor) -> Tensor:
             time.sleep(1e-3 * options.milliseconds * len(x))
             return denoise(x, t)  # noqa: B023  # used within this turn
 
-        for width in WIDTHS:
+        for width in options.widths:
             seconds, rounds, evaluations = [], 0, 0
             for seed in range(REPEATS):
                 noise = torch.randn(1, *chosen.shape, generator=torch.Generator().manual_seed(seed))
@@ -74,7 +72,7 @@ def work(options: argparse.Namespace) -> None:
                 )
                 seconds.append(time.perf_counter() - begun)
                 rounds, evaluations = rounds + result.rounds, evaluations + result.evaluations
-            about = {"network": name, "width": width, "ranks": size, "steps": STEPS}
+            about = {"network": name, "width": width, "ranks": size, "steps": options.steps}
             found.append({**about, "rounds": rounds, "evaluations": evaluations, "seconds": sum(seconds)})
     if rank == 0:
         Path(options.worker).write_text(json.dumps(found))
@@ -88,30 +86,37 @@ def measured(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         out = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += [str(Path(__file__)), "--worker", str(out), "--device", options.device]
-        subprocess.run([*command, "--milliseconds", str(options.milliseconds)], check=True)
+        command += ["--milliseconds", str(options.milliseconds), "--steps", str(options.steps)]
+        command += ["--widths", *map(str, options.widths), "--networks", *options.networks]
+        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         found: list[dict[str, Any]] = json.loads(out.read_text())
     return found
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the speed-up against the number of ranks."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, name in zip(axes, NETWORKS, strict=True):
-        most = max(row["ranks"] for row in rows)
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4.5 * len(names), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    most = max(row["ranks"] for row in rows)
+    for axis, name in zip(axes[0], names, strict=True):
         axis.plot([1, most], [1, most], color="0.7", label="ideal")
-        for width in WIDTHS:
+        for width in sorted({row["width"] for row in rows}):
             own = [row for row in rows if row["network"] == name and row["width"] == width]
             axis.plot([row["ranks"] for row in own], [row["speedup"] for row in own], "o-", label=f"width {width}")
-        axis.set(title=f"{name}, DDPM-{STEPS}", xlabel="ranks", xticks=sorted({row["ranks"] for row in rows}))
+        axis.set(
+            title=f"{name}, DDPM-{rows[0]['steps']}", xlabel="ranks", xticks=sorted({row["ranks"] for row in rows})
+        )
         axis.legend(frameon=False)
-    axes[0].set_ylabel("speed-up over one rank")
+    axes[0][0].set_ylabel("speed-up over one rank")
     figure.suptitle(rows[0]["device"])
-    figure.savefig(FIGURE, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -119,7 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes, 1 among them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--milliseconds", type=float, default=10.0, help="what a row costs the sleeping network")
+    parser.add_argument("--milliseconds", type=float, default=40.0, help="what a row costs the sleeping network")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--widths", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -133,8 +143,8 @@ def main() -> None:
         row["seconds"] = round(row["seconds"], 3)
         row |= machine(options.device)
         print({name: row[name] for name in ("network", "width", "ranks", "rounds", "speedup", "efficiency")})
-    write(OUT, rows)
-    draw(rows)
+    write(options.results / "scaling.csv", rows)
+    draw(rows, options.figures / f"scaling-{options.device}.png")
 
 
 if __name__ == "__main__":
