@@ -689,7 +689,8 @@ def fit(
     size = min(total, ELEMENTS * (8 if wide else 1))
     chosen = np.random.default_rng(0).choice(total, size, replace=False) if size < total else np.arange(total)
     pick = torch.from_numpy(chosen)
-    states, outputs = [], []
+    states: list[list[Array]] = []
+    outputs: list[list[Array]] = []
     for calls, end, seed in zip(recordings, endings, seeds, strict=True):
         own, answers = [], []
         for level in structure.levels:
@@ -700,10 +701,10 @@ def fit(
             answers.append(np.stack([row[pick].numpy() for row in _answers(structure, level, seed, base)]))
         last = ending(end, structure.groups, structure.dim, structure.dtype) if structure.final and end else None
         if last is not None:
-            end = last.cpu().double().reshape(-1)[pick].numpy()
-            if not states and _size(end) > 0:
-                structure.scale = max(1.0, _size(end) / _size(own[-1]))
-            own.append(end / structure.scale)
+            sample = last.cpu().double().reshape(-1)[pick].numpy()
+            if not states:
+                structure.scale = max(1.0, _size(sample) / max(_size(own[-1]), 1e-30))
+            own.append(sample / structure.scale)
         states.append(own)
         outputs.append(answers)
     precision = torch.finfo(structure.network).eps
