@@ -148,14 +148,14 @@ class Stage:
         reach: Last level of a pass.
         seed: Of the noise of a pass that wanders.
         nudge: Change of its outputs, relative to those of the network.
-        held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
         answered: Outputs of the last pass, where there is an equation.
         expected: Inputs of a pass without callbacks, to tell whether callbacks change them.
         start: (G, dim) the first state.
         added: What the loop adds at every step, (G, dim) each.
-        plain: (G, dim) the last state of a pass with ``held``.
+        solved: (G, dim) the last state as the solver left it.
+        estimate: The solver's own estimate of its relative error.
         known: (N, G) whether there is an evaluation.
         anchors: Inputs X at which outputs were computed.
         raw: Output leaves of every call.
@@ -170,7 +170,6 @@ class Stage:
     settled: bool = False
     reach: int = 0
     nudge: float = 0.0
-    held: bool = False
     seed: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     end: Tensor | None = None
@@ -178,7 +177,8 @@ class Stage:
     expected: list[Tensor] | None = None
     start: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
-    plain: Tensor | None = None
+    solved: Tensor | None = None
+    estimate: float = 0.0
     known: NDArray[np.bool_] = field(init=False)
     anchors: list[Tensor | None] = field(init=False)
     raw: list[list[Any] | None] = field(init=False)
@@ -304,8 +304,7 @@ class Stage:
             slopes = self.slopes[q] if q == level else np.where(np.isnan(self.beyond), self.slopes[q], self.beyond)
             factor = torch.from_numpy(slopes[site.owner[rows]]).to(states).unsqueeze(1)
             change[index] = factor * (states[index] - anchor[owner])
-        if not self.held:
-            site.add(leaves, change)
+        site.add(leaves, change)
         if structure.linear:
             self._tell(call, leaves)
         return leaves
@@ -379,26 +378,14 @@ class Stage:
         return changed
 
     def certificate(self) -> float:
-        """Return the effect on the sample of the distances of the last pass from the evaluations, to first order.
+        """Return what error to expect of the last pass: the solver's own, and how far it came out from what was solved.
 
-        By the equation, or where there is none by comparison with the pass that left the corrections out.
+        Relative; the largest of all samples.
         """
-        structure = self.structure
-        slopes = np.nan_to_num(self.slopes)
-        runs = [np.arange(structure.groups)] if structure.joint else [np.array([g]) for g in range(structure.groups)]
-        size = torch.stack([self.last()[own].norm() for own in map(torch.from_numpy, runs)])
-        if self.plain is not None:
-            away = self.last() - self.plain
-            found = float((torch.stack([away[own].norm() for own in map(torch.from_numpy, runs)]) / size).max())
-            return found if np.isfinite(found) else float("inf")
-        gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs], 1) * slopes  # (N, G)
-        moved = torch.zeros(structure.groups, structure.dim, dtype=torch.float64)
-        for q, anchor in enumerate(self.anchors):
-            if anchor is None or not self.known[q].all():
-                return float("inf")
-            moved.add_(torch.from_numpy(gains[q])[:, None] * (self.inputs[q] - anchor).cpu().double())
-        errors = torch.stack([moved[own].norm() for own in map(torch.from_numpy, runs)]) / size.cpu().clamp(min=1e-30)
-        worst = float(errors.max())
+        assert self.solved is not None
+        last, solved = self.runs(self.last()), self.runs(self.solved)
+        away = (last - solved).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
+        worst = self.estimate + float(away.max())
         return worst if np.isfinite(worst) else float("inf")
 
     def measure(self, last: Tensor) -> None:
