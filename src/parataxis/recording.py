@@ -33,6 +33,7 @@ __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analy
 Array = NDArray[np.float64]
 LAGS = 5  # most earlier levels that a step may use: third-order multistep methods with corrector use three
 ELEMENTS = 4096  # rows of the least-squares problem
+CLOSE = 0.05  # part of the rounding allowed, below which no longer memory is tried
 WANDER = 0.1  # noise of the combined outputs of the third pass, relative to their inputs
 
 
@@ -778,36 +779,31 @@ def _least(x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Array, bound
     """
     n, places = len(x) - 1, max(len(one) for one in f)
     most = min(LAGS, max(n - 1, 0)) if np.isfinite(bound) else 0
-    rest = np.zeros((most + 1, n))
-    memory, entering = np.zeros((most + 1, n, most + 1)), np.zeros((most + 1, n, most + 1, places))
-    for i in range(n):
-        # One system for all lengths of the memory: shorter ones are its leading blocks.
-        columns: list[Array] = []
-        for lag in range(min(most, i) + 1):
-            columns += [x[i - lag], *f[i - lag]]
-        matrix = np.stack(columns)
-        scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)
-        matrix = matrix / scale[:, None]
-        gram, right = matrix @ matrix.T, matrix @ x[i + 1]
-        used = 0
-        for lag in range(most + 1):
-            if lag <= i:
-                used += 1 + len(f[i - lag])
-                solved = np.linalg.lstsq(gram[:used, :used], right[:used], rcond=1e-14)[0]
-            rest[lag, i] = _size(x[i + 1] - solved @ matrix[:used])
+    fits, worst = [], []
+    for lags in range(most + 1):
+        memory, entering, rest = np.zeros((n, lags + 1)), np.zeros((n, lags + 1, places)), np.zeros(n)
+        for i in range(n):
+            columns = [column for lag in range(min(lags, i) + 1) for column in (x[i - lag], *f[i - lag])]
+            matrix = np.stack(columns)
+            scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)
+            matrix = matrix / scale[:, None]
+            solved = np.linalg.lstsq(matrix @ matrix.T, matrix @ x[i + 1], rcond=1e-14)[0]
             term = max(np.abs(solved) * np.sqrt(1 / len(x[0])), default=0.0)
-            rest[lag, i] /= max(sizes[i + 1], term) * bound + 1e-5 * _size(x[i + 1]) if np.isfinite(bound) else np.inf
+            allowed = max(sizes[i + 1], term) * bound + 1e-5 * _size(x[i + 1]) if np.isfinite(bound) else np.inf
+            rest[i] = _size(x[i + 1] - solved @ matrix) / allowed
             first = 0
-            for own in range(min(lag, i) + 1):
-                count = len(f[i - own])
+            for lag in range(min(lags, i) + 1):
+                count = len(f[i - lag])
                 back = solved[first : first + 1 + count] / scale[first : first + 1 + count]
-                memory[lag, i, own], entering[lag, i, own, :count] = back[0], back[1:]
+                memory[i, lag], entering[i, lag, :count] = back[0], back[1:]
                 first += 1 + count
-    worst = rest.max(1)
-    if worst.min() > 1:
+        fits.append((memory, entering))
+        worst.append(float(rest.max()))
+        if worst[-1] <= CLOSE:
+            break
+    if min(worst) > 1:
         return None
-    chosen = int(np.flatnonzero(worst <= 1.3 * worst.min() + 1e-2)[0])
-    return memory[chosen][:, : chosen + 1], entering[chosen][:, : chosen + 1]
+    return fits[next(lags for lags, own in enumerate(worst) if own <= 1.3 * min(worst) + 1e-2)]
 
 
 def _proportions(steps: int, weight: Array, counts: Sequence[int]) -> list[Array]:
