@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import parataxis as px
+import zoo
 from parataxis import pipelines
 from parataxis.models import FOLDER
 
@@ -328,6 +329,44 @@ def test_two_pipelines_that_share_a_denoiser_do_not_disturb_each_other():
             assert relative(other(two), expected[1]) <= 1e-2
         assert report.levels == 20
         assert second.levels == 16
+
+
+def test_a_parallel_call_from_a_callback_of_another_is_refused_and_leaves_nothing_behind():
+    pipe = made("stable diffusion")
+    expected = picture(pipe)
+
+    def again(pipe, step, time, values):
+        return {"latents": picture(px.parallel(pipe), output_type="latent")}
+
+    with pytest.raises(RuntimeError, match="cannot run within another"):
+        picture(px.parallel(pipe), callback_on_step_end=again)
+    assert "_compiled_call_impl" not in pipe.unet.__dict__
+    assert torch.equal(picture(pipe), expected)
+
+
+def test_rows_of_one_sample_that_the_pipeline_mixes_stay_together():
+    pipe, call = zoo.make("stable_diffusion_pag", "three prompts")
+
+    def drawn(run):
+        return zoo.run(run, call | {"num_inference_steps": 20, "generator": zoo.generator(0)})
+
+    run = px.parallel(pipe)
+    assert relative(drawn(run), drawn(pipe)) <= 1e-2
+    assert run.report.samples == 3
+    assert run.report.rounds < 0.75 * run.report.levels
+
+
+def test_a_scheduler_whose_first_step_is_infinite_is_refused():
+    scheduler = df.DDIMScheduler(
+        clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1
+    )
+    pipe = stable_diffusion(scheduler)
+    run = px.parallel(pipe)
+    with pytest.warns(RuntimeWarning, match=r"divides by zero there; choose another spacing, prediction type"):
+        result = picture(run, output_type="latent")
+    assert run.report.mode == "sequential"
+    assert torch.equal(result.isfinite(), picture(pipe, output_type="latent").isfinite())
+    assert not result.isfinite().all()
 
 
 def test_caches_of_the_denoiser_are_refused():
