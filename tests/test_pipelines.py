@@ -14,6 +14,7 @@ import parataxis as px
 import zoo
 from parataxis import pipelines
 from parataxis.models import FOLDER
+from test_loops import DIM, Net
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -400,6 +401,28 @@ def test_denoisers_that_no_name_gives_away_are_asked_for():
 
     with pytest.raises(ValueError, match=r"components thing is known as a denoiser.*denoisers=\[\.\.\.\]"):
         px.parallel(Holder())()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "most"),
+    [(df.DDIMScheduler, 16, 12), (df.DDIMScheduler, 100, 50), (df.DDPMScheduler, 100, 28)],
+)
+def test_the_loop_of_a_robot_policy_runs_unchanged(scheduler, steps, most):
+    net, clipped = Net(), scheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    clipped.set_timesteps(steps)
+
+    def plan(generator):
+        x = torch.randn(2, DIM, generator=generator)
+        for t in clipped.timesteps:
+            x[:, :4] = 0.5  # known entries
+            x = clipped.step(net(x, t), t, x, generator=generator).prev_sample
+        return x
+
+    run = px.parallel(plan, px.Secant(window=16), denoisers=[net])
+    expected = plan(torch.Generator().manual_seed(0))
+    assert relative(run(torch.Generator().manual_seed(0)), expected) <= 1e-2
+    assert run.report.mode == "replay"
+    assert run.report.rounds <= most, run.report
 
 
 @pytest.mark.parametrize(

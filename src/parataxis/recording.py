@@ -126,7 +126,9 @@ class Structure:
         self.local = LocalForm(decay, weight, np.zeros(self.steps))
         slopes = self.local.slopes(np.ones(self.steps))
         moved = np.abs(self.local.weight.sum(1)) > 1e-8
-        self.slopes = np.where(moved & (np.abs(slopes) < 1e3), slopes, 0.0)
+        # Without an equation they are rough: larger ones would drive what wanders where no trajectory goes.
+        most = np.inf if self.linear else 1.0
+        self.slopes = np.where(moved & (np.abs(slopes) < 1e3), np.clip(slopes, -most, most), 0.0)
 
     def combine(self, level: int, rows: Sequence[Tensor]) -> Tensor:
         """Return sum_r g_r f_r of the output rows (n, dim) of a group's places."""
