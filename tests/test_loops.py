@@ -804,6 +804,35 @@ def test_what_cannot_be_solved_in_parallel_runs_sequentially_and_says_why(name):
     assert "_compiled_call_impl" not in net.__dict__
 
 
+def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
+    def loop(net):
+        x = torch.randn(2, DIM)
+        for t, a, s, b, r in steps(20):
+            f = net(x, t)
+            if t < 500 and float(torch.cosine_similarity(x, f).min()) > 0.4:
+                break
+            x = b * (x - s * f) / a + r * f
+        return x
+
+    net = Net()
+    torch.manual_seed(0)
+    expected = loop(net)
+    assert len(net.rows) < 20
+    run = parallel(loop, denoisers=[net])
+    for _ in range(2):
+        torch.manual_seed(0)
+        with pytest.warns(RuntimeWarning, match="number of calls of the denoiser changes from pass to pass"):
+            assert torch.equal(run(net), expected)
+
+
+def test_a_loop_of_more_steps_every_time_runs_sequentially():
+    counts = itertools.count(20)
+    run = parallel(lambda net: ddim(net, count=next(counts)), denoisers=[net := Net()])
+    with pytest.warns(RuntimeWarning, match="number or the form of the denoiser's calls depends on"):
+        run(net)
+    assert run.report.mode == "sequential"
+
+
 def test_short_loops_run_sequentially_and_say_so():
     net = Net()
     expected, result, run = both(lambda net: ddim(net, count=8), net)

@@ -152,7 +152,7 @@ class Site:
     batched: bool
     owner: Rows
 
-    @property
+    @cached_property
     def slot(self) -> Rows:
         """(R,) the place of each row in its group."""
         return np.array([int((self.owner[:r] == own).sum()) for r, own in enumerate(self.owner)])

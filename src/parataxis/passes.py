@@ -9,8 +9,9 @@ what it is for ends by a private exception.
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,7 @@ class Passes:
         self._made: dict[int, tuple[Tensor, int, int]] = {}
         self._loud = False
         self._work: Callable[[], bool] | None = None
-        self._before = self._look()
+        self._before: _Before | None = self._look()
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
@@ -281,12 +282,17 @@ class Passes:
         for stage in self.stages:
             stage.begin()
         self._randomness.restore()
+        if self._before is None:
+            self._before = self._look()
+        # A pass that cannot get farther than the ones before meets no generator that they have not.
+        new = self.count == 1 or loud or certify is not None or not self.stages
         try:
-            with self._randomness, _autocast(self._autocast):
+            with self._randomness if new else nullcontext(), _autocast(self._autocast):
                 value = self.loop.run(self.args, self.kwargs, not (loud or self.always))
                 self.called_out = False
                 self._leave(tree_leaves(value))
         except Ended:
+            assert self._before is not None
             self._before.restore()
             return False, None
         return not self.recorded, value
@@ -306,8 +312,8 @@ class Passes:
             raise Refused("the loop takes gradients through the denoiser.")
         if self._work is not None and self._call == self.stages[-1].first:
             work, self._work = self._work, None
-            # Passes within the work end at what this one has set up.
-            before, self._before = self._before, self._look()
+            # Passes within the work end at what this one has set up; the first of them looks.
+            before, self._before = self._before, None
             with self._unwatched(), _autocast({kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}):
                 going_on = work()
             self._before = before
@@ -424,7 +430,7 @@ class _Before:
         modules = {id(part): part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()}
         places = [place for part in modules.values() for place in (part.__dict__, part._modules)]
         self._held = [
-            (place, {k: v for k, v in place.items() if k != "_compiled_call_impl" and _held(v)}) for place in places
+            (place, {k: v for k, v in place.items() if _held(v) and k != "_compiled_call_impl"}) for place in places
         ]
         self._dtypes = [
             (value, value.dtype)
@@ -444,8 +450,12 @@ class _Before:
                 value.data = value.data.to(dtype)
 
 
+PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))
+USUAL = frozenset({bool, dict, int, list, tuple, type(None), OrderedDict})  # most of what modules hold
+
+
 def _held(value: Any) -> bool:
-    return not isinstance(value, (Tensor, bool, int, float, str, tuple, list, dict, type(None)))
+    return type(value) not in USUAL and not isinstance(value, PLAIN)
 
 
 class _Stub:

@@ -33,6 +33,7 @@ __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analy
 Array = NDArray[np.float64]
 LAGS = 5  # most earlier levels that a step may use: third-order multistep methods with corrector use three
 ELEMENTS = 4096  # rows of the least-squares problem
+CLOSE = 0.05  # part of the rounding allowed, below which no longer memory is tried
 WANDER = 0.1  # noise of the combined outputs of the third pass, relative to their inputs
 
 
@@ -127,7 +128,9 @@ class Structure:
         self.local = LocalForm(decay, weight, np.zeros(self.steps))
         slopes = self.local.slopes(np.ones(self.steps))
         moved = np.abs(self.local.weight.sum(1)) > 1e-8
-        self.slopes = np.where(moved & (np.abs(slopes) < 1e3), slopes, 0.0)
+        # Without an equation they are rough: larger ones would drive what wanders where no trajectory goes.
+        most = np.inf if self.linear else 1.0
+        self.slopes = np.where(moved & (np.abs(slopes) < 1e3), np.clip(slopes, -most, most), 0.0)
 
     def combine(self, level: int, rows: Sequence[Tensor]) -> Tensor:
         """Return sum_r g_r f_r of the output rows (n, dim) of a group's places."""
@@ -150,15 +153,15 @@ class Stage:
         reach: Last level of a pass.
         seed: Of the noise of a pass that wanders.
         nudge: Noise that a pass adds to its outputs, relative to those of the network.
-        held: Whether outputs are replayed as they are, without the correction d_q (u - u_q).
         inputs: States given by the loop in the last pass, (G, dim) a level.
         end: (G, dim) the last state, if the loop has one.
         answered: Outputs of the last pass, where there is an equation.
         expected: Inputs of a pass without callbacks, to tell whether callbacks change them.
         start: (G, dim) the first state.
         added: What the loop adds at every step, (G, dim) each.
-        plain: (G, dim) the last state of a pass with ``held``.
         nudged: (G, dim) the last state of a pass with ``nudge``, to be compared with the next replay.
+        solved: (G, dim) the last state as the solver left it.
+        estimate: The solver's own estimate of its relative error.
         known: (N, G) whether there is an evaluation.
         anchors: Inputs X at which outputs were computed.
         raw: Output leaves of every call.
@@ -173,7 +176,6 @@ class Stage:
     settled: bool = False
     reach: int = 0
     nudge: float = 0.0
-    held: bool = False
     seed: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     end: Tensor | None = None
@@ -181,8 +183,9 @@ class Stage:
     expected: list[Tensor] | None = None
     start: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
-    plain: Tensor | None = None
     nudged: Tensor | None = None
+    solved: Tensor | None = None
+    estimate: float = 0.0
     known: NDArray[np.bool_] = field(init=False)
     anchors: list[Tensor | None] = field(init=False)
     raw: list[list[Any] | None] = field(init=False)
@@ -303,8 +306,7 @@ class Stage:
             slopes = self.slopes[q] if q == level else np.where(np.isnan(self.beyond), self.slopes[q], self.beyond)
             factor = torch.from_numpy(slopes[site.owner[rows]]).to(states).unsqueeze(1)
             change[index] = factor * (states[index] - anchor[owner])
-        if not self.held:
-            site.add(leaves, change)
+        site.add(leaves, change)
         if self.nudge:
             for leaf, noise in zip(leaves, drawn(structure.outputs[call], self.seed, call), strict=True):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -383,26 +385,14 @@ class Stage:
         return changed
 
     def certificate(self) -> float:
-        """Return the effect on the sample of the distances of the last pass from the evaluations, to first order.
+        """Return what error to expect of the last pass: the solver's own, and how far it came out from what was solved.
 
-        By the equation, or where there is none by comparison with the pass that left the corrections out.
+        Relative; the largest of all samples.
         """
-        structure = self.structure
-        slopes = np.nan_to_num(self.slopes)
-        runs = [np.arange(structure.groups)] if structure.joint else [np.array([g]) for g in range(structure.groups)]
-        size = torch.stack([self.last()[own].norm() for own in map(torch.from_numpy, runs)])
-        if self.plain is not None:
-            away = self.last() - self.plain
-            found = float((torch.stack([away[own].norm() for own in map(torch.from_numpy, runs)]) / size).max())
-            return found if np.isfinite(found) else float("inf")
-        gains = np.stack([structure.local.gain(slopes[:, own[0]]) for own in runs], 1) * slopes  # (N, G)
-        moved = torch.zeros(structure.groups, structure.dim, dtype=torch.float64)
-        for q, anchor in enumerate(self.anchors):
-            if anchor is None or not self.known[q].all():
-                return float("inf")
-            moved.add_(torch.from_numpy(gains[q])[:, None] * (self.inputs[q] - anchor).cpu().double())
-        errors = torch.stack([moved[own].norm() for own in map(torch.from_numpy, runs)]) / size.cpu().clamp(min=1e-30)
-        worst = float(errors.max())
+        assert self.solved is not None
+        last, solved = self.runs(self.last()), self.runs(self.solved)
+        away = (last - solved).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
+        worst = self.estimate + float(away.max())
         return worst if np.isfinite(worst) else float("inf")
 
     def roughness(self, asked: Sequence[tuple[int, Sequence[Any]]]) -> float:
@@ -811,36 +801,31 @@ def _least(x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Array, bound
     """
     n, places = len(x) - 1, max(len(one) for one in f)
     most = min(LAGS, max(n - 1, 0)) if np.isfinite(bound) else 0
-    rest = np.zeros((most + 1, n))
-    memory, entering = np.zeros((most + 1, n, most + 1)), np.zeros((most + 1, n, most + 1, places))
-    for i in range(n):
-        # One system for all lengths of the memory: shorter ones are its leading blocks.
-        columns: list[Array] = []
-        for lag in range(min(most, i) + 1):
-            columns += [x[i - lag], *f[i - lag]]
-        matrix = np.stack(columns)
-        scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)
-        matrix = matrix / scale[:, None]
-        gram, right = matrix @ matrix.T, matrix @ x[i + 1]
-        used = 0
-        for lag in range(most + 1):
-            if lag <= i:
-                used += 1 + len(f[i - lag])
-                solved = np.linalg.lstsq(gram[:used, :used], right[:used], rcond=1e-14)[0]
-            rest[lag, i] = _size(x[i + 1] - solved @ matrix[:used])
+    fits, worst = [], []
+    for lags in range(most + 1):
+        memory, entering, rest = np.zeros((n, lags + 1)), np.zeros((n, lags + 1, places)), np.zeros(n)
+        for i in range(n):
+            columns = [column for lag in range(min(lags, i) + 1) for column in (x[i - lag], *f[i - lag])]
+            matrix = np.stack(columns)
+            scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)
+            matrix = matrix / scale[:, None]
+            solved = np.linalg.lstsq(matrix @ matrix.T, matrix @ x[i + 1], rcond=1e-14)[0]
             term = max(np.abs(solved) * np.sqrt(1 / len(x[0])), default=0.0)
-            rest[lag, i] /= max(sizes[i + 1], term) * bound + 1e-5 * _size(x[i + 1]) if np.isfinite(bound) else np.inf
+            allowed = max(sizes[i + 1], term) * bound + 1e-5 * _size(x[i + 1]) if np.isfinite(bound) else np.inf
+            rest[i] = _size(x[i + 1] - solved @ matrix) / allowed
             first = 0
-            for own in range(min(lag, i) + 1):
-                count = len(f[i - own])
+            for lag in range(min(lags, i) + 1):
+                count = len(f[i - lag])
                 back = solved[first : first + 1 + count] / scale[first : first + 1 + count]
-                memory[lag, i, own], entering[lag, i, own, :count] = back[0], back[1:]
+                memory[i, lag], entering[i, lag, :count] = back[0], back[1:]
                 first += 1 + count
-    worst = rest.max(1)
-    if worst.min() > 1:
+        fits.append((memory, entering))
+        worst.append(float(rest.max()))
+        if worst[-1] <= CLOSE:
+            break
+    if min(worst) > 1:
         return None
-    chosen = int(np.flatnonzero(worst <= 1.3 * worst.min() + 1e-2)[0])
-    return memory[chosen][:, : chosen + 1], entering[chosen][:, : chosen + 1]
+    return fits[next(lags for lags, own in enumerate(worst) if own <= 1.3 * min(worst) + 1e-2)]
 
 
 def _proportions(steps: int, weight: Array, counts: Sequence[int]) -> list[Array]:
