@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 import parataxis as px
 import problems
+from parataxis.denoisers import mixture
 from parataxis.schedules import Variance
 
 PAGE = Path(__file__).parent.parent / "docs" / "schedulers.md"
@@ -466,6 +467,19 @@ def test_what_is_no_scheduler_or_no_option_is_named():
         px.read({})
     with pytest.raises(TypeError, match="takes no option 'eta'"):
         px.read(Plain(), eta=1.0)
+
+
+def test_the_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
+    rounds = []
+    for clip in (False, True):
+        scheduler = diffusers.DDIMScheduler(clip_sample=clip, clip_sample_range=100.0)  # never reached
+        scheduler.set_timesteps(100)
+        noise = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+        net = mixture(16).network(px.vp())
+        result = px.sample(net, noise, px.read(scheduler), px.Secant(window=8))
+        rounds.append(result.rounds)
+        assert [one.problem.transformed for one in result] == [clip] * 2
+    assert rounds[1] >= rounds[0]
 
 
 if __name__ == "__main__":

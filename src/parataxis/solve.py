@@ -179,6 +179,7 @@ class Problem:
         rounding: Unit roundoff of the network's dtype.
         frozen: Level that the guess is settled up to.
         strides: How many points apart the first rounds evaluate; see :class:`parataxis.Nested`.
+        transformed: Whether outputs are transformed (clipped) before they enter the table.
     """
 
     local: LocalForm
@@ -188,6 +189,7 @@ class Problem:
     rounding: float
     frozen: int = 0
     strides: tuple[int, ...] = ()
+    transformed: bool = False
 
     @property
     def steps(self) -> int:
@@ -505,7 +507,15 @@ def start(
     if frozen and (not hasattr(solver, "window") or table.local.lags):
         raise ValueError("frozen needs a solver with a window and a one-step sampler: choose such, or frozen=0.")
     rounding = torch.finfo(dtype).eps / 2 if rounding is None else rounding
-    problem = Problem(table.local, float(tolerance), states[0].numel(), guess is not None, rounding, frozen)
+    problem = Problem(
+        table.local,
+        float(tolerance),
+        states[0].numel(),
+        guess is not None,
+        rounding,
+        frozen,
+        transformed=sampler is not None and sampler.transform is not None,
+    )
     return [Run(batch, index, solver, problem, keep=keep) for index in range(len(states))]
 
 

@@ -222,8 +222,8 @@ class Window:
         Points that are new in the window take the largest misfit of those before them; until there is one, eps_j is
         the whole move, and it is never less than a tenth of it. gain_j carries an error of state j to the sample: the
         growth of the steps in the window, then the moment-matched one, at least the ratio of expected sizes (or, where
-        the schedule is known, DIRECTIONS times that growth if this is less); v is the mean square of the data
-        prediction.
+        the schedule is known and nothing is clipped, DIRECTIONS times that growth if this is less); v is the mean
+        square of the data prediction.
         """
         local, lo, hi = self.local, self.lo, self.hi
         if self.coarse:
@@ -232,7 +232,7 @@ class Window:
         behind = local.growth(local.moment_slopes(self.variance))[hi:]
         gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
         least = local.size[-1] / local.size[lo + 1 : hi + 1]
-        known = hi < self.steps and local.alpha is not None
+        known = hi < self.steps and local.alpha is not None and not self.problem.transformed
         gain = np.maximum(gain, np.minimum(least, DIRECTIONS * gain) if known else least)
         moves = np.sqrt(norms[:, 0])
         left = np.clip(SAFETY * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
