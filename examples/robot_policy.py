@@ -1,4 +1,4 @@
-"""A diffusion policy's loop, plain and parallel: the same trajectories, in a fraction of the rounds.
+"""A diffusion policy's loop: plain, with its scheduler read, and unchanged but parallel. The same trajectories.
 
 Run it: ``python examples/robot_policy.py``; it trains the policy first, for some seconds. The policy plans 16 points
 from a start to a goal, with two ways around what stands between. Its parts are those of diffusion policies in use: a
@@ -125,9 +125,14 @@ for scheduler, steps in [(DDPMScheduler(100, **OPTIONS), 100), (DDIMScheduler(10
     scheduler.set_timesteps(steps)
     plain = plain_loop(network, scheduler, observation, torch.Generator().manual_seed(3))
     result = parallel_loop(network, scheduler, observation, torch.Generator().manual_seed(3))
-    error = (result.x - plain)[:, 1:].flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
+    unchanged = px.parallel(plain_loop, px.Secant())  # the loop as it stands
+    same = unchanged(network, scheduler, observation, torch.Generator().manual_seed(3))
+    found = torch.stack([result.x, same])
+    error = (found - plain)[:, :, 1:].flatten(2).norm(dim=2) / plain.flatten(1).norm(dim=1)
     print(f"{type(scheduler).__name__}: {steps} rounds one after another, {result.rounds} side by side")
-    print(f"  relative error of the trajectories: median {error.median():.0e}, worst {error.max():.0e}")
+    print(f"  relative error of the trajectories: median {error[0].median():.0e}, worst {error[0].max():.0e}")
+    print(f"  unchanged, {unchanged.report}")
+    print(f"  relative error of the trajectories: median {error[1].median():.0e}, worst {error[1].max():.0e}")
     bends = plain[:, HORIZON // 2, 1] - plain[:, [0, -1], 1].mean(1)
     print(f"  away from the goal: {(plain[:, -1] - observation[:, 2:]).norm(dim=1).mean():.2f}, ", end="")
     print(f"{(bends > 0).sum()} ways to the left and {(bends < 0).sum()} to the right")

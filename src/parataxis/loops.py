@@ -52,7 +52,7 @@ MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
-FLOORS = 3  # the floor is measured once, at random: an anchored solution need not be nearer
+FLOORS = 4  # the floor is measured once, at random: an anchored solution need not be nearer
 MARGINS = 2, 4  # by which errors may exceed the solver's estimate: of an equation, of a loop that answers by itself
 
 
