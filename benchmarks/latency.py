@@ -107,7 +107,7 @@ def pipeline(
     """Return the run of diffusers' own pipeline; it draws its noise by itself, so there is no error to tell."""
     import diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model.folder, torch_dtype=dtype).to(options.device)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model.folder).to(options.device, dtype)
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[name]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
