@@ -369,6 +369,7 @@ class Stage:
         changed = False
         for sample, _, ask in parts:
             groups = slice(None) if self.structure.joint else slice(sample, sample + 1)
+            assert ask.slopes is not None
             count = len(ask.outputs)
             inside, behind = ask.slopes[:count], ask.slopes[min(count, len(ask.slopes) - 1)]
             before = self.slopes[ask.start : ask.start + len(inside), groups]
