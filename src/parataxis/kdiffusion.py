@@ -274,7 +274,7 @@ class _Told:
 def _follow(value: Any, sample: Tensor, batch: int) -> Any:
     """Return the rows of each sample, of everything that has one row a sample."""
     if isinstance(value, Tensor):
-        return value[sample.to(value.device)] if value.ndim and len(value) == batch else value
+        return value[upload(sample, value.device)] if value.ndim and len(value) == batch else value
     if isinstance(value, dict):
         return {name: _follow(one, sample, batch) for name, one in value.items()}
     if isinstance(value, (list, tuple)):

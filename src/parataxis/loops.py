@@ -476,8 +476,7 @@ class _Solving:
             for call in structure.levels[q]:
                 owner = structure.sites[call].owner
                 wanted = np.flatnonzero(item[owner] >= 0)
-                index = torch.from_numpy(item[owner[wanted]])
-                asks.append(Ask(call, wanted, states[index.to(states.device)]))
+                asks.append(Ask(call, wanted, states[upload(item[owner[wanted]], states.device)]))
                 places.append((int(q), item[owner[wanted]]))
         outputs = self.passes.merger.evaluate(stage.recorded, asks)
         found: dict[int, list[Tensor]] = {}
@@ -490,14 +489,17 @@ class _Solving:
             for k in range(int(slots.max()) + 1):
                 row = torch.empty_like(total)
                 chosen = np.flatnonzero(slots == k)
-                row[torch.from_numpy(items[chosen])] = answers[torch.from_numpy(chosen)]
+                row[upload(items[chosen], row.device)] = answers[upload(chosen, answers.device)]
                 found.setdefault(q, []).append(row)
         for q in np.unique(level):
             items = np.flatnonzero(level == q)
-            index = torch.from_numpy(items).to(total.device)
+            index = upload(items, total.device)
             total[index] = structure.combine(int(q), [row[index] for row in found[int(q)]])
-            given = states[index].to(structure.network).to(structure.dtype)
-            stage.place(int(q), group[items], given, torch.isfinite(total[index]).all(1).cpu().numpy())
+        given = states.to(structure.network).to(structure.dtype)
+        finite = torch.isfinite(total).all(1).cpu().numpy()
+        for q in np.unique(level):
+            items = np.flatnonzero(level == q)
+            stage.place(int(q), group[items], given[upload(items, given.device)], finite[items])
         return total.view(rows.u.shape)
 
     def certified(self, stage: Stage) -> bool:

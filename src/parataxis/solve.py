@@ -21,10 +21,10 @@ request                meaning                                                  
 
 A solver returns the slot of the sample. Only a Query is a round and costs evaluations of the network.
 
-Numbers that come back are read from the device, and every read waits for it. So a solver yields what it can ask at
-once as a list: its requests are answered in their order, on the device, and then with one read for all of them. A
-Query may only be the first of a list. Where outputs are not finite what stands behind it is answered a second time,
-once they are replaced: it must not write what it reads, nor draw or settle.
+Numbers that come back are read from the device, which has to be waited for. So a solver yields what it can ask at once
+as a list: the requests are carried out in their order, and then all their numbers are read together. A Query may only
+be the first of a list. If outputs are not finite, what stands behind it is done again once they are replaced; so it
+must not write over what it reads, nor draw or settle.
 """
 
 from __future__ import annotations
@@ -337,6 +337,12 @@ class _Batch:
 
     def put(self, slots: Slots, rows: Tensor) -> None:
         self.rows.index_copy_(0, self.index(slots), rows)
+
+    def taken(self, asks: Sequence[Response]) -> Steps | None:
+        """Return the steps that were taken for these Responses, if they were for these and no others."""
+        steps, grams, self.steps, self.grams = self.steps, self.grams, None, []
+        same = len(grams) == len(asks) and all(ask.gram is gram for ask, gram in zip(asks, grams, strict=True))
+        return steps if same else None
 
     def stream(self, sample: int) -> np.random.Generator:
         if sample not in self.streams:
@@ -658,12 +664,9 @@ def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
 
 def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any] | Read:
     parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
-    steps, grams = batch.steps, batch.grams
-    batch.steps, batch.grams = None, []
     if asks[0].slopes is not None:
-        # Steps that were taken for the same runs are not taken again.
-        same = len(grams) == len(asks) and all(ask.gram is gram for ask, gram in zip(asks, grams, strict=True))
-        return batch.table.respond(batch.rows, parts, steps if same else None)
+        return batch.table.respond(batch.rows, parts, batch.taken(asks))
+    batch.steps = None
     steps = batch.table.steps(batch.rows, parts)
     if steps is None:
         return [None] * len(runs)

@@ -437,10 +437,11 @@ class Table:
         local = self.local
         steps = self.steps(rows, parts) if steps is None else steps
         assert steps is not None
+        measured = steps.measured() if parts[0].response.measure and parts[0].response.gram is None else None
         spans, step, residual = steps
+        del steps
         batch, count, wanted = len(parts), max(spans), max(len(part.response.into) for part in parts)
         asks = [part.response for part in parts]
-        measured = steps.measured() if asks[0].measure and asks[0].gram is None else None
 
         slope, carry = np.zeros((batch, count)), np.zeros((batch, wanted, count))
         into = np.full((batch, wanted), len(rows) - 1)
@@ -456,7 +457,7 @@ class Table:
             index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
             step = _gather(step.view(batch * count, -1), index)
         step.baddbmm_(upload(carry, rows), residual[:, :count])
-        del residual, steps
+        del residual
         rows.index_copy_(0, upload(into.reshape(-1), rows.device), step.view(batch * wanted, -1))
         del step
         ending = [b for b, ask in enumerate(asks) if ask.finals is not None]
@@ -473,13 +474,11 @@ class Table:
 
 def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tensor:
     """Return numbers of the CPU on the device of ``like``, in its dtype if it is a tensor, without waiting for it."""
-    tensor = torch.as_tensor(values)
-    device = like
-    if isinstance(like, Tensor):
-        tensor, device = tensor.to(like.dtype), like.device
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else (like, tensor.dtype)
     if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        return tensor.to(dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
 
 
 def _gather(source: Tensor, index: Slots) -> Tensor:
@@ -509,6 +508,7 @@ def _norms(carry: Array, gram: Array | None) -> Array:
     """
     assert gram is not None
     count = len(carry)
-    change = np.pad(carry, ((0, 0), (0, 1))) + np.eye(count, count + 1, 1)
+    change = np.eye(count, count + 1, 1)
+    change[:, :count] += carry
     squares = ((change @ gram) * change).sum(1), np.diagonal(gram)[1:]
     return np.maximum(np.stack(squares, -1), 0)
