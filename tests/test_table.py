@@ -120,7 +120,8 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
         assert np.allclose(norms[:, 0], (rows[into] - old).square().sum(1).numpy())
 
 
-def test_responses_of_different_lengths_are_answered_together_as_alone():
+def responses():
+    """Return a table, a memory and Responses of different lengths."""
     sampler = problems.sampler("ddpm", 20)
     table = sampler.table(problems.noise(3), problems.generators(3))
     generator = torch.Generator().manual_seed(0)
@@ -132,12 +133,34 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
         into = 40 + np.arange(stop - first)
         none = np.zeros(0, np.int64)
         parts.append(Part(b, 60 * b, Response(first, states, outputs, slopes, first + 1, into, none)))
+    return table, memory, parts
+
+
+def test_responses_of_different_lengths_are_answered_together_as_alone():
+    table, memory, parts = responses()
     together, alone = memory.clone(), memory.clone()
     answers = answered(table.respond(together, parts))
     for part, answer in zip(parts, answers, strict=True):
         [single] = answered(table.respond(alone, [part]))
         assert np.allclose(single, answer, rtol=1e-12)
     assert torch.allclose(together[:-1], alone[:-1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_response_may_be_measured_before_its_slopes_are_known(kept):
+    table, memory, parts = responses()
+    whole, halved = memory.clone(), memory.clone()
+    expected = answered(table.respond(whole, parts))
+    steps = table.steps(halved, [part._replace(response=part.response._replace(slopes=None)) for part in parts])
+    assert torch.equal(halved, memory)
+    grams = answered(steps.measured())
+    assert [gram.shape for gram in grams] == [(9, 9), (16, 16), (2, 2)]
+    known = [part._replace(response=part.response._replace(gram=gram)) for part, gram in zip(parts, grams, strict=True)]
+    norms = table.respond(halved, known, steps if kept else None)
+    assert isinstance(norms, list)  # nothing is left to be read
+    for one, other in zip(norms, expected, strict=True):
+        assert np.allclose(one, other, rtol=1e-12)
+    assert torch.equal(halved[:-1], whole[:-1])
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])
