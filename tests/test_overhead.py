@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 import parataxis as px
 import problems
 from meter import measure
+from parataxis import solve
+from parataxis.execution import Network
 
 SOLVERS = [solver for solver in problems.variants() if getattr(solver, "window", None) == 8]
 EXACT_IN_LAW = [px.Speculative(window=8), px.Speculative(window=8, verification="block")]
@@ -46,3 +51,78 @@ def test_memory_of_solvers_exact_in_law_is_bounded_in_windows(solver):
     figures = measure(px.SAMPLERS["ddpm"](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
     # Drawing new noise for blocks takes a copy of the noise of all steps, so that the caller's table stays as it is.
     assert figures["windows"] <= 8.5 + (100 / width if solver.verification == "block" else 0)
+
+
+class Reads(TorchFunctionMode):
+    """Count what makes the host wait for the device, where there is one; index tensors (int64) are on the CPU."""
+
+    NAMES = ("cpu", "item", "tolist", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES and args[0].dtype != torch.int64:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+READING = [dataclasses.replace(solver, window=6) for solver in SOLVERS] + [px.Nested(px.Secant(window=6), (3, 2))]
+READS = [(solver, name, 1) for solver in [*READING, px.Sequential()] for name in ("ddim", "ddpm", "dpmpp_2m")]
+READS += [(px.Speculative(window=6, verification=rule), "ddpm", 1) for rule in ("reflection", "residual")]
+# New noise has to be measured after it has been drawn; boundaries are compared after their blocks have moved.
+READS += [
+    (px.Speculative(window=6, verification="block"), "ddpm", 2),
+    (px.Parareal(blocks=5), "ddim", 2),
+    (px.Parareal(blocks=5, rule="srds"), "ddim", 2),
+]
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize(("solver", "name", "reads"), READS, ids=str)
+def test_the_host_waits_for_the_device_once_a_round(solver, name, reads, count):
+    sampler, rounds = px.SAMPLERS[name](steps=30), []
+    network, times = problems.network("power law", name), sampler.network_times(torch.float64)
+    table = sampler.table(problems.noise(count), problems.generators(count))
+    runs = px.start(sampler, table, solver, tolerance=1e-3, generator=problems.generators(count))
+    with Reads() as meter:
+
+        def evaluate(rows):
+            rounds.append(meter.count)
+            outputs = network(rows.u, times[rows.point])
+            meter.count = rounds[-1]  # its own reads are its own affair
+            return outputs
+
+        for _ in px.together(runs, evaluate):
+            pass
+    assert all(run.done for run in runs)
+    assert rounds[0] == 0
+    assert max(later - first for first, later in itertools.pairwise([*rounds, meter.count])) == reads
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize(("solver", "name", "reads"), READS, ids=str)
+def test_on_cuda_nothing_but_that_read_waits(monkeypatch, solver, name, reads, count):
+    # The network of the tests works on the CPU; this one is as smooth.
+    sampler, generators = px.SAMPLERS[name](steps=30), problems.generators(count)
+    network = Network(lambda x, t: torch.tanh(x * (0.5 + t[:, None] / 2000)), sampler.network_times())
+    noise = problems.noise(count, torch.float32)
+    runs = px.start(sampler, sampler.table(noise.cuda(), generators), solver, tolerance=1e-3, generator=generators)
+    read, waits = solve._read, []
+
+    def waiting(tensors):
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(read(tensors))
+        torch.cuda.set_sync_debug_mode("error")
+        return waits[-1]
+
+    monkeypatch.setattr(solve, "_read", waiting)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        rounds = sum(1 for _ in px.together(runs, network))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(run.done for run in runs)
+    assert rounds <= len(waits) <= reads * rounds

@@ -8,7 +8,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.table import LocalForm, Part, Response, Table
+from parataxis.table import LocalForm, Part, Read, Response, Table
 
 NAMES = list(px.SAMPLERS)
 
@@ -76,6 +76,11 @@ def test_gain_is_the_effect_of_each_output_on_the_sample(name):
         assert torch.allclose(moved[-1] - new[-1], torch.full_like(new[-1], gain[point]), rtol=1e-8, atol=1e-10)
 
 
+def answered(response):
+    """Return the answers of a table, read from the device where they are still there."""
+    return response.answers(response.numbers.numpy()) if isinstance(response, Read) else response
+
+
 @pytest.mark.parametrize(("first", "stop", "last"), [(0, 11, 11), (3, 8, 8), (3, 6, 9), (2, 3, 11), (4, 5, 5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop, last):
@@ -106,7 +111,7 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
         finals=finals if lags else None,
         measure=measure,
     )
-    [norms] = table.respond(rows, [Part(0, 0, response)])
+    [norms] = answered(table.respond(rows, [Part(0, 0, response)]))
     assert torch.allclose(rows[into], expected[first + 1 : last + 1], rtol=1e-9, atol=1e-10)
     if lags:
         assert torch.allclose(rows[finals], models[first:stop], rtol=1e-9, atol=1e-10)
@@ -115,7 +120,8 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
         assert np.allclose(norms[:, 0], (rows[into] - old).square().sum(1).numpy())
 
 
-def test_responses_of_different_lengths_are_answered_together_as_alone():
+def responses():
+    """Return a table, a memory and Responses of different lengths."""
     sampler = problems.sampler("ddpm", 20)
     table = sampler.table(problems.noise(3), problems.generators(3))
     generator = torch.Generator().manual_seed(0)
@@ -127,12 +133,34 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
         into = 40 + np.arange(stop - first)
         none = np.zeros(0, np.int64)
         parts.append(Part(b, 60 * b, Response(first, states, outputs, slopes, first + 1, into, none)))
+    return table, memory, parts
+
+
+def test_responses_of_different_lengths_are_answered_together_as_alone():
+    table, memory, parts = responses()
     together, alone = memory.clone(), memory.clone()
-    answers = table.respond(together, parts)
+    answers = answered(table.respond(together, parts))
     for part, answer in zip(parts, answers, strict=True):
-        [single] = table.respond(alone, [part])
+        [single] = answered(table.respond(alone, [part]))
         assert np.allclose(single, answer, rtol=1e-12)
     assert torch.allclose(together[:-1], alone[:-1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_response_may_be_measured_before_its_slopes_are_known(kept):
+    table, memory, parts = responses()
+    whole, halved = memory.clone(), memory.clone()
+    expected = answered(table.respond(whole, parts))
+    steps = table.steps(halved, [part._replace(response=part.response._replace(slopes=None)) for part in parts])
+    assert torch.equal(halved, memory)
+    grams = answered(steps.measured())
+    assert [gram.shape for gram in grams] == [(9, 9), (16, 16), (2, 2)]
+    known = [part._replace(response=part.response._replace(gram=gram)) for part, gram in zip(parts, grams, strict=True)]
+    norms = table.respond(halved, known, steps if kept else None)
+    assert isinstance(norms, list)  # nothing is left to be read
+    for one, other in zip(norms, expected, strict=True):
+        assert np.allclose(one, other, rtol=1e-12)
+    assert torch.equal(halved[:-1], whole[:-1])
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .samplers import Sampler
 from .solve import Rows
+from .table import upload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -56,7 +57,7 @@ class Network:
 
     def __call__(self, rows: Rows) -> Tensor:
         """Evaluate the rows in one call."""
-        t = self.times[rows.point].to(rows.u.device)
+        t = upload(self.times[rows.point], rows.u.device)
         if self.condition is None:
             return self.denoise(rows.u, t)
         return self.denoise(rows.u, t, pick(self.condition, rows.sample))
@@ -65,7 +66,7 @@ class Network:
 def pick(condition: Any, index: Tensor) -> Any:
     """Return what the network is told of some samples."""
     if isinstance(condition, Tensor):
-        return condition[index.to(condition.device)]
+        return condition[upload(index, condition.device)]
     if isinstance(condition, dict):
         return {name: pick(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):

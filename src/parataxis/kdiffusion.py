@@ -34,7 +34,7 @@ from .recording import Refused
 from .samplers import Sampler
 from .solve import Rows, Solver, start, together
 from .solvers import Secant
-from .table import LocalForm, Table
+from .table import LocalForm, Table, upload
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
 
@@ -259,9 +259,9 @@ class _Told:
 
     def evaluate(self, rows: Rows) -> Tensor:
         """Call the model, and keep what the callback will be told."""
-        sample = rows.sample.to(rows.u.device)
+        sample = upload(rows.sample, rows.u.device)
         extra = {name: _follow(value, sample, len(self.x)) for name, value in self.extra_args.items()}
-        denoised = self.model(rows.u, self.levels[rows.point.to(self.levels.device)], **extra)
+        denoised = self.model(rows.u, self.levels[upload(rows.point, self.levels.device)], **extra)
         if self.callback is not None and isinstance(denoised, Tensor) and denoised.shape == rows.u.shape:
             for row, key in enumerate(zip(rows.sample.tolist(), rows.point.tolist(), strict=True)):
                 self.seen[key] = rows.u[row], denoised[row]
@@ -283,7 +283,7 @@ class _Told:
 def _follow(value: Any, sample: Tensor, batch: int) -> Any:
     """Return the rows of each sample, of everything that has one row a sample."""
     if isinstance(value, Tensor):
-        return value[sample.to(value.device)] if value.ndim and len(value) == batch else value
+        return value[upload(sample, value.device)] if value.ndim and len(value) == batch else value
     if isinstance(value, dict):
         return {name: _follow(one, sample, batch) for name, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -36,7 +36,7 @@ from .passes import Loop, Passes, reachable, replaced
 from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
 from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
-from .table import LocalForm, Part, Table
+from .table import LocalForm, Part, Read, Steps, Table, upload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -487,8 +487,7 @@ class _Solving:
             for call in structure.levels[q]:
                 owner = structure.sites[call].owner
                 wanted = np.flatnonzero(item[owner] >= 0)
-                index = torch.from_numpy(item[owner[wanted]])
-                asks.append(Ask(call, wanted, states[index.to(states.device)]))
+                asks.append(Ask(call, wanted, states[upload(item[owner[wanted]], states.device)]))
                 places.append((int(q), item[owner[wanted]]))
         outputs = self.passes.merger.evaluate(stage.recorded, asks)
         found: dict[int, list[Tensor]] = {}
@@ -501,14 +500,17 @@ class _Solving:
             for k in range(int(slots.max()) + 1):
                 row = torch.empty_like(total)
                 chosen = np.flatnonzero(slots == k)
-                row[torch.from_numpy(items[chosen])] = answers[torch.from_numpy(chosen)]
+                row[upload(items[chosen], row.device)] = answers[upload(chosen, answers.device)]
                 found.setdefault(q, []).append(row)
         for q in np.unique(level):
             items = np.flatnonzero(level == q)
-            index = torch.from_numpy(items).to(total.device)
+            index = upload(items, total.device)
             total[index] = structure.combine(int(q), [row[index] for row in found[int(q)]])
-            given = states[index].to(structure.network).to(structure.dtype)
-            stage.place(int(q), group[items], given, torch.isfinite(total[index]).all(1).cpu().numpy())
+        given = states.to(structure.network).to(structure.dtype)
+        finite = torch.isfinite(total).all(1).cpu().numpy()
+        for q in np.unique(level):
+            items = np.flatnonzero(level == q)
+            stage.place(int(q), group[items], given[upload(items, given.device)], finite[items])
         return total.view(rows.u.shape)
 
     def certified(self, stage: Stage) -> bool:
@@ -558,11 +560,11 @@ class _Solved(Table):
         noise = torch.stack([stage.runs(added) for added in stage.added], 1)
         return cls(local, stage.runs(stage.start), noise, stage)
 
-    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
+    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None] | Read:
         """Answer from the equation."""
         assert self.stage is not None
         self.stage.note(parts)
-        return super().respond(rows, parts)
+        return super().respond(rows, parts, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -580,7 +582,10 @@ class _Replayed(Table):
         assert stage.start is not None
         return cls(local, stage.runs(stage.start), None, stage, passes)
 
-    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
+    def steps(self, rows: Tensor, parts: Sequence[Part]) -> None:
+        """Return None: nothing of a pass is known before the slopes are."""
+
+    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None]:
         """Answer by one pass of the loop for all runs, which goes on as far as windows may reach next."""
         stage, passes = self.stage, self.passes
         assert stage is not None
@@ -602,12 +607,13 @@ class _Replayed(Table):
             new = torch.stack([stage.state(level, sample) for level in levels]).to(rows)
             norms = None
             if ask.measure:
-                change = new - rows[torch.from_numpy(offset + ask.states[1:]).to(rows.device)]
+                assert ask.slopes is not None
+                change = new - rows[upload(offset + ask.states[1:], rows.device)]
                 # What the steps' own growth does not carry on stands for the residual.
-                growth = torch.from_numpy(self.local.growth(ask.slopes[: len(change)], ask.start)).to(change)
+                growth = upload(self.local.growth(ask.slopes[: len(change)], ask.start), change)
                 rest = change.clone()
                 rest[1:] -= growth[1:, None] * change[:-1]
                 norms = torch.stack([change.square().sum(1), rest.square().sum(1)], 1).double().cpu().numpy()
-            rows[torch.from_numpy(offset + ask.into).to(rows.device)] = new
+            rows[upload(offset + ask.into, rows.device)] = new
             answers.append(norms)
         return answers

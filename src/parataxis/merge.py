@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .table import upload
+
 if TYPE_CHECKING:
     from .distributed import Ranks
 
@@ -561,7 +563,7 @@ def _feeders(call: Call) -> dict[int, list[tuple[int, int]]]:
 
 
 def _index(rows: Rows, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(rows, np.int64)).to(like.device)
+    return upload(np.asarray(rows, np.int64), like.device)
 
 
 def _take(leaf: Any, rows: Rows, total: int) -> Any:
@@ -579,8 +581,7 @@ def _numbers(
     if isinstance(values[0], Tensor):
         column = torch.stack([value.reshape(()) for value in values])
     else:
-        column = torch.tensor(values, device=like.device)
-        if column.is_floating_point():
-            column = column.to(like.dtype)
-    column = column.repeat_interleave(torch.tensor(counts, device=column.device))[_index(order, column)]
+        column = torch.tensor(values)
+        column = upload(column.to(like.dtype) if column.is_floating_point() else column, like.device)
+    column = column[_index(np.repeat(np.arange(len(counts)), counts)[order], column)]
     return column.view(-1, *(1,) * len(site.pieces[0].box)) if layout.column else column

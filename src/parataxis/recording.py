@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from .merge import Call, Calls, Output, Piece, Site, equal
-from .table import LocalForm, Part
+from .table import LocalForm, Part, upload
 
 __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analyse", "drawn", "fit"]
 
@@ -281,7 +281,7 @@ class Stage:
         """Keep what a call was answered, (G, dim) for every place of a group."""
         structure, site = self.structure, self.structure.sites[call]
         rows = site.answers(leaves, structure.dtype)
-        places = [torch.from_numpy(np.flatnonzero(site.owner == g)).to(rows.device) for g in range(structure.groups)]
+        places = [upload(np.flatnonzero(site.owner == g), rows.device) for g in range(structure.groups)]
         self.answered += [torch.stack([rows[place[k]] for place in places]) for k in range(len(places[0]))]
 
     def _affine(self, call: int, level: int, states: Tensor) -> list[Any]:
@@ -296,15 +296,15 @@ class Stage:
         for source in {own for own in sources.values() if own is not None}:
             near, q = source
             rows = np.flatnonzero([sources[int(g)] == source for g in site.owner])
-            index = torch.from_numpy(rows).to(states.device)
+            index = upload(rows, states.device)
             for leaf, known in zip(leaves, self.raw[near] or [], strict=True):
                 if isinstance(leaf, Tensor) and site.view(leaf).shape[0] == site.rows:
                     site.view(leaf)[index] = site.view(known)[index]
-            owner = torch.from_numpy(site.owner[rows]).to(states.device)
+            owner = upload(site.owner[rows], states.device)
             anchor = self.anchors[q]
             assert anchor is not None
             slopes = self.slopes[q] if q == level else np.where(np.isnan(self.beyond), self.slopes[q], self.beyond)
-            factor = torch.from_numpy(slopes[site.owner[rows]]).to(states).unsqueeze(1)
+            factor = upload(slopes[site.owner[rows]], states).unsqueeze(1)
             change[index] = factor * (states[index] - anchor[owner])
         site.add(leaves, change)
         if self.nudge:
@@ -345,10 +345,9 @@ class Stage:
             like = self.structure.outputs[call].leaves
             kept = [leaf.contiguous().clone() if isinstance(leaf, Tensor) else leaf for leaf in like]
             self.raw[call] = kept
-        index = torch.from_numpy(rows)
         for mine, leaf in zip(kept, output, strict=True):
             if isinstance(mine, Tensor) and site.view(mine).shape[0] == site.rows:
-                site.view(mine)[index.to(mine.device)] = site.view(leaf).to(mine)
+                site.view(mine)[upload(rows, mine.device)] = site.view(leaf).to(mine)
 
     def runs(self, states: Tensor) -> Tensor:
         """Return states (G, dim) as the solver sees them: a row a run."""
@@ -359,7 +358,7 @@ class Stage:
         anchor = self.anchors[level]
         if anchor is None:
             anchor = self.anchors[level] = states.new_zeros(self.structure.groups, self.structure.dim)
-        anchor[torch.from_numpy(groups).to(anchor.device)] = states
+        anchor[upload(groups, anchor.device)] = states
         self.known[level, groups] = finite
 
     def state(self, level: int, run: int) -> Tensor:
@@ -375,6 +374,7 @@ class Stage:
         changed = False
         for sample, _, ask in parts:
             groups = slice(None) if self.structure.joint else slice(sample, sample + 1)
+            assert ask.slopes is not None
             count = len(ask.outputs)
             inside, behind = ask.slopes[:count], ask.slopes[min(count, len(ask.slopes) - 1)]
             before = self.slopes[ask.start : ask.start + len(inside), groups]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from .execution import Executor, check, ranks_of
 from .samplers import Sampler
 from .solve import Pool, Rows, Run, Solution, Solver, start
-from .table import Table
+from .table import Table, upload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,7 +120,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         return self._evaluate(rows)
 
     def _call(self, rows: Rows) -> Tensor:
-        t = self._sampler.network_times(rows.u.dtype)[rows.point].to(rows.u.device)
+        t = upload(self._sampler.network_times(rows.u.dtype)[rows.point], rows.u.device)
         told = [self._told[place] for place in rows.sample.tolist()]
         if told[0] is None:
             return self._denoise(rows.u, t)

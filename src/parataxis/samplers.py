@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .schedules import Grid, Schedule, Spacing, Variance, flow, karras_sigmas, vp
-from .table import LocalForm, Table
+from .table import LocalForm, Table, upload
 
 __all__ = [
     "SAMPLERS",
@@ -69,7 +69,7 @@ class OutputTransform:
     def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
         chosen = np.stack([self.data_input, self.data_output, self.gain])[:, point.numpy()]
-        p, q, gain = torch.from_numpy(chosen).to(f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
+        p, q, gain = upload(chosen, f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
         data = (q * f).addcmul_(p, u)
         if self.quantile is not None:
             limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(1.0, self.largest)

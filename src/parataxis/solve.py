@@ -20,6 +20,11 @@ request                meaning                                                  
 =====================  ==========================================================  =======================
 
 A solver returns the slot of the sample. Only a Query is a round and costs evaluations of the network.
+
+Numbers that come back are read from the device, which has to be waited for. So a solver yields what it can ask at once
+as a list: the requests are carried out in their order, and then all their numbers are read together. A Query may only
+be the first of a list. If outputs are not finite, what stands behind it is done again once they are replaced; so it
+must not write over what it reads, nor draw or settle.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .samplers import Sampler
-from .table import LocalForm, Part, Response, Slots, Table
+from .table import LocalForm, Part, Read, Response, Slots, Steps, Table, upload
 
 __all__ = [
     "Combine",
@@ -166,7 +171,7 @@ class Settle(NamedTuple):
 
 
 Request = Memory | Load | Combine | Inner | Distance | Draw | Query | Response | Settle
-Asking = Generator[Request, Any, int]
+Asking = Generator[Request | list[Request], Any, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +233,7 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> Rows:
         """Return some of the rows; ``index`` is on the CPU."""
-        return Rows(self.u[index.to(self.u.device)], self.point[index], self.sample[index])
+        return Rows(self.u[upload(index, self.u.device)], self.point[index], self.sample[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,6 +297,8 @@ class _Batch:
         self.guess = None if guess is None else guess.reshape(-1, self.start.shape[1])
         self.stride = 0
         self.rows = self.start[:0]
+        self.steps: Steps | None = None  # of Responses without slopes
+        self.grams: list[Array] = []  # and what these were answered with
 
     def allocate(self, rows: int) -> None:
         if rows != self.stride:
@@ -325,13 +332,19 @@ class _Batch:
         self.generator = {**self.generator, place: generator}
 
     def index(self, slots: Slots) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(slots, np.int64)).to(self.rows.device)
+        return upload(np.ascontiguousarray(slots, np.int64), self.rows.device)
 
     def gather(self, slots: Slots) -> Tensor:
         return self.rows.index_select(0, self.index(slots))
 
     def put(self, slots: Slots, rows: Tensor) -> None:
         self.rows.index_copy_(0, self.index(slots), rows)
+
+    def taken(self, asks: Sequence[Response]) -> Steps | None:
+        """Return the steps that were taken for these Responses, if they were for these and no others."""
+        steps, grams, self.steps, self.grams = self.steps, self.grams, None, []
+        same = len(grams) == len(asks) and all(ask.gram is gram for ask, gram in zip(asks, grams, strict=True))
+        return steps if same else None
 
     def stream(self, sample: int) -> np.random.Generator:
         if sample not in self.streams:
@@ -349,7 +362,7 @@ class _Batch:
         if noise is self.noise:
             noise = noise.clone()
             self.table = replace(self.table, noise=noise)
-        noise.view(-1, rows.shape[1]).index_copy_(0, self.index(steps), torch.from_numpy(rows).to(noise))
+        noise.view(-1, rows.shape[1]).index_copy_(0, self.index(steps), upload(rows, noise))
 
 
 def _seeds(generator: torch.Generator | None, count: int) -> list[int]:
@@ -391,7 +404,7 @@ class Run:
         self._settle: Settle | None = None
         self._finite: list[NDArray[np.bool_]] = []  # which outputs of the pending query are, as far as it is answered
         self._asking = solver(problem)
-        self._pending: Request | None = next(self._asking)
+        self._pending = next(self._asking)
 
     @property
     def done(self) -> bool:
@@ -406,7 +419,8 @@ class Run:
 
     def answer(self, outputs: Tensor) -> None:
         """Tell the network's outputs for ``query``, (R, *shape)."""
-        _answer(_shares([self]), outputs)
+        shares = _shares([self])
+        _answer(shares, _keep(shares, outputs))
         _advance([self])
 
     def end(self, reason: str) -> None:
@@ -462,11 +476,20 @@ class Run:
     def _offset(self) -> int:
         return self.index * self._batch.stride
 
-    def _send(self, answer: Any) -> None:
+    @property
+    def _query(self) -> Query | None:
+        first = next(iter(self._asked), None)
+        return first if isinstance(first, Query) else None
+
+    @property
+    def _asked(self) -> list[Request]:
+        return self._pending if isinstance(self._pending, list) else [self._pending]
+
+    def _send(self, answers: list[Any]) -> None:
         try:
-            self._pending = self._asking.send(answer)
+            self._pending = self._asking.send(answers if isinstance(self._pending, list) else answers[0])
         except StopIteration as end:
-            self._slot, self._pending = end.value, None
+            self._slot, self._pending = end.value, []
             self._reason = "converged"
 
     def _settled(self, request: Settle) -> None:
@@ -562,6 +585,13 @@ def _offsets(runs: Sequence[Run], slots: Sequence[Slots]) -> Slots:
     return np.concatenate([run._offset + some for run, some in zip(runs, slots, strict=True)])
 
 
+def _read(tensors: Sequence[Tensor]) -> list[Array]:
+    """Return numbers of the device as float64 on the CPU: the one place where a solve waits for the device."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu().double().numpy()
+    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def _memory(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
     for ask in asks:
         batch.allocate(ask.rows)
@@ -584,7 +614,7 @@ def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[An
     terms = [_offsets(runs, [ask.rows[term] for ask in asks]) for term in range(numbers.shape[1])]
     total = batch.gather(terms[-1])
     if len(terms) > 1 or (numbers != 1).any():
-        factors = torch.from_numpy(numbers[..., None]).to(batch.rows).unbind(1)
+        factors = upload(numbers[..., None], batch.rows).unbind(1)
         total *= factors[-1]
         for slots, factor in zip(terms[-2::-1], factors[-2::-1], strict=True):
             total.addcmul_(batch.gather(slots), factor)
@@ -601,7 +631,7 @@ def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[An
     return [None] * len(runs)
 
 
-def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any] | Read:
     count = len(asks[0].rows)
 
     def slots(vector: int, *, less: bool = False) -> Slots:
@@ -619,15 +649,15 @@ def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]
             vectors -= batch.gather(less[part].reshape(-1))
         vectors = vectors.view(len(part), count, -1)
         grams.append(torch.bmm(vectors, vectors.mT))
-    gram = torch.cat(grams).cpu().numpy().astype(np.float64)
-    return np.split(gram, np.cumsum([len(ask.rows[0]) for ask in asks])[:-1])
+    stops = np.cumsum([len(ask.rows[0]) for ask in asks])[:-1]
+    return Read(torch.cat(grams), lambda found: np.split(found, stops))
 
 
-def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Read:
     away = batch.gather(_offsets(runs, [ask.left for ask in asks]))
     away -= batch.gather(_offsets(runs, [ask.right for ask in asks]))
-    means = away.abs_().mean(1).cpu().numpy().astype(np.float64)
-    return np.split(means, np.cumsum([len(ask.left) for ask in asks])[:-1])
+    stops = np.cumsum([len(ask.left) for ask in asks])[:-1]
+    return Read(away.abs_().mean(1), lambda found: np.split(found, stops))
 
 
 def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -642,9 +672,21 @@ def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
     return [1 - batch.stream(run.index).random(ask.uniforms) for run, ask in zip(runs, asks, strict=True)]
 
 
-def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any] | Read:
     parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
-    return list(batch.table.respond(batch.rows, parts))
+    if asks[0].slopes is not None:
+        return batch.table.respond(batch.rows, parts, batch.taken(asks))
+    batch.steps = None
+    steps = batch.table.steps(batch.rows, parts)
+    if steps is None:
+        return [None] * len(runs)
+    batch.steps, measured = steps, steps.measured()
+
+    def answers(found: Array) -> list[Any]:
+        batch.grams = measured.answers(found)
+        return batch.grams
+
+    return Read(measured.numbers, answers)
 
 
 def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -653,7 +695,7 @@ def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any
     return [None] * len(runs)
 
 
-_ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]] = {
+_ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any] | Read]] = {
     Memory: _memory,
     Load: _load,
     Combine: _combine,
@@ -668,7 +710,7 @@ _ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any]]
 def _kind(request: Any) -> tuple[Any, ...]:
     """Return what requests must have in common to be answered at once."""
     if isinstance(request, Response):
-        return (Response, request.measure)
+        return (Response, request.measure, request.slopes is None, request.gram is None)
     if isinstance(request, Inner):
         return (Inner, len(request.rows), request.less is None)
     if isinstance(request, Combine):
@@ -676,19 +718,35 @@ def _kind(request: Any) -> tuple[Any, ...]:
     return (type(request),)
 
 
+def _answers(runs: Sequence[Run], *others: Tensor) -> tuple[list[list[Any]], list[Array]]:
+    """Answer what runs have asked, but for queries, and read ``others``: all with one read.
+
+    Runs that ask the same are answered together.
+    """
+    asked = [run._asked[run._query is not None :] for run in runs]  # what stands behind a query
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, asks in enumerate(asked):
+        groups.setdefault(tuple(map(_kind, asks)), []).append(place)
+    found: list[tuple[list[int], list[Any] | Read]] = []
+    for places in groups.values():
+        group = [runs[place] for place in places]
+        for same in zip(*(asked[place] for place in places), strict=True):
+            found.append((places, _ANSWERS[type(same[0])](group[0]._batch, group, same)))
+    late = [one.numbers for _, one in found if isinstance(one, Read)]
+    numbers = _read([*others, *late]) if others or late else []
+    unread = iter(numbers[len(others) :])
+    answers: list[list[Any]] = [[] for _ in runs]
+    for places, one in found:
+        for place, answer in zip(places, one.answers(next(unread)) if isinstance(one, Read) else one, strict=True):
+            answers[place].append(answer)
+    return answers, numbers[: len(others)]
+
+
 def _advance(runs: Sequence[Run]) -> None:
     """Answer everything but queries, for all runs at once, until each run asks the network or has ended."""
-    while True:
-        groups: dict[tuple[Any, ...], list[Run]] = {}
-        for run in runs:
-            if not run.done and not isinstance(run._pending, Query):
-                groups.setdefault((id(run._batch), *_kind(run._pending)), []).append(run)
-        if not groups:
-            return
-        for group in groups.values():
-            asks = [run._pending for run in group]
-            for run, answer in zip(group, _ANSWERS[type(asks[0])](group[0]._batch, group, asks), strict=True):
-                run._send(answer)
+    while asking := [run for run in runs if not run.done and run._query is None]:
+        for run, answers in zip(asking, _answers(asking)[0], strict=True):
+            run._send(answers)
 
 
 class _Share(NamedTuple):
@@ -716,10 +774,10 @@ def _shares(runs: Sequence[Run], rows: int | None = None) -> list[_Share]:
     found: list[_Share] = []
     left = float("inf") if rows is None else rows
     for run in runs:
-        if isinstance(run._pending, Query) and left > 0:
+        if (query := run._query) is not None and left > 0:
             first = sum(map(len, run._finite))
-            stop = int(min(len(run._pending.point), first + left))
-            found.append(_Share(run, run._pending, slice(first, stop)))
+            stop = int(min(len(query.point), first + left))
+            found.append(_Share(run, query, slice(first, stop)))
             left -= stop - first
     return found
 
@@ -747,8 +805,8 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return outputs
 
 
-def _answer(shares: Sequence[_Share], outputs: Tensor) -> None:
-    """Check the network's outputs, apply the sampler's output transform, keep them, and tell each run its last one."""
+def _keep(shares: Sequence[_Share], outputs: Tensor) -> Tensor:
+    """Check the network's outputs, apply the sampler's output transform and keep them; return which are finite."""
     batch, runs = shares[0].run._batch, [share.run for share in shares]
     point = np.concatenate([share.point for share in shares])
     expected = (len(point), *batch.shape)
@@ -758,20 +816,32 @@ def _answer(shares: Sequence[_Share], outputs: Tensor) -> None:
         outputs = batch.sampler.output(torch.from_numpy(point), u, outputs)
     rows = outputs.reshape(len(point), -1)
     batch.put(_offsets(runs, [share.outputs for share in shares]), rows)
-    finite = torch.isfinite(rows.sum(1)).cpu().numpy()
-    for run, ask, own in shares:
-        run._finite.append(finite[: own.stop - own.start])
-        finite = finite[own.stop - own.start :]
-        if own.stop < len(ask.point):
-            continue
-        every, run._finite = np.concatenate(run._finite), []
+    return torch.isfinite(rows.sum(1))
+
+
+def _answer(shares: Sequence[_Share], finite: Tensor) -> None:
+    """Tell each run whose last output is there what it asked."""
+    through = [share for share in shares if share.own.stop == len(share.query.point)]
+    answers, [flags] = _answers([share.run for share in through], finite)
+    for run, _, own in shares:
+        run._finite.append(flags[: own.stop - own.start] == 1)
+        flags = flags[own.stop - own.start :]
+    broken = []
+    for run, ask, _ in through:
         run.rounds += 1
         run.evaluations += len(ask.point)
         run.peak_width = max(run.peak_width, len(ask.point))
         run.history.append(Round(run.front, len(ask.point), run.error))
-        if not every.all():
-            _replace(run, ask, every)
-        run._send(every)
+        run._finite = [np.concatenate(run._finite)]
+        if not run._finite[0].all():
+            _replace(run, ask, run._finite[0])
+            broken.append(run)
+    if broken:
+        again = dict(zip(broken, _answers(broken)[0], strict=True))
+        answers = [again.get(share.run, own) for share, own in zip(through, answers, strict=True)]
+    for (run, _, _), rest in zip(through, answers, strict=True):
+        [every], run._finite = run._finite, []
+        run._send([every, *rest])
 
 
 def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
@@ -786,7 +856,7 @@ def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
     nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
     batch, slots = run._batch, run._offset + ask.outputs
     kept = batch.gather(slots[np.maximum(nearest, 0)])
-    kept[batch.index(np.flatnonzero(nearest < 0))] = 0
+    kept.index_fill_(0, batch.index(np.flatnonzero(nearest < 0)), 0)
     batch.put(slots, kept)
 
 
@@ -814,7 +884,7 @@ def together(
     _advance(runs)
     while active := [run for run in runs if not run.done]:
         shares = _shares(active)
-        _answer(shares, evaluate(_merge(shares)))
+        _answer(shares, _keep(shares, evaluate(_merge(shares))))
         _advance(active)
         rounds += 1
         if on_round is not None:
@@ -881,4 +951,4 @@ class Pool:
             if not self.runs:
                 return
             shares = _shares(self.runs, rows)
-            _answer(shares, evaluate(_merge(shares)))
+            _answer(shares, _keep(shares, evaluate(_merge(shares))))

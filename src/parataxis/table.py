@@ -22,16 +22,16 @@ Coefficients are float64 on the CPU; states and outputs keep their own dtype and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LocalForm", "Part", "Response", "Table"]
+__all__ = ["LocalForm", "Part", "Read", "Response", "Steps", "Table", "upload"]
 
 Array = NDArray[np.float64]
 Slots = NDArray[np.int64]
@@ -48,7 +48,8 @@ class Response(NamedTuple):
         states: (R,) slots of the states u_q of points start, start + 1, ..; with ``measure``, (R + 1,): one
             more for the present state behind the last point.
         outputs: (R,) slots of the outputs f_q.
-        slopes: (R,) or longer, d_q; the last one is repeated.
+        slopes: (R,) or longer, d_q; the last one is repeated. None if they are not known yet: then nothing follows, and
+            only what does not depend on them is measured, for ``gram``.
         first: The first state wanted, at least start + 1.
         into: Slots that take the states first, first + 1, ..
         history: (L - 1,) slots of the outputs to be used for the points before ``start``, in multistep tables.
@@ -57,12 +58,14 @@ class Response(NamedTuple):
             is then start + 1, and ``into`` reaches to the last of ``states``.
         order: Terms kept of (I - K)^{-1} = I + K + K^2 + ..; None keeps all, 1 is the sequential step of each state.
         origin: Slot of the state of point ``start`` in the trajectory asked for; default: as it was evaluated.
+        gram: (R + 1, R + 1) what the same request without slopes was answered with: inner products of the move of the
+            origin and of the residuals. The norms follow from it without another look at the device.
     """
 
     start: int
     states: Slots
     outputs: Slots
-    slopes: Array
+    slopes: Array | None
     first: int
     into: Slots
     history: Slots
@@ -70,6 +73,7 @@ class Response(NamedTuple):
     measure: bool = True
     order: int | None = None
     origin: int | None = None
+    gram: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,12 +244,42 @@ class LocalForm:
         return (inverse - np.eye(count + 1))[1:, :count]
 
 
+class Read(NamedTuple):
+    """Numbers that are still on the device, and what turns them into answers once they are read, as float64."""
+
+    numbers: Tensor
+    answers: Callable[[Array], list[Any]]
+
+
 class Part(NamedTuple):
     """The Response of one run: its row in the table, and where its slots start in the driver's memory."""
 
     sample: int
     offset: int
     response: Response
+
+
+class Steps(NamedTuple):
+    """What Responses of several runs need besides their slopes.
+
+    Attributes:
+        spans: How many steps each run takes.
+        step: (runs, steps, dim) step_i(U).
+        residual: (runs, steps + 1, dim) the move of the origin, then r; with ``measure``, else one less.
+    """
+
+    spans: list[int]
+    step: Tensor
+    residual: Tensor
+
+    def measured(self) -> Read:
+        """Return the inner products of the residuals of each run, for :attr:`Response.gram`."""
+        spans = self.spans
+
+        def own(grams: Array) -> list[Any]:  # without what shorter runs are padded with
+            return [gram[: span + 1, : span + 1] for gram, span in zip(grams, spans, strict=True)]
+
+        return Read(torch.bmm(self.residual, self.residual.mT), own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +373,55 @@ class Table:
                 state = state + self.noise[:, first + i]
         return state
 
-    def respond(self, rows: Tensor, parts: Sequence[Part]) -> list[Array | None]:
+    def steps(self, rows: Tensor, parts: Sequence[Part]) -> Steps | None:
+        """Take the step of every state of the Responses of several runs: what does not depend on their slopes.
+
+        None stands for a table that cannot tell it before it knows them.
+
+        Args:
+            rows: (slots + 1, dim) the driver's memory.
+            parts: (sample, offset, response) of each run; the run's slots start at ``offset``.
+        """
+        local, lags = self.local, self.local.lags
+        spans = [part.response.first + len(part.response.into) - 1 - part.response.start for part in parts]
+        count, batch, measure = max(spans), len(parts), parts[0].response.measure
+
+        # Shorter parts are padded with rows that enter nothing.
+        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count + measure, 1, count))
+        output = np.zeros((batch, lags + count), np.int64)
+        numbers = np.zeros((batch, lags + 2, count))
+        for b, (sample, offset, ask) in enumerate(parts):
+            span = spans[b]
+            points = slice(ask.start, ask.start + span)
+            anchor[b] = offset + ask.states[np.minimum(np.arange(count + measure), len(ask.states) - 1)]
+            nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
+            origin[b] = anchor[b, 0] if ask.origin is None else offset + ask.origin
+            output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
+            drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
+            numbers[b, 0, :span], numbers[b, 1:, :span] = local.decay[points], local.weight[points].T
+
+        columns = upload(numbers[..., None], rows).unbind(1)
+        if self.noise is not None:
+            step = _gather(self.noise.flatten(0, 1).flatten(1), drawn)
+        outputs = _gather(rows, output)
+        for lag in range(lags + 1):
+            entering, by = outputs[:, lags - lag : lags - lag + count], columns[1 + lag]
+            if lag == 0 and self.noise is None:
+                step = entering * by
+            else:
+                step.addcmul_(entering, by)
+        del outputs, entering
+        states = _gather(rows, anchor)
+        step.addcmul_(states[:, :count], columns[0])
+        # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
+        if any(part.response.origin is not None for part in parts):
+            states[:, :1].neg_().add_(_gather(rows, origin))
+        else:
+            states[:, :1].zero_()
+        torch.sub(step[:, : states.shape[1] - 1], states[:, 1:], out=states[:, 1:])
+        return Steps(spans, step, states)
+
+    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None] | Read:
         """Answer one Response of each of several runs, all at once.
 
         The number of tensor operations depends neither on N nor on the number of runs.
@@ -347,90 +429,86 @@ class Table:
         Args:
             rows: (slots + 1, dim) the driver's memory; results are written into it. The last row takes the waste.
             parts: (sample, offset, response) of each run; the run's slots start at ``offset``.
+            steps: Their :meth:`steps`, if they have been taken; used up.
 
         Returns:
-            For each part the squared norms that it asked for, or None.
+            For each part the squared norms that it asked for, or None; a :class:`Read` if they are still on the device.
         """
-        local, lags = self.local, self.local.lags
-        spans = [part.response.first + len(part.response.into) - 1 - part.response.start for part in parts]
-        count, wanted = max(spans), max(len(part.response.into) for part in parts)
-        batch, measure = len(parts), parts[0].response.measure
+        local = self.local
+        steps = self.steps(rows, parts) if steps is None else steps
+        assert steps is not None
+        measured = steps.measured() if parts[0].response.measure and parts[0].response.gram is None else None
+        spans, step, residual = steps
+        del steps
+        batch, count, wanted = len(parts), max(spans), max(len(part.response.into) for part in parts)
+        asks = [part.response for part in parts]
 
-        # Shorter parts are padded with rows that enter nothing.
-        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count + measure, 1, count))
-        output = np.zeros((batch, lags + count), np.int64)
-        decay, slope = np.zeros((batch, count)), np.zeros((batch, count))
-        weight = np.zeros((batch, lags + 1, count))
-        carry = np.zeros((batch, wanted, count))
-        for b, (sample, offset, ask) in enumerate(parts):
-            span, size = spans[b], len(ask.into)
-            points = slice(ask.start, ask.start + span)
-            anchor[b] = offset + ask.states[np.minimum(np.arange(count + measure), len(ask.states) - 1)]
-            nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
-            origin[b] = anchor[b, 0] if ask.origin is None else offset + ask.origin
-            output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
-            drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
-            decay[b, :span], weight[b, :, :span] = local.decay[points], local.weight[points].T
-            slope[b, :span] = ask.slopes[np.minimum(np.arange(span), len(ask.slopes) - 1)]
-            carry[b, :size, :span] = local.propagation(ask.start, span, slope[b, :span], ask.order)[
-                ask.first - ask.start - 1 :
-            ]
-
-        def gather(source: Tensor, index: Slots) -> Tensor:
-            flat = torch.from_numpy(index.reshape(-1)).to(rows.device)
-            return source.index_select(0, flat).view(*index.shape, -1)
-
-        numbers = np.concatenate([decay[:, None], slope[:, None], weight], 1)
-        columns = torch.from_numpy(numbers[..., None]).to(rows.device, rows.dtype).unbind(1)
-        spread = torch.from_numpy(carry).to(rows.device, rows.dtype)
-        if self.noise is not None:
-            step = gather(self.noise.flatten(0, 1).flatten(1), drawn)
-        outputs = gather(rows, output)
-        for lag in range(lags + 1):
-            entering, by = outputs[:, lags - lag : lags - lag + count], columns[2 + lag]
-            if lag == 0 and self.noise is None:
-                step = entering * by
-            else:
-                step.addcmul_(entering, by)
-        final = outputs[:, lags:] if any(part.response.finals is not None for part in parts) else None
-        del outputs, entering
-        states = gather(rows, anchor)
-        step.addcmul_(states[:, :count], columns[0])
-        # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
-        if any(part.response.origin is not None for part in parts):
-            states[:, :1].neg_().add_(gather(rows, origin))
-        else:
-            states[:, :1].zero_()
-        torch.sub(step[:, : states.shape[1] - 1], states[:, 1:], out=states[:, 1:])
-        if wanted < count:
-            chosen = [b * count + spans[b] - len(part.response.into) for b, part in enumerate(parts)]
-            index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
-            step = gather(step.view(batch * count, -1), index)
-        gram = torch.bmm(states, states.mT) if measure else None
-        step.baddbmm_(spread, states[:, :count])
-        del states
-
-        flat = step.view(batch * wanted, -1)
+        slope, carry = np.zeros((batch, count)), np.zeros((batch, wanted, count))
         into = np.full((batch, wanted), len(rows) - 1)
-        for b, part in enumerate(parts):
-            into[b, : len(part.response.into)] = part.offset + part.response.into
-        rows.index_copy_(0, torch.from_numpy(into.reshape(-1)).to(rows.device), flat)
-        if final is not None and count > 1:
-            moved = step[:, : count - 1] - gather(rows, anchor[:, 1:count])
-            final[:, 1:].addcmul_(moved, columns[1][:, 1:])
-            del moved
-        if final is not None:
-            slots = [(b, p.offset, p.response.finals) for b, p in enumerate(parts) if p.response.finals is not None]
-            target = np.concatenate([offset + finals for _, offset, finals in slots])
-            source = np.concatenate([b * count + np.arange(len(finals)) for b, _, finals in slots])
-            final = gather(final.reshape(batch * count, -1), source)
-            rows.index_copy_(0, torch.from_numpy(target).to(rows.device), final)
-            del final
-        if gram is None:
+        for b, (_, offset, ask) in enumerate(parts):
+            span, size = spans[b], len(ask.into)
+            assert ask.slopes is not None
+            slope[b, :span] = ask.slopes[np.minimum(np.arange(span), len(ask.slopes) - 1)]
+            spread = local.propagation(ask.start, span, slope[b, :span], ask.order)
+            carry[b, :size, :span] = spread[ask.first - ask.start - 1 :]
+            into[b, :size] = offset + ask.into
+        if wanted < count:
+            chosen = [b * count + spans[b] - len(ask.into) for b, ask in enumerate(asks)]
+            index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
+            step = _gather(step.view(batch * count, -1), index)
+        step.baddbmm_(upload(carry, rows), residual[:, :count])
+        del residual
+        rows.index_copy_(0, upload(into.reshape(-1), rows.device), step.view(batch * wanted, -1))
+        del step
+        ending = [b for b, ask in enumerate(asks) if ask.finals is not None]
+        if ending:
+            _finish(rows, [parts[b] for b in ending], slope[ending])
+        if not asks[0].measure:
             return [None] * batch
-        # The change of a state is its residual and what is carried on of the others: all norms are in one Gram matrix.
-        residuals = gram.cpu().numpy().astype(np.float64)
-        change = np.pad(carry, ((0, 0), (0, 0), (0, 1))) + np.eye(count, count + 1, 1)
-        squares = ((change @ residuals) * change).sum(2), np.diagonal(residuals, axis1=1, axis2=2)[:, 1:]
-        norms = np.maximum(np.stack(squares, -1), 0)
-        return [own[:span] for own, span in zip(norms, spans, strict=True)]
+        carries = [own[:span, :span] for own, span in zip(carry, spans, strict=True)]
+        if measured is None:
+            return [_norms(own, ask.gram) for own, ask in zip(carries, asks, strict=True)]
+        grams = measured.answers
+        return Read(measured.numbers, lambda found: list(map(_norms, carries, grams(found))))
+
+
+def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tensor:
+    """Return numbers of the CPU on the device of ``like``, in its dtype if it is a tensor, without waiting for it."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else (like, tensor.dtype)
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.to(dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
+
+
+def _gather(source: Tensor, index: Slots) -> Tensor:
+    return source.index_select(0, upload(index.reshape(-1), source.device)).view(*index.shape, -1)
+
+
+def _finish(rows: Tensor, parts: Sequence[Part], slopes: Array) -> None:
+    """Put f_q + d_q (new_q - u_q) into the finals of Responses whose states have been written."""
+    outputs, old, new, finals, by = [], [], [], [], []
+    for (_, offset, ask), slope in zip(parts, slopes, strict=True):
+        assert ask.finals is not None
+        count = len(ask.finals)
+        outputs.append(offset + ask.outputs[:count])
+        old.append(offset + ask.states[:count])
+        new.append(offset + np.append(ask.states[:1], ask.into[: count - 1]))  # the first state does not move
+        finals.append(offset + ask.finals)
+        by.append(np.append(0.0, slope[1:count]))
+    final, moved, before = (_gather(rows, np.concatenate(slots)) for slots in (outputs, new, old))
+    final.addcmul_(moved.sub_(before), upload(np.concatenate(by)[:, None], rows))
+    rows.index_copy_(0, upload(np.concatenate(finals), rows.device), final)
+
+
+def _norms(carry: Array, gram: Array | None) -> Array:
+    """Return the squared norms (R, 2) of the change and the residual of every state.
+
+    The change of a state is its residual and what is carried on of the others: all norms are in one Gram matrix.
+    """
+    assert gram is not None
+    count = len(carry)
+    change = np.eye(count, count + 1, 1)
+    change[:, :count] += carry
+    squares = ((change @ gram) * change).sum(1), np.diagonal(gram)[1:]
+    return np.maximum(np.stack(squares, -1), 0)

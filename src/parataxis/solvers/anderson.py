@@ -106,43 +106,40 @@ class Anderson:
         spans: list[tuple[int, int]] = []  # (lo, hi) of the last rounds, the present one first
         yield from window.open()
         while not window.done:
-            lo = window.lo
-            yield from window.query()
-            hi = window.hi
+            lo, hi = window.lo, window.hi
             spans = [(lo, hi)] if window.coarse else [(lo, hi), *spans][:history]
-            yield from window.measure_variance()
-            norms = yield from window.respond(slopes[lo:hi], order=self.order)
+            ages = range(len(spans))
+            news = tuple(window.news(lo + 1, hi, age) for age in ages)
+            states = tuple(window.states(lo + 1, hi, age) for age in ages)
+            corrections = [Inner(news, states)] if len(spans) > 1 else []
+            response = window.response(slopes[lo:hi], order=self.order)
+            norms, *grams = yield from window.evaluate(response, *corrections)
+            norms = yield from window.checked(norms)
             errors = window.errors(norms, local.moment_slopes(window.variance)[lo:hi])
             count = window.accept(errors, None if floor is None else norms[:, 1] <= floor[lo + 1 : hi + 1])
             if history > 1:
-                yield from self._accelerate(window, spans, count)
+                yield Combine(news, self._factors(grams, spans, count), window.states(lo + 1, hi, -1))
             window.turn()
             yield from window.settle(count, float(errors[count - 1]))
             yield from window.enter(roll=self.entry == "roll")
         return window.sample()
 
-    def _accelerate(self, window: Window, spans: list[tuple[int, int]], count: int) -> Asking:
-        """Write the next states: plain up to state lo + count, accelerated behind it."""
+    def _factors(self, grams: list[Array], spans: list[tuple[int, int]], count: int) -> Array:
+        """Return the factors of the last rounds in the next states: plain up to the ``count``-th, then accelerated."""
         lo, hi = spans[0]
-        first, last = lo + 1, hi
-        ages = range(len(spans))
-        news = tuple(window.news(first, last, age) for age in ages)
-        states = tuple(window.states(first, last, age) for age in ages)
         factors = np.zeros((hi - lo, len(spans)))
         factors[:, 0] = 1.0
-        if len(spans) > 1:
-            level = np.arange(first, last + 1)
+        for gram in grams:
+            level = np.arange(lo + 1, hi + 1)
             # Difference a is valid for a state that was in the window in both of its rounds.
             inside = np.stack([(level > low) & (level <= high) for low, high in spans], 1)
             valid = np.logical_and.accumulate(inside[:, 1:] & inside[:, :-1], axis=1)
-            gram = yield Inner(news, states)
             weights = self._weights(gram, valid, count)
             # x = N_0 - sum_a gamma_a (N_a - N_{a+1})
             factors[:, :-1] -= weights
             factors[:, 1:] += weights
             # What is not valid has factor 0, and what it holds must be finite: it is a row of this run.
-        yield Combine(news, factors, window.states(first, last, -1))
-        return 0
+        return factors
 
     def _weights(self, gram: Array, valid: NDArray[np.bool_], count: int) -> Array:
         """Return gamma, (R, h), from the inner products of the corrections of the last rounds, (R, h + 1, h + 1)."""
@@ -150,7 +147,7 @@ class Anderson:
         difference = np.zeros((size, size + 1))
         difference[np.arange(size), np.arange(size)] = 1.0
         difference[np.arange(size), np.arange(size) + 1] = -1.0
-        gram = np.where(np.isfinite(gram), gram, 0.0)
+        gram = np.where(np.isfinite(gram).all((1, 2), keepdims=True), gram, 0.0)
         left = difference @ gram @ difference.T
         right = (difference @ gram)[:, :, 0]
         left = np.where(valid[:, :, None] & valid[:, None, :], left, 0.0)

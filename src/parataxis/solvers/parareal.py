@@ -103,15 +103,18 @@ def _rows(solver: Parareal, steps: int, lags: int, guessed: bool) -> int:
     try:
         while True:
             request = requests.send(answer)
-            answer = None
-            if isinstance(request, Query):
-                answer = np.ones(len(request.point), bool)
-            elif isinstance(request, Distance):
-                answer = np.ones(len(request.left))
-            elif isinstance(request, Inner):
-                answer = np.ones((len(request.rows[0]), len(request.rows), len(request.rows)))
+            answer = list(map(_nothing, request)) if isinstance(request, list) else _nothing(request)
     except StopIteration:
         return pipeline.peak
+
+
+def _nothing(request: Request) -> Any:
+    """Return an answer of the right form."""
+    if isinstance(request, Query):
+        return np.ones(len(request.point), bool)
+    if isinstance(request, Distance):
+        return np.ones(len(request.left))
+    return np.ones((len(request.rows[0]), 2, 2)) if isinstance(request, Inner) else None
 
 
 @dataclass(eq=False)
@@ -330,11 +333,12 @@ class _Pipeline:
         if old:
             new = np.array([one.x for one in old])
             last = np.array([self.known[one.j] for one in old])
-            gram = yield Inner((new, new), (last, np.full(len(new), self.zero)))
+            distance = [Distance(new[-1:], last[-1:])] if self.solver.rule == "srds" else []
+            gram, *moved = yield [Inner((new, new), (last, np.full(len(new), self.zero))), *distance]
             for one, own in zip(old, gram, strict=True):
                 self._compare(one, own[0, 0], own[1, 1])
-            if self.solver.rule == "srds" and old[-1].j == self.blocks:
-                self.moved = float((yield Distance(new[-1:], last[-1:]))[0])
+            if moved and old[-1].j == self.blocks:
+                self.moved = float(moved[0][0])
         for one in known:
             if one.j not in self.known:
                 self.known[one.j] = self.take()

@@ -63,11 +63,9 @@ class Picard:
         variance = noise_variance(local) if self.rule == "paradigms" else None
         yield from window.open()
         while not window.done:
-            lo = window.lo
-            yield from window.query()
-            hi = window.hi
-            yield from window.measure_variance()
-            norms = yield from window.respond(slopes[lo:hi])
+            lo, hi = window.lo, window.hi
+            [norms] = yield from window.evaluate(window.response(slopes[lo:hi]))
+            norms = yield from window.checked(norms)
             window.turn()
             errors = window.errors(norms, slopes[lo:hi])
             passed = None

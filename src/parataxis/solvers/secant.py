@@ -8,14 +8,12 @@ the prediction type or on the scale of the states, and no knowledge of the sched
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Inner, Problem, Request
+from ..solve import Asking, Inner, Problem
 from ..table import LocalForm
 from .window import Window, check_window
 
@@ -54,41 +52,48 @@ class Secant:
         seen = 0
         yield from window.open()
         while not window.done:
-            lo = window.lo
-            yield from window.query()
-            hi = window.hi
-            yield from window.measure_variance()
-            slopes[lo:hi] = yield from self._measure(window, slopes[lo:hi], seen)
-            slopes[lo:hi] = local.slopes(self._bounded(window, slopes[lo:hi]), lo)
-            norms = yield from window.respond(slopes[lo:hi])
+            lo, hi = window.lo, window.hi
+            old = min(max(seen, lo), hi)
+            secant, origin, gram = yield from window.evaluate(*_pairs(window, old), window.response())
+            slopes[lo:hi] = _measured(window, slopes[lo:hi], secant, origin)
+            slopes[lo:hi] = local.slopes(_bounded(window, slopes[lo:hi]), lo)
+            norms = yield from window.checked((yield window.response(slopes[lo:hi], gram=gram)))
             window.turn()
             errors = window.errors(norms, slopes[lo:hi])
             count = window.accept(errors)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter()
             seen = lo if window.coarse else hi
+            yield from window.enter()
         return window.sample()
 
-    def _measure(self, window: Window, known: Array, seen: int) -> Generator[Request, Any, Array]:
-        """Return the slopes of the window's points: secants below ``seen``, from the origin above."""
-        lo, hi, problem = window.lo, window.hi, window.problem
-        found = known.copy()
-        old = min(max(seen, lo), hi)
-        # Both questions are asked even of no points: runs that ask the same are answered together.
-        secant = yield Inner(
-            (window.outputs(lo, old), window.states(lo, old - 1)),
-            (window.outputs(lo, old, 1), window.states(lo, old - 1, 1)),
-        )
-        origin = yield Inner((window.outputs(old, hi), window.states(old, hi - 1)))
-        moved = secant[:, 1, 1] > (10 * problem.rounding * window.local.size[lo:old]) ** 2 * problem.dim
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
-            found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
-        matched = window.local.moment_slopes(window.variance)[lo:hi]
-        measured = np.isfinite(found) & window.finite & (not window.coarse)
-        return np.where(measured, found, matched)
 
-    def _bounded(self, window: Window, slopes: Array) -> Array:
-        size = window.local.size[window.lo : window.hi + 1]
-        growth = window.local.growth(slopes, window.lo)
-        return np.clip(growth, 0.0, LARGEST * size[1:] / size[:-1])
+def _pairs(window: Window, old: int) -> tuple[Inner, Inner]:
+    """Ask for what slopes are made of: moves of points before ``old`` since the last round, and points from there on.
+
+    Both questions are asked even of no points: runs that ask the same are answered together.
+    """
+    lo, hi = window.lo, window.hi
+    moves = Inner(
+        (window.outputs(lo, old), window.states(lo, old - 1)),
+        (window.outputs(lo, old, 1), window.states(lo, old - 1, 1)),
+    )
+    return moves, Inner((window.outputs(old, hi), window.states(old, hi - 1)))
+
+
+def _measured(window: Window, known: Array, secant: Array, origin: Array) -> Array:
+    """Return the slopes of the window's points: secants, and from the origin behind them."""
+    lo, old, hi, problem = window.lo, window.lo + len(secant), window.hi, window.problem
+    found = known.copy()
+    moved = secant[:, 1, 1] > (10 * problem.rounding * window.local.size[lo:old]) ** 2 * problem.dim
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
+        found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
+    matched = window.local.moment_slopes(window.variance)[lo:hi]
+    measured = np.isfinite(found) & window.finite & (not window.coarse)
+    return np.where(measured, found, matched)
+
+
+def _bounded(window: Window, slopes: Array) -> Array:
+    size = window.local.size[window.lo : window.hi + 1]
+    growth = window.local.growth(slopes, window.lo)
+    return np.clip(growth, 0.0, LARGEST * size[1:] / size[:-1])

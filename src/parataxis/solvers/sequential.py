@@ -26,8 +26,8 @@ class Sequential:
         window = Window(problem, 1)
         yield from window.open()
         while not window.done:
-            yield from window.query()
-            yield from window.respond(np.zeros(1))
+            [norms] = yield from window.evaluate(window.response(np.zeros(1)))
+            yield from window.checked(norms)
             window.turn()
             yield from window.settle(1, 0.0)
             yield from window.enter(roll=False)

@@ -168,12 +168,14 @@ class _Proposals:
         states, outputs = self._states[:count], self._outputs[:count]
         means, stepped = self._means[:count], self._stepped[:count]
         self.uniforms = yield Draw(count, NONE)
-        self._finite = yield Query(level, states, outputs, settled=1)
-        yield Combine((states, outputs), self._coefficients[lo:hi], means)
-        yield Combine((means,), np.ones((count, 1)), stepped, level)
         self._renewed: Slots | None = None
-        # True step less proposal, which is m - mh = -C v; and true step less mean, which is C z.
-        self._gram = yield Inner((stepped[:-1], stepped[:-1]), (states[1:], means[:-1]))
+        self._finite, _, _, self._gram = yield [
+            Query(level, states, outputs, settled=1),
+            Combine((states, outputs), self._coefficients[lo:hi], means),
+            Combine((means,), np.ones((count, 1)), stepped, level),
+            # True step less proposal, which is m - mh = -C v; and true step less mean, which is C z.
+            Inner((stepped[:-1], stepped[:-1]), (states[1:], means[:-1])),
+        ]
         # The last step is not tested, nor is one that is not finite, nor what is behind it.
         tested = self._finite[:-1] & np.isfinite(self._gram).all((1, 2))
         tests = int(np.argmin(np.append(tested, False)))

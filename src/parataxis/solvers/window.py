@@ -47,13 +47,12 @@ class Window:
         self.steps = problem.steps
         self.width = min(width or self.steps, self.steps)
         self.lo = problem.frozen
-        self.hi = min(self.lo + self.width, self.steps)
         self.spent = 0.0
         self.finite = np.ones(0, bool)
         self.variance = 1.0
-        self.coarse = False
         self._strides = list(problem.strides)
-        self._rough = bool(self._strides)  # no round has been on all points yet
+        self._stride = 1
+        self._begin()
         self._held = self.local.held_slopes()
         ring, lags = self.width + 1, self.local.lags
         rings = max(2, history) + (history if history > 1 else 0)
@@ -119,21 +118,34 @@ class Window:
         factors = size[first : first + len(into), None] / size[level]
         return Combine((np.repeat(source, len(into)),), factors, into)
 
-    def query(self) -> Asking:
-        """Evaluate the window: one round; while strides are left, only every so many points of it."""
+    def _begin(self) -> None:
+        """Lay out the next round: on points lo .. hi - 1, or on every so many of them while strides are left."""
         self.hi = min(self.lo + self.width, self.steps)
-        self._rough = bool(self._strides) or self.coarse
-        stride = self._strides.pop(0) if self._strides else 1
-        self.coarse = stride > 1
+        self._rough = bool(self._strides) or self.coarse  # no round has been on all points yet
+        self._stride = self._strides.pop(0) if self._strides else 1
+
+    @property
+    def coarse(self) -> bool:
+        """Whether some outputs of this round are interpolated."""
+        return self._stride > 1
+
+    def evaluate(self, *asks: Request) -> Generator[list[Request], Any, list[Any]]:
+        """Evaluate the window: one round; return what is answered to ``asks`` once the outputs are there.
+
+        The mean square of the data prediction is measured as well.
+        """
         points = np.arange(self.lo, self.hi)
-        nodes = points if stride == 1 else np.unique(np.append(points[::stride], points[-1]))
-        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
+        nodes = np.unique(np.append(points[:: self._stride], points[-1]))
         place = nodes - self.lo
-        finite = yield Query(nodes, states[place], outputs[place], settled=1)
+        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
+        between = [self._interpolated(nodes, np.setdiff1d(points, nodes))] if self.coarse else []
+        size = [self._size()] if self.width > 1 else []  # errors of a single state are not estimated
+        query = Query(nodes, states[place], outputs[place], settled=1)
+        finite, *answers = yield [query, *between, *size, *asks]
         self.finite = np.interp(points, nodes, finite) == 1
-        if self.coarse:
-            yield self._interpolated(nodes, np.setdiff1d(points, nodes))
-        return 0
+        if size:
+            self._measure(answers[len(between)])
+        return answers[len(between) + len(size) :]
 
     def _interpolated(self, nodes: Slots, points: Slots) -> Combine:
         """Ask for outputs between the nodes: the data prediction (else the output) on straight lines.
@@ -157,15 +169,10 @@ class Window:
         rows = (outputs[left - lo], states[left - lo], outputs[right - lo], states[right - lo], states[points - lo])
         return Combine(rows, np.stack(factors, 1) / data[points, None], outputs[points - lo])
 
-    def respond(self, slopes: Array, *, order: int | None = None) -> Generator[Request, Any, Array]:
-        """Correct the window into :meth:`news`.
-
-        Returns:
-            (R, 2): squared norms of the change and of the residual of the states lo + 1 .. hi; infinite where the
-            network's output was not finite or the correction overflowed.
-        """
+    def response(self, slopes: Array | None = None, *, order: int | None = None, gram: Array | None = None) -> Response:
+        """Return the request to correct the window into :meth:`news`; its answer is to be :meth:`checked`."""
         lo, hi, lags = self.lo, self.hi, self.local.lags
-        norms: Array = yield Response(
+        return Response(
             start=lo,
             states=self.states(lo, hi),
             outputs=self.outputs(lo, hi),
@@ -175,7 +182,15 @@ class Window:
             history=self._final(lo - lags, lo),
             finals=self._final(lo, hi) if lags else None,
             order=order,
+            gram=gram,
         )
+
+    def checked(self, norms: Array) -> Generator[Request, Any, Array]:
+        """Return the squared norms (R, 2) of the change and of the residual of the states lo + 1 .. hi.
+
+        They are infinite where the network's output was not finite or the correction overflowed.
+        """
+        lo, hi = self.lo, self.hi
         norms = norms.copy()
         broken = ~np.isfinite(norms).all(1)
         if broken.any():
@@ -191,23 +206,27 @@ class Window:
         """Take the states written to the next ring of inputs as the present ones."""
         self._turn += 1
 
-    def measure_variance(self) -> Asking:
-        """Measure the mean square of the data prediction at the last point evaluated, before the response.
+    def _size(self) -> Inner:
+        """Ask for the mean square of the data prediction at the last point evaluated, before the response.
 
         Where it is unknown, that of the window's last state stands for it.
         """
         local, point = self.local, self.hi - 1
         if local.alpha is None or local.data_input is None or local.data_output is None:
-            size = float((yield Inner((self.states(self.hi, self.hi),)))[0, 0, 0]) / self.problem.dim
+            return Inner((self.states(self.hi, self.hi),))
+        return Inner((self.states(point, point), self.outputs(point, point + 1)))
+
+    def _measure(self, gram: Array) -> None:
+        local, point = self.local, self.hi - 1
+        if local.alpha is None or local.data_input is None or local.data_output is None:
+            size = float(gram[0, 0, 0]) / self.problem.dim
             self.variance = size if np.isfinite(size) and size > 0 else 1.0
-            return 0
-        gram = (yield Inner((self.states(point, point), self.outputs(point, point + 1))))[0]
+            return
         weights = np.array([local.data_input[point], local.data_output[point]])
-        variance = float(weights @ gram @ weights) / self.problem.dim
+        variance = float(weights @ gram[0] @ weights) / self.problem.dim
         if np.isfinite(variance) and variance > 0:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
             self.variance = min(variance, 1.0) if local.alpha[point] < 0.05 else variance
-        return 0
 
     def errors(self, norms: Array, slopes: Array) -> Array:
         """Return the estimated relative error of the sample if states lo + 1 .. hi were accepted as corrected, (R,).
@@ -313,6 +332,7 @@ class Window:
             else:
                 yield self._line(max(self.lo, point - self.width // 2), point, last)
         self.lo = lo
+        self._begin()
         return 0
 
     def _line(self, early: int, late: int, last: int) -> Combine:
