@@ -404,7 +404,7 @@ class Run:
         self._settle: Settle | None = None
         self._finite: list[NDArray[np.bool_]] = []  # which outputs of the pending query are, as far as it is answered
         self._asking = solver(problem)
-        self._pending = next(self._asking)
+        self._ask(next(self._asking))
 
     @property
     def done(self) -> bool:
@@ -476,20 +476,18 @@ class Run:
     def _offset(self) -> int:
         return self.index * self._batch.stride
 
-    @property
-    def _query(self) -> Query | None:
-        first = next(iter(self._asked), None)
-        return first if isinstance(first, Query) else None
-
-    @property
-    def _asked(self) -> list[Request]:
-        return self._pending if isinstance(self._pending, list) else [self._pending]
+    def _ask(self, request: Request | list[Request]) -> None:
+        """Take what the solver asks: a query, if that comes first, and what stands behind it."""
+        self._listed = isinstance(request, list)
+        self._asked = request if isinstance(request, list) else [request]
+        self._query = self._asked[0] if isinstance(self._asked[0], Query) else None
+        self._asked = self._asked[self._query is not None :]
 
     def _send(self, answers: list[Any]) -> None:
         try:
-            self._pending = self._asking.send(answers if isinstance(self._pending, list) else answers[0])
+            self._ask(self._asking.send(answers if self._listed else answers[0]))
         except StopIteration as end:
-            self._slot, self._pending = end.value, []
+            self._slot, self._query = end.value, None
             self._reason = "converged"
 
     def _settled(self, request: Settle) -> None:
@@ -588,8 +586,11 @@ def _offsets(runs: Sequence[Run], slots: Sequence[Slots]) -> Slots:
 def _read(tensors: Sequence[Tensor]) -> list[Array]:
     """Return numbers of the device as float64 on the CPU: the one place where a solve waits for the device."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu().double().numpy()
-    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    found, first = [], 0
+    for tensor in tensors:
+        found.append(flat[first : first + tensor.numel()].reshape(tensor.shape))
+        first += tensor.numel()
+    return found
 
 
 def _memory(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
@@ -723,14 +724,13 @@ def _answers(runs: Sequence[Run], *others: Tensor) -> tuple[list[list[Any]], lis
 
     Runs that ask the same are answered together.
     """
-    asked = [run._asked[run._query is not None :] for run in runs]  # what stands behind a query
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, asks in enumerate(asked):
-        groups.setdefault(tuple(map(_kind, asks)), []).append(place)
+    for place, run in enumerate(runs):
+        groups.setdefault(tuple(map(_kind, run._asked)), []).append(place)
     found: list[tuple[list[int], list[Any] | Read]] = []
     for places in groups.values():
         group = [runs[place] for place in places]
-        for same in zip(*(asked[place] for place in places), strict=True):
+        for same in zip(*(run._asked for run in group), strict=True):
             found.append((places, _ANSWERS[type(same[0])](group[0]._batch, group, same)))
     late = [one.numbers for _, one in found if isinstance(one, Read)]
     numbers = _read([*others, *late]) if others or late else []

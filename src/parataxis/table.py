@@ -437,11 +437,12 @@ class Table:
         local = self.local
         steps = self.steps(rows, parts) if steps is None else steps
         assert steps is not None
-        measured = steps.measured() if parts[0].response.measure and parts[0].response.gram is None else None
         spans, step, residual = steps
         del steps
         batch, count, wanted = len(parts), max(spans), max(len(part.response.into) for part in parts)
         asks = [part.response for part in parts]
+        measure = asks[0].measure
+        measured = torch.bmm(residual, residual.mT) if measure and asks[0].gram is None else None
 
         slope, carry = np.zeros((batch, count)), np.zeros((batch, wanted, count))
         into = np.full((batch, wanted), len(rows) - 1)
@@ -463,13 +464,14 @@ class Table:
         ending = [b for b, ask in enumerate(asks) if ask.finals is not None]
         if ending:
             _finish(rows, [parts[b] for b in ending], slope[ending])
-        if not asks[0].measure:
+        if not measure:
             return [None] * batch
-        carries = [own[:span, :span] for own, span in zip(carry, spans, strict=True)]
-        if measured is None:
-            return [_norms(own, ask.gram) for own, ask in zip(carries, asks, strict=True)]
-        grams = measured.answers
-        return Read(measured.numbers, lambda found: list(map(_norms, carries, grams(found))))
+        if measured is not None:
+            return Read(measured, lambda found: _norms(carry, found, spans))
+        grams = np.zeros((batch, count + 1, count + 1))
+        for gram, span, ask in zip(grams, spans, asks, strict=True):
+            gram[: span + 1, : span + 1] = ask.gram
+        return _norms(carry, grams, spans)
 
 
 def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tensor:
@@ -501,14 +503,14 @@ def _finish(rows: Tensor, parts: Sequence[Part], slopes: Array) -> None:
     rows.index_copy_(0, upload(np.concatenate(finals), rows.device), final)
 
 
-def _norms(carry: Array, gram: Array | None) -> Array:
-    """Return the squared norms (R, 2) of the change and the residual of every state.
+def _norms(carry: Array, grams: Array, spans: Sequence[int]) -> list[Any]:
+    """Return the squared norms (R, 2) of the change and the residual of every state of each run.
 
     The change of a state is its residual and what is carried on of the others: all norms are in one Gram matrix.
     """
-    assert gram is not None
-    count = len(carry)
-    change = np.eye(count, count + 1, 1)
-    change[:, :count] += carry
-    squares = ((change @ gram) * change).sum(1), np.diagonal(gram)[1:]
-    return np.maximum(np.stack(squares, -1), 0)
+    count = carry.shape[1]
+    change = np.zeros((len(carry), count, count + 1)) + np.eye(count, count + 1, 1)
+    change[:, :, :count] += carry
+    squares = ((change @ grams) * change).sum(2), np.diagonal(grams, axis1=1, axis2=2)[:, 1:]
+    norms = np.maximum(np.stack(squares, -1), 0)
+    return [own[:span] for own, span in zip(norms, spans, strict=True)]

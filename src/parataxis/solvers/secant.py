@@ -54,10 +54,11 @@ class Secant:
         while not window.done:
             lo, hi = window.lo, window.hi
             old = min(max(seen, lo), hi)
-            secant, origin, gram = yield from window.evaluate(*_pairs(window, old), window.response())
+            response = window.response()
+            secant, origin, gram = yield from window.evaluate(*_pairs(window, old), response)
             slopes[lo:hi] = _measured(window, slopes[lo:hi], secant, origin)
             slopes[lo:hi] = local.slopes(_bounded(window, slopes[lo:hi]), lo)
-            norms = yield from window.checked((yield window.response(slopes[lo:hi], gram=gram)))
+            norms = yield from window.checked((yield response._replace(slopes=slopes[lo:hi], gram=gram)))
             window.turn()
             errors = window.errors(norms, slopes[lo:hi])
             count = window.accept(errors)

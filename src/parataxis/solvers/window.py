@@ -135,14 +135,14 @@ class Window:
         The mean square of the data prediction is measured as well.
         """
         points = np.arange(self.lo, self.hi)
-        nodes = np.unique(np.append(points[:: self._stride], points[-1]))
+        nodes = np.unique(np.append(points[:: self._stride], points[-1])) if self.coarse else points
         place = nodes - self.lo
         states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
         between = [self._interpolated(nodes, np.setdiff1d(points, nodes))] if self.coarse else []
         size = [self._size()] if self.width > 1 else []  # errors of a single state are not estimated
         query = Query(nodes, states[place], outputs[place], settled=1)
         finite, *answers = yield [query, *between, *size, *asks]
-        self.finite = np.interp(points, nodes, finite) == 1
+        self.finite = np.interp(points, nodes, finite) == 1 if self.coarse else finite
         if size:
             self._measure(answers[len(between)])
         return answers[len(between) + len(size) :]
@@ -169,7 +169,7 @@ class Window:
         rows = (outputs[left - lo], states[left - lo], outputs[right - lo], states[right - lo], states[points - lo])
         return Combine(rows, np.stack(factors, 1) / data[points, None], outputs[points - lo])
 
-    def response(self, slopes: Array | None = None, *, order: int | None = None, gram: Array | None = None) -> Response:
+    def response(self, slopes: Array | None = None, *, order: int | None = None) -> Response:
         """Return the request to correct the window into :meth:`news`; its answer is to be :meth:`checked`."""
         lo, hi, lags = self.lo, self.hi, self.local.lags
         return Response(
@@ -182,7 +182,6 @@ class Window:
             history=self._final(lo - lags, lo),
             finals=self._final(lo, hi) if lags else None,
             order=order,
-            gram=gram,
         )
 
     def checked(self, norms: Array) -> Generator[Request, Any, Array]:
