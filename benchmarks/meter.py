@@ -78,7 +78,7 @@ def network(meter: Meter, stiffness: float = 0.5) -> Callable[[Tensor, Tensor], 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         meter.inside = True
         begun = time.perf_counter()
-        output = torch.tanh(x * (0.5 + stiffness * t.view(-1, 1, 1, 1).to(x) / 1000))
+        output = torch.tanh(x * (0.5 + stiffness * t.view(-1, *(1,) * (x.ndim - 1)).to(x) / 1000))
         meter.seconds += time.perf_counter() - begun
         meter.inside = False
         return output
