@@ -272,7 +272,7 @@ def stable_diffusion():
 
 @pipeline()
 def stable_diffusion_img2img():
-    return latent_diffusion(diffusers.StableDiffusionImg2ImgPipeline), prompt() | {"image": picture(), "strength": 0.8}
+    return latent_diffusion(diffusers.StableDiffusionImg2ImgPipeline), prompt() | {"image": picture(), "strength": 0.95}
 
 
 @pipeline(4, 8, 8)
