@@ -186,14 +186,18 @@ class Ranks:
         every = self._gather(_bits(own), [size * len(share) for share in shares])
         return every.view(own.dtype).view(count, *own.shape[1:])
 
-    def leaves(self, own: Sequence[Sequence[Any]], forms: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return the leaves of all outputs from the shares of all ranks.
+    def leaves(
+        self, asked: bytes, evaluate: Callable[[], list[list[Any]]], forms: Sequence[Sequence[Any]]
+    ) -> list[list[Any]]:
+        """Do this rank's share of a round as :meth:`work` does, and return the leaves of all outputs.
 
         Args:
-            own: Those of this rank's share.
+            asked: What the whole round is about.
+            evaluate: The leaves of this rank's share.
             forms: Those of all, with leaves of the same shapes and dtypes; what is no tensor is taken from here.
-
         """
+        expected = forms[self.share(len(forms))]
+        own = self.work(asked, lambda: _alike(evaluate(), expected))
         sizes = [sum(map(_bytes, form)) for form in forms]
         like = next(leaf for form in forms for leaf in form if isinstance(leaf, Tensor))
         parts = [_bits(leaf) for output in own for leaf in output if isinstance(leaf, Tensor)]
@@ -311,6 +315,17 @@ def sharded(evaluate: Callable[[Rows], Tensor], mesh: DeviceMesh | Ranks) -> Sha
         OutputError: When called: this rank's network returned something else than asked for.
     """
     return Sharded(evaluate, Ranks.of(mesh))
+
+
+def _alike(outputs: list[list[Any]], forms: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    for output, form in zip(outputs, forms, strict=True):
+        for leaf, like in zip(output, form, strict=True):
+            if isinstance(like, Tensor) and (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
+                raise ValueError(
+                    f"the network returned {leaf.dtype} {tuple(leaf.shape)} for merged calls, and {like.dtype} "
+                    f"{tuple(like.shape)} by itself: ranks cannot share its calls."
+                )
+    return outputs
 
 
 def fingerprint(value: Any) -> str:

@@ -249,8 +249,7 @@ class Merger:
             work.layout([asks[i] for i in members])  # the same on all ranks, whatever their shares
         own = asks[ranks.share(len(asks))]
         asked = b"".join(np.append(ask.rows, ask.call).tobytes() for ask in asks)
-        outputs = ranks.work(asked, lambda: self._evaluate(recorded, own))
-        return ranks.leaves(outputs, [recorded.form(ask) for ask in asks])
+        return ranks.leaves(asked, lambda: self._evaluate(recorded, own), [recorded.form(ask) for ask in asks])
 
     def _evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
         outputs: list[list[Any]] = [[] for _ in asks]
