@@ -131,7 +131,10 @@ def measure(
 
 def machine(device: str = "cpu") -> dict[str, str]:
     """Return the columns that say where a benchmark ran: the device's name and the software's versions."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {torch.get_num_threads()} cores"
+    threads = torch.get_num_threads()
+    name = f"{platform.machine()} {threads} thread{'s' * (threads > 1)}"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     return {"device": name, "torch": torch.__version__, "parataxis": px.__version__}
 
 

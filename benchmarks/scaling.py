@@ -31,6 +31,7 @@ from rounds import problem
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("sleeping", "digits")
 REPEATS = 3
+MARKS = "<!-- scaling: written by benchmarks/scaling.py -->\n", "<!-- end -->\n"
 
 
 def work(options: argparse.Namespace) -> None:
@@ -119,6 +120,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def tell(rows: list[dict[str, Any]], page: Path) -> None:
+    """Put the table between the marks of docs/gpus.md."""
+    lines = ["| network | width | rounds, 3 samples | ranks | speed-up | of the ideal |", "|---" * 6 + "|"]
+    for row in sorted(rows, key=lambda row: (row["network"] != "sleeping", row["width"], row["ranks"])):
+        cells = [row[name] for name in ("network", "width", "rounds", "ranks")]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"])) + " |")
+    before, rest = page.read_text().split(MARKS[0])
+    table = "\n".join(lines)
+    page.write_text(f"{before}{MARKS[0]}{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
 def main() -> None:
     """Measure with every number of ranks, write the table and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,6 +157,8 @@ def main() -> None:
         print({name: row[name] for name in ("network", "width", "ranks", "rounds", "speedup", "efficiency")})
     write(options.results / "scaling.csv", rows)
     draw(rows, options.figures / f"scaling-{options.device}.png")
+    if (options.figures / "gpus.md").exists():
+        tell(rows, options.figures / "gpus.md")
 
 
 if __name__ == "__main__":
