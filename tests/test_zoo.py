@@ -25,9 +25,16 @@ def test_a_pipeline_gives_the_same_bits_twice_and_its_networks_matter(name):
 @pytest.mark.parametrize("name", ["pixart_sigma", "flux"])
 def test_every_option_changes_the_sample_but_for_those_that_only_look(name):
     # The global random state of a run is that of the generator, and one scheduler is the pipeline's own.
-    idle = {"plain", "callback reads", "no generator", "DPM++ 2M" if name == "pixart_sigma" else "flow Euler"}
+    idle = {
+        "plain",
+        "callback reads",
+        "no generator",
+        "offloaded",
+        "DPM++ 2M" if name == "pixart_sigma" else "flow Euler",
+    }
     plain = zoo.run(*zoo.make(name))
-    for label, _ in zoo.variants(name):
+    # What a compiler does to the last bits is its own affair.
+    for label in [label for label, _ in zoo.variants(name) if label != "compiled"]:
         x = zoo.run(*zoo.make(name, label))
         assert x.isfinite().all(), label
         assert (x.shape == plain.shape and torch.equal(x, plain)) == (label in idle), label
