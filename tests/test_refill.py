@@ -125,6 +125,10 @@ def test_what_does_not_fit_is_named():
         px.sample(EXACT, NOISE, sampler, "auto", rows=8)
     with pytest.raises(ValueError, match="admit none of guess"):
         px.sample(EXACT, NOISE, sampler, solver, rows=8, stop=lambda run: True)
+    with pytest.raises(ValueError, match="jobs bring their own"):
+        px.sample(EXACT, iter(NOISE), sampler, solver, rows=8, condition=torch.ones(COUNT))
+    with pytest.raises(ValueError, match="jobs bring their own"):
+        px.sample(EXACT, iter(NOISE), sampler, solver, rows=8, generator=seeded(1))
     with pytest.raises(ValueError, match="jobs are empty"):
         px.sample(EXACT, [], sampler, solver, rows=8)
     with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got int"):

@@ -167,6 +167,10 @@ def sample(
             )
         if guess is not None or frozen or on_round is not None or stop is not None:
             raise ValueError("samples that come and go (rows=) admit none of guess, frozen, on_round and stop.")
+        if not isinstance(noise, Tensor) and (condition is not None or generator is not None):
+            raise ValueError(
+                "jobs bring their own: give condition and generator with each, Job(noise, condition, generator)."
+            )
         jobs = _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise
         with tqdm(total=len(noise) if isinstance(noise, Tensor) else None, disable=not progress) as bar:
             return _gathered(

@@ -70,6 +70,7 @@ class Stream(Iterator[tuple[int, Solution]]):
             from .distributed import Sharded
 
             self._evaluate = Sharded(self._evaluate, ranks)
+        self._times: Tensor | None = None
         self._pool = Pool(begin)
         self._jobs: dict[Run, int] = {}
         self._told: dict[int, Any] = {}  # conditions by the place of their sample
@@ -120,7 +121,9 @@ class Stream(Iterator[tuple[int, Solution]]):
         return self._evaluate(rows)
 
     def _call(self, rows: Rows) -> Tensor:
-        t = upload(self._sampler.network_times(rows.u.dtype)[rows.point], rows.u.device)
+        if self._times is None:
+            self._times = self._sampler.network_times(rows.u.dtype)
+        t = upload(self._times[rows.point], rows.u.device)
         told = [self._told[place] for place in rows.sample.tolist()]
         if told[0] is None:
             return self._denoise(rows.u, t)
