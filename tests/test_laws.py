@@ -142,8 +142,9 @@ def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value
         px.sample(broken, problems.noise(2), problems.sampler("ddim", 25), solver)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e200])
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
-def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(solver, name):
+def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(solver, name, value):
     good = problems.network("power law", name)
     times = problems.sampler(name, 25).network_times(torch.float64)
     kept = px.sample(
@@ -159,7 +160,7 @@ def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(sol
     def fragile(x, t):
         output = good(x, t)
         away = torch.stack([(trajectory[times == one] - row).norm(dim=1).min() for row, one in zip(x, t, strict=True)])
-        output[away > 0.5 * trajectory.norm(dim=1).median()] = float("nan")
+        output[away > 0.5 * trajectory.norm(dim=1).median()] = value
         return output
 
     result = px.sample(

@@ -90,7 +90,9 @@ def _measured(window: Window, known: Array, secant: Array, origin: Array) -> Arr
         found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
         found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
     matched = window.local.moment_slopes(window.variance)[lo:hi]
+    # An output whose square overflows tells nothing either.
     measured = np.isfinite(found) & window.finite & (not window.coarse)
+    measured &= np.isfinite(np.append(secant[:, 0, 0], origin[:, 0, 0]))
     return np.where(measured, found, matched)
 
 

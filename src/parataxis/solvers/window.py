@@ -187,16 +187,16 @@ class Window:
     def checked(self, norms: Array) -> Generator[Request, Any, Array]:
         """Return the squared norms (R, 2) of the change and of the residual of the states lo + 1 .. hi.
 
-        They are infinite where the network's output was not finite or the correction overflowed.
+        They are infinite where the network's output was not finite or the correction overflowed. The first state is
+        right even so: it is the loop's own step from a settled state.
         """
         lo, hi = self.lo, self.hi
-        norms = norms.copy()
-        broken = ~np.isfinite(norms).all(1)
+        norms = np.where(np.isfinite(norms), norms, np.inf)
+        broken = np.isinf(norms[1:]).any(1)
         if broken.any():
             # The correction overflowed: go on from the last state that did not, and settle none of the others.
-            good = lo + int(np.argmax(broken))
-            source = self.states(lo, lo) if good == lo else self.news(good, good)
-            yield self._copies(source, good, self.news(good + 1, hi), good + 1)
+            good = lo + 1 + int(np.argmax(broken))
+            yield self._copies(self.news(good, good), good, self.news(good + 1, hi), good + 1)
             norms[good - lo :] = np.inf
         norms[~self.finite] = np.inf
         return norms
@@ -222,7 +222,8 @@ class Window:
             self.variance = size if np.isfinite(size) and size > 0 else 1.0
             return
         weights = np.array([local.data_input[point], local.data_output[point]])
-        variance = float(weights @ gram[0] @ weights) / self.problem.dim
+        with np.errstate(invalid="ignore", over="ignore"):
+            variance = float(weights @ gram[0] @ weights) / self.problem.dim
         if np.isfinite(variance) and variance > 0:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
             self.variance = min(variance, 1.0) if local.alpha[point] < 0.05 else variance
@@ -254,7 +255,8 @@ class Window:
         gain = np.maximum(gain, np.minimum(least, DIRECTIONS * gain) if known else least)
         moves = np.sqrt(norms[:, 0])
         left = np.clip(SAFETY * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
-        errors = gain * left / np.sqrt(self.problem.dim * self.variance)
+        with np.errstate(invalid="ignore"):  # of an overflow nothing is known, whatever its gain
+            errors = gain * left / np.sqrt(self.problem.dim * self.variance)
         errors[0] = 0.0
         return np.asarray(np.where(np.isnan(errors), np.inf, errors))
 
@@ -265,14 +267,15 @@ class Window:
         with np.errstate(divide="ignore", invalid="ignore"):
             found = residuals[: old - lo] / before
         trusted = before > 10 * self.problem.rounding * self.local.size[lo:old] * np.sqrt(self.problem.dim)
-        self._misfit[lo:old] = np.where(trusted & np.isfinite(found), found, self._misfit[lo:old])
+        trusted &= np.isfinite(before) & np.isfinite(found)
+        self._misfit[lo:old] = np.where(trusted, found, self._misfit[lo:old])
         self._moved[lo + 1 : hi + 1] = moves
         self._seen = hi
         known = self._misfit[max(old - self.width, 0) : old]
         known = known[np.isfinite(known)]
         misfit = np.where(np.isfinite(self._misfit[lo:hi]), self._misfit[lo:hi], known.max(initial=0.0) or UNKNOWN)
         missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
-        return missed + np.abs(self.local.propagation(lo, hi - lo, slopes))[:, 1:] @ missed[:-1]
+        return self.local.carried(missed, slopes, lo)
 
     def accept(self, errors: Array, passed: NDArray[np.bool_] | None = None) -> int:
         """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
