@@ -8,7 +8,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.table import LocalForm, Part, Read, Response, Table
+from parataxis.table import LocalForm, Part, Read, Response, Table, packed, unpacked, uploads
 
 NAMES = list(px.SAMPLERS)
 
@@ -76,8 +76,19 @@ def test_gain_is_the_effect_of_each_output_on_the_sample(name):
         assert torch.allclose(moved[-1] - new[-1], torch.full_like(new[-1], gain[point]), rtol=1e-8, atol=1e-10)
 
 
-def answered(response):
+def done(work, like):
+    """Return the result of a table's work, which is given what it needs on the device."""
+    needed = next(work)
+    while True:
+        try:
+            needed = work.send(uploads(needed, like))
+        except StopIteration as end:
+            return end.value
+
+
+def answered(work, like):
     """Return the answers of a table, read from the device where they are still there."""
+    response = done(work, like)
     return response.answers(response.numbers.numpy()) if isinstance(response, Read) else response
 
 
@@ -111,7 +122,7 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
         finals=finals if lags else None,
         measure=measure,
     )
-    [norms] = answered(table.respond(rows, [Part(0, 0, response)]))
+    [norms] = answered(table.respond(rows, [Part(0, 0, response)]), rows)
     assert torch.allclose(rows[into], expected[first + 1 : last + 1], rtol=1e-9, atol=1e-10)
     if lags:
         assert torch.allclose(rows[finals], models[first:stop], rtol=1e-9, atol=1e-10)
@@ -139,9 +150,9 @@ def responses():
 def test_responses_of_different_lengths_are_answered_together_as_alone():
     table, memory, parts = responses()
     together, alone = memory.clone(), memory.clone()
-    answers = answered(table.respond(together, parts))
+    answers = answered(table.respond(together, parts), together)
     for part, answer in zip(parts, answers, strict=True):
-        [single] = answered(table.respond(alone, [part]))
+        [single] = answered(table.respond(alone, [part]), alone)
         assert np.allclose(single, answer, rtol=1e-12)
     assert torch.allclose(together[:-1], alone[:-1], rtol=1e-12)
 
@@ -150,17 +161,50 @@ def test_responses_of_different_lengths_are_answered_together_as_alone():
 def test_a_response_may_be_measured_before_its_slopes_are_known(kept):
     table, memory, parts = responses()
     whole, halved = memory.clone(), memory.clone()
-    expected = answered(table.respond(whole, parts))
-    steps = table.steps(halved, [part._replace(response=part.response._replace(slopes=None)) for part in parts])
+    expected = answered(table.respond(whole, parts), whole)
+    asked = [part._replace(response=part.response._replace(slopes=None)) for part in parts]
+    steps = done(table.steps(halved, asked), halved)
     assert torch.equal(halved, memory)
-    grams = answered(steps.measured())
+    measured = steps.measured()
+    grams = measured.answers(measured.numbers.numpy())
     assert [gram.shape for gram in grams] == [(9, 9), (16, 16), (2, 2)]
     known = [part._replace(response=part.response._replace(gram=gram)) for part, gram in zip(parts, grams, strict=True)]
-    norms = table.respond(halved, known, steps if kept else None)
+    norms = done(table.respond(halved, known, steps if kept else None), halved)
     assert isinstance(norms, list)  # nothing is left to be read
     for one, other in zip(norms, expected, strict=True):
         assert np.allclose(one, other, rtol=1e-12)
     assert torch.equal(halved[:-1], whole[:-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wide_response_is_answered_chunk_by_chunk_as_at_once(monkeypatch, name):
+    sampler = problems.sampler(name, 40)
+    table = sampler.table(problems.noise(2), problems.generators(2))
+    memory = torch.randn(2 * 130 + 1, problems.DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = []
+    for b, (first, stop) in enumerate([(0, sampler.steps), (11, 36)]):
+        points, states = np.arange(stop - first), np.arange(stop - first + 1)
+        slopes = -0.4 + 0.8 * np.random.default_rng(b).random(stop - first)
+        history = 120 + np.arange(sampler.local.lags)
+        ask = Response(first, states, 42 + points, slopes, first + 1, 84 + points, history, origin=125)
+        parts.append(Part(b, 130 * b, ask))
+    whole, chunked = memory.clone(), memory.clone()
+    expected = answered(table.respond(whole, parts), whole)
+    monkeypatch.setattr("parataxis.table.CHUNK", 7)
+    found = answered(table.respond(chunked, parts), chunked)
+    assert torch.allclose(chunked[:-1], whole[:-1], rtol=1e-9, atol=1e-10)
+    for one, other in zip(found, expected, strict=True):
+        assert np.allclose(one, other, rtol=1e-9)
+
+
+def test_what_goes_to_a_device_in_one_copy_comes_out_as_it_was():
+    arrays = [np.arange(5), np.zeros((0, 3)), np.linspace(0, 1, 6).reshape(2, 3), np.zeros(0, np.int64), np.ones(3)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        found = unpacked(torch.from_numpy(packed(arrays)), arrays, dtype)
+        for tensor, plain in zip(found, uploads(arrays, torch.zeros(1, dtype=dtype)), strict=True):
+            assert tensor.dtype == plain.dtype
+            assert torch.equal(tensor, plain)
+    assert unpacked(torch.from_numpy(packed([])), [], torch.float32) == []
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])

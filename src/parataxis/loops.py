@@ -36,7 +36,7 @@ from .passes import Loop, Passes, reachable, replaced
 from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
 from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
-from .table import LocalForm, Part, Read, Steps, Table, upload
+from .table import Answering, LocalForm, Part, Read, Steps, Table, upload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -560,11 +560,13 @@ class _Solved(Table):
         noise = torch.stack([stage.runs(added) for added in stage.added], 1)
         return cls(local, stage.runs(stage.start), noise, stage)
 
-    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None] | Read:
+    def respond(
+        self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None
+    ) -> Answering[list[Array | None] | Read]:
         """Answer from the equation."""
         assert self.stage is not None
         self.stage.note(parts)
-        return super().respond(rows, parts, steps)
+        return (yield from super().respond(rows, parts, steps))
 
 
 @dataclass(frozen=True, eq=False)
@@ -582,11 +584,16 @@ class _Replayed(Table):
         assert stage.start is not None
         return cls(local, stage.runs(stage.start), None, stage, passes)
 
-    def steps(self, rows: Tensor, parts: Sequence[Part]) -> None:
+    def steps(self, rows: Tensor, parts: Sequence[Part]) -> Answering[Steps | None]:
         """Return None: nothing of a pass is known before the slopes are."""
+        yield []
+        return None
 
-    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None]:
+    def respond(
+        self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None
+    ) -> Answering[list[Array | None] | Read]:
         """Answer by one pass of the loop for all runs, which goes on as far as windows may reach next."""
+        yield []
         stage, passes = self.stage, self.passes
         assert stage is not None
         assert passes is not None

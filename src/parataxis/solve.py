@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .samplers import Sampler
-from .table import LocalForm, Part, Read, Response, Slots, Steps, Table, upload
+from .table import Answering, LocalForm, Part, Read, Response, Slots, Steps, Table, upload, uploads
 
 __all__ = [
     "Combine",
@@ -331,14 +331,8 @@ class _Batch:
         self.streams.pop(place, None)
         self.generator = {**self.generator, place: generator}
 
-    def index(self, slots: Slots) -> Tensor:
-        return upload(np.ascontiguousarray(slots, np.int64), self.rows.device)
-
-    def gather(self, slots: Slots) -> Tensor:
-        return self.rows.index_select(0, self.index(slots))
-
-    def put(self, slots: Slots, rows: Tensor) -> None:
-        self.rows.index_copy_(0, self.index(slots), rows)
+    def gather(self, slots: Tensor) -> Tensor:
+        return self.rows.index_select(0, slots)
 
     def taken(self, asks: Sequence[Response]) -> Steps | None:
         """Return the steps that were taken for these Responses, if they were for these and no others."""
@@ -356,13 +350,13 @@ class _Batch:
                 self.streams[sample] = np.random.default_rng(_seeds(given[sample], 1)[0])
         return self.streams[sample]
 
-    def renew(self, steps: Slots, rows: Array) -> None:
+    def renew(self, steps: Tensor, rows: Tensor) -> None:
         noise = self.table.noise
         assert noise is not None
         if noise is self.noise:
             noise = noise.clone()
             self.table = replace(self.table, noise=noise)
-        noise.view(-1, rows.shape[1]).index_copy_(0, self.index(steps), upload(rows, noise))
+        noise.view(-1, rows.shape[1]).index_copy_(0, steps, rows)
 
 
 def _seeds(generator: torch.Generator | None, count: int) -> list[int]:
@@ -419,8 +413,7 @@ class Run:
 
     def answer(self, outputs: Tensor) -> None:
         """Tell the network's outputs for ``query``, (R, *shape)."""
-        shares = _shares([self])
-        _answer(shares, _keep(shares, outputs))
+        _answer(_shares([self]), outputs)
         _advance([self])
 
     def end(self, reason: str) -> None:
@@ -495,7 +488,7 @@ class Run:
             self._kept = None  # this solver does not keep every state
         if self._kept is not None and len(request.states):
             levels = slice(self.front + 1, request.front + 1)
-            self._kept[levels] = self._batch.gather(self._offset + request.states)
+            self._kept[levels] = self._batch.gather(upload(self._offset + request.states, self._kept.device))
         self.front, self.error, self._settle = request.front, request.error, request
 
 
@@ -593,75 +586,84 @@ def _read(tensors: Sequence[Tensor]) -> list[Array]:
     return found
 
 
-def _memory(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _memory(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
+    yield []
     for ask in asks:
         batch.allocate(ask.rows)
     return [None] * len(runs)
 
 
-def _load(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
-    into = _offsets(runs, [ask.into for ask in asks])
-    if batch.guess is None:
-        batch.put(into, batch.start.index_select(0, batch.index(np.array([run.index for run in runs]))))
-    else:
-        levels = batch.table.local.steps + 1
-        source = np.concatenate([run.index * levels + ask.levels for run, ask in zip(runs, asks, strict=True)])
-        batch.put(into, batch.guess.index_select(0, batch.index(source)))
+def _load(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
+    rows, levels = batch.start, [np.zeros(1, np.int64)] * len(runs)
+    if batch.guess is not None:
+        rows, levels = batch.guess, [ask.levels for ask in asks]
+    stride = len(rows) // len(batch.start)
+    source = np.concatenate([run.index * stride + own for run, own in zip(runs, levels, strict=True)])
+    into, chosen = yield [_offsets(runs, [ask.into for ask in asks]), source]
+    batch.rows.index_copy_(0, into, rows.index_select(0, chosen))
     return [None] * len(runs)
 
 
-def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
     numbers = np.concatenate([ask.factors for ask in asks])
     terms = [_offsets(runs, [ask.rows[term] for ask in asks]) for term in range(numbers.shape[1])]
-    total = batch.gather(terms[-1])
-    if len(terms) > 1 or (numbers != 1).any():
-        factors = upload(numbers[..., None], batch.rows).unbind(1)
-        total *= factors[-1]
-        for slots, factor in zip(terms[-2::-1], factors[-2::-1], strict=True):
-            total.addcmul_(batch.gather(slots), factor)
-    noise = batch.table.noise
+    plain = len(terms) == 1 and bool((numbers == 1).all())
+    factors = [] if plain else [numbers[..., None]]
+    noise, drawn = batch.table.noise, []
     if noise is not None and asks[0].noise is not None:
-        steps = batch.table.local.steps
         point = np.concatenate([ask.noise for ask in asks])
-        first = np.repeat([run.index * steps for run in runs], [len(ask.into) for ask in asks])
-        drawn = np.flatnonzero(point >= 0)
-        if len(drawn):
-            rows = noise.view(-1, total.shape[1]).index_select(0, batch.index((first + point)[drawn]))
-            total.index_add_(0, batch.index(drawn), rows)
-    batch.put(_offsets(runs, [ask.into for ask in asks]), total)
+        first = np.repeat([run.index * batch.table.local.steps for run in runs], [len(ask.into) for ask in asks])
+        places = np.flatnonzero(point >= 0)
+        drawn = [places, (first + point)[places]] if len(places) else []
+
+    into, *needed = yield [_offsets(runs, [ask.into for ask in asks]), *terms, *factors, *drawn]
+    total = batch.gather(needed[len(terms) - 1])
+    if factors:
+        by = needed[len(terms)].unbind(1)
+        total *= by[-1]
+        for term in range(len(terms) - 2, -1, -1):
+            total.addcmul_(batch.gather(needed[term]), by[term])
+    if drawn:
+        assert noise is not None
+        total.index_add_(0, needed[-2], noise.view(-1, total.shape[1]).index_select(0, needed[-1]))
+    batch.rows.index_copy_(0, into, total)
     return [None] * len(runs)
 
 
-def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any] | Read:
-    count = len(asks[0].rows)
+def _inner(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any] | Read]:
+    vectors = len(asks[0].rows)
 
-    def slots(vector: int, *, less: bool = False) -> Slots:
-        return _offsets(runs, [(ask.less if less else ask.rows)[vector] for ask in asks])
+    def slots(which: str) -> Slots:
+        every = [_offsets(runs, [getattr(ask, which)[vector] for ask in asks]) for vector in range(vectors)]
+        return np.stack(every, 1)
 
-    rows = np.stack([slots(vector) for vector in range(count)], 1)
-    if not len(rows):
-        return [np.zeros((0, count, count))] * len(runs)
-    less = None if asks[0].less is None else np.stack([slots(vector, less=True) for vector in range(count)], 1)
-    grams = []
+    stops = np.cumsum([len(ask.rows[0]) for ask in asks])
+    count = int(stops[-1])
     # In two parts, so that the differences take no more than one window for each two vectors.
-    for part in np.array_split(np.arange(len(rows)), 2 if len(rows) > 1 else 1):
-        vectors = batch.gather(rows[part].reshape(-1))
-        if less is not None:
-            vectors -= batch.gather(less[part].reshape(-1))
-        vectors = vectors.view(len(part), count, -1)
-        grams.append(torch.bmm(vectors, vectors.mT))
-    stops = np.cumsum([len(ask.rows[0]) for ask in asks])[:-1]
-    return Read(torch.cat(grams), lambda found: np.split(found, stops))
+    parts = (slice(0, (count + 1) // 2), slice((count + 1) // 2, count))[: min(count, 2)]
+    which = [slots("rows")] if asks[0].less is None else [slots("rows"), slots("less")]
+    needed = yield [every[part].reshape(-1) for part in parts for every in which]
+    if not count:
+        return [np.zeros((0, vectors, vectors))] * len(runs)
+    grams, given = [], iter(needed)
+    for _ in parts:
+        chosen = batch.gather(next(given))
+        if len(which) == 2:
+            chosen -= batch.gather(next(given))
+        chosen = chosen.view(-1, vectors, chosen.shape[1])
+        grams.append(torch.bmm(chosen, chosen.mT))
+    return Read(torch.cat(grams), lambda found: np.split(found, stops[:-1]))
 
 
-def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Read:
-    away = batch.gather(_offsets(runs, [ask.left for ask in asks]))
-    away -= batch.gather(_offsets(runs, [ask.right for ask in asks]))
+def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[Read]:
     stops = np.cumsum([len(ask.left) for ask in asks])[:-1]
+    left, right = yield [_offsets(runs, [ask.left for ask in asks]), _offsets(runs, [ask.right for ask in asks])]
+    away = batch.gather(left)
+    away -= batch.gather(right)
     return Read(away.abs_().mean(1), lambda found: np.split(found, stops))
 
 
-def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
     if batch.table.noise is None:
         raise ValueError("the table has no noise, though its steps add some: make it with sampler.table(noise).")
     points = np.concatenate([ask.noise for ask in asks])
@@ -669,16 +671,18 @@ def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
         shapes = [(len(ask.noise), batch.rows.shape[1]) for ask in asks]
         drawn = [batch.stream(run.index).standard_normal(shape) for run, shape in zip(runs, shapes, strict=True)]
         first = np.repeat([run.index * batch.table.local.steps for run in runs], [len(ask.noise) for ask in asks])
-        batch.renew(first + points, np.concatenate(drawn) * batch.table.local.noise[points, None])
+        batch.renew(*(yield [first + points, np.concatenate(drawn) * batch.table.local.noise[points, None]]))
+    else:
+        yield []
     return [1 - batch.stream(run.index).random(ask.uniforms) for run, ask in zip(runs, asks, strict=True)]
 
 
-def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any] | Read:
+def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any] | Read]:
     parts = [Part(run.index, run._offset, ask) for run, ask in zip(runs, asks, strict=True)]
     if asks[0].slopes is not None:
-        return batch.table.respond(batch.rows, parts, batch.taken(asks))
+        return (yield from batch.table.respond(batch.rows, parts, batch.taken(asks)))
     batch.steps = None
-    steps = batch.table.steps(batch.rows, parts)
+    steps = yield from batch.table.steps(batch.rows, parts)
     if steps is None:
         return [None] * len(runs)
     batch.steps, measured = steps, steps.measured()
@@ -690,13 +694,14 @@ def _response(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[A
     return Read(measured.numbers, answers)
 
 
-def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> list[Any]:
+def _settle(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
+    yield []
     for run, ask in zip(runs, asks, strict=True):
         run._settled(ask)
     return [None] * len(runs)
 
 
-_ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], list[Any] | Read]] = {
+_ANSWERS: dict[type, Callable[[_Batch, Sequence[Run], Sequence[Any]], Answering[Any]]] = {
     Memory: _memory,
     Load: _load,
     Combine: _combine,
@@ -719,33 +724,46 @@ def _kind(request: Any) -> tuple[Any, ...]:
     return (type(request),)
 
 
-def _answers(runs: Sequence[Run], *others: Tensor) -> tuple[list[list[Any]], list[Array]]:
-    """Answer what runs have asked, but for queries, and read ``others``: all with one read.
+def _finish(work: Answering[Any], needed: list[Tensor], like: Tensor) -> Any:
+    while True:
+        try:
+            needed = uploads(work.send(needed), like)
+        except StopIteration as end:
+            return end.value
+
+
+def _answers(batch: _Batch, runs: Sequence[Run], *others: Answering[Read]) -> tuple[list[list[Any]], list[Any]]:
+    """Do ``others``, then answer what runs have asked, but for queries: all with one upload and one read.
 
     Runs that ask the same are answered together.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, run in enumerate(runs):
         groups.setdefault(tuple(map(_kind, run._asked)), []).append(place)
-    found: list[tuple[list[int], list[Any] | Read]] = []
+    work: list[tuple[list[int], Answering[Any]]] = [([], other) for other in others]
     for places in groups.values():
         group = [runs[place] for place in places]
         for same in zip(*(run._asked for run in group), strict=True):
-            found.append((places, _ANSWERS[type(same[0])](group[0]._batch, group, same)))
-    late = [one.numbers for _, one in found if isinstance(one, Read)]
-    numbers = _read([*others, *late]) if others or late else []
-    unread = iter(numbers[len(others) :])
+            work.append((places, _ANSWERS[type(same[0])](batch, group, same)))
+    needed = [next(one) for _, one in work]
+    tensors = iter(uploads([array for arrays in needed for array in arrays], batch.rows))
+    found = [
+        _finish(one, [next(tensors) for _ in arrays], batch.rows) for (_, one), arrays in zip(work, needed, strict=True)
+    ]
+    late = [one.numbers for one in found if isinstance(one, Read)]
+    read = iter(_read(late) if late else [])
+    told = [one.answers(next(read)) if isinstance(one, Read) else one for one in found]
     answers: list[list[Any]] = [[] for _ in runs]
-    for places, one in found:
-        for place, answer in zip(places, one.answers(next(unread)) if isinstance(one, Read) else one, strict=True):
+    for (places, _), own in zip(work[len(others) :], told[len(others) :], strict=True):
+        for place, answer in zip(places, own, strict=True):
             answers[place].append(answer)
-    return answers, numbers[: len(others)]
+    return answers, told[: len(others)]
 
 
 def _advance(runs: Sequence[Run]) -> None:
     """Answer everything but queries, for all runs at once, until each run asks the network or has ended."""
     while asking := [run for run in runs if not run.done and run._query is None]:
-        for run, answers in zip(asking, _answers(asking)[0], strict=True):
+        for run, answers in zip(asking, _answers(asking[0]._batch, asking)[0], strict=True):
             run._send(answers)
 
 
@@ -785,7 +803,8 @@ def _shares(runs: Sequence[Run], rows: int | None = None) -> list[_Share]:
 def _merge(shares: Sequence[_Share]) -> Rows:
     """Return all rows, in their order; the runs share one batch."""
     batch, runs = shares[0].run._batch, [share.run for share in shares]
-    u = batch.gather(_offsets(runs, [share.states for share in shares])).view(-1, *batch.shape)
+    states = upload(_offsets(runs, [share.states for share in shares]), batch.rows.device)
+    u = batch.gather(states).view(-1, *batch.shape)
     point = torch.from_numpy(np.concatenate([share.point for share in shares]))
     index = np.repeat([run.index for run in runs], [len(share.point) for share in shares])
     return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
@@ -805,27 +824,34 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return outputs
 
 
-def _keep(shares: Sequence[_Share], outputs: Tensor) -> Tensor:
-    """Check the network's outputs, apply the sampler's output transform and keep them; return which are finite."""
+def _keep(shares: Sequence[_Share], outputs: Any) -> Answering[Read]:
+    """Check the network's outputs, apply the sampler's output transform and keep them; tell which are finite."""
     batch, runs = shares[0].run._batch, [share.run for share in shares]
     point = np.concatenate([share.point for share in shares])
     expected = (len(point), *batch.shape)
     outputs = expect(outputs, expected, batch.dtype).to(batch.rows)
-    if batch.sampler is not None and batch.sampler.transform is not None:
-        u = batch.gather(_offsets(runs, [share.states for share in shares])).view(expected)
-        outputs = batch.sampler.output(torch.from_numpy(point), u, outputs)
+    transform = None if batch.sampler is None else batch.sampler.transform
+    slots = [[share.outputs for share in shares]]
+    if transform is not None:
+        slots.append([share.states for share in shares])
+    into, *states = yield [_offsets(runs, own) for own in slots]
+    if transform is not None:
+        outputs = transform(torch.from_numpy(point), batch.gather(*states).view(expected), outputs)
     rows = outputs.reshape(len(point), -1)
-    batch.put(_offsets(runs, [share.outputs for share in shares]), rows)
-    return torch.isfinite(rows.sum(1))
+    batch.rows.index_copy_(0, into, rows)
+    return Read(torch.isfinite(rows.sum(1)), lambda found: [found == 1])
 
 
-def _answer(shares: Sequence[_Share], finite: Tensor) -> None:
-    """Tell each run whose last output is there what it asked."""
+def _answer(shares: Sequence[_Share], outputs: Any) -> None:
+    """Keep the network's outputs, and tell each run whose last output is there what it asked."""
+    batch = shares[0].run._batch
     through = [share for share in shares if share.own.stop == len(share.query.point)]
-    answers, [flags] = _answers([share.run for share in through], finite)
+    kept = _keep(shares, outputs)
+    del outputs  # so that it is gone once it has been kept
+    answers, [[finite]] = _answers(batch, [share.run for share in through], kept)
     for run, _, own in shares:
-        run._finite.append(flags[: own.stop - own.start] == 1)
-        flags = flags[own.stop - own.start :]
+        run._finite.append(finite[: own.stop - own.start])
+        finite = finite[own.stop - own.start :]
     broken = []
     for run, ask, _ in through:
         run.rounds += 1
@@ -837,7 +863,7 @@ def _answer(shares: Sequence[_Share], finite: Tensor) -> None:
             _replace(run, ask, run._finite[0])
             broken.append(run)
     if broken:
-        again = dict(zip(broken, _answers(broken)[0], strict=True))
+        again = dict(zip(broken, _answers(batch, broken)[0], strict=True))
         answers = [again.get(share.run, own) for share, own in zip(through, answers, strict=True)]
     for (run, _, _), rest in zip(through, answers, strict=True):
         [every], run._finite = run._finite, []
@@ -855,9 +881,8 @@ def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
         )
     nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
     batch, slots = run._batch, run._offset + ask.outputs
-    kept = batch.gather(slots[np.maximum(nearest, 0)])
-    kept.index_fill_(0, batch.index(np.flatnonzero(nearest < 0)), 0)
-    batch.put(slots, kept)
+    into, source, none = uploads([slots, slots[np.maximum(nearest, 0)], np.flatnonzero(nearest < 0)], batch.rows)
+    batch.rows.index_copy_(0, into, batch.gather(source).index_fill_(0, none, 0))
 
 
 def together(
@@ -884,7 +909,7 @@ def together(
     _advance(runs)
     while active := [run for run in runs if not run.done]:
         shares = _shares(active)
-        _answer(shares, _keep(shares, evaluate(_merge(shares))))
+        _answer(shares, evaluate(_merge(shares)))
         _advance(active)
         rounds += 1
         if on_round is not None:
@@ -951,4 +976,4 @@ class Pool:
             if not self.runs:
                 return
             shares = _shares(self.runs, rows)
-            _answer(shares, _keep(shares, evaluate(_merge(shares))))
+            _answer(shares, evaluate(_merge(shares)))

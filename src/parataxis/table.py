@@ -22,19 +22,21 @@ Coefficients are float64 on the CPU; states and outputs keep their own dtype and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LocalForm", "Part", "Read", "Response", "Steps", "Table", "upload"]
+__all__ = ["Answering", "LocalForm", "Part", "Read", "Response", "Steps", "Table", "upload", "uploads"]
 
 Array = NDArray[np.float64]
 Slots = NDArray[np.int64]
+
+CHUNK = 64  # states whose corrections follow from each other in one matrix product; wider windows take several
 
 
 class Response(NamedTuple):
@@ -74,6 +76,11 @@ class Response(NamedTuple):
     order: int | None = None
     origin: int | None = None
     gram: Array | None = None
+
+    @property
+    def span(self) -> int:
+        """How many steps lead to the last state wanted."""
+        return self.first + len(self.into) - 1 - self.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +222,12 @@ class LocalForm:
         used = np.flatnonzero(rest.any(0))
         return cls(decay, rest[:, : (used[-1] + 1 if len(used) else 1)].copy(), np.zeros(steps))
 
-    def propagation(self, start: int, count: int, slopes: Array, order: int | None = None) -> Array:
-        """Return how changes spread: (count, count), row k for state start + 1 + k, lower triangular.
+    def propagation(self, start: int, count: int, slopes: Array, order: int | None = None, before: int = 0) -> Array:
+        """Return how changes spread: (count, before + count), row k for state start + 1 + k.
 
-        Column 0 is the effect of a change of state ``start``, column j that of the residual of state start + j:
-        the rows and columns of (I - K)^{-1} - I that are wanted; with ``order`` k, of K + .. + K^{k-1}.
+        The first columns are the effects of changes of the states start - before .. start, the others of the residuals
+        of the states start + 1, ..: the rows and columns of (I - K)^{-1} - I that are wanted; with ``order`` k, of
+        K + .. + K^{k-1}. ``slopes`` begin at point start - before.
         """
         if self.lags == 0:
             ratio = self.growth(slopes, start)
@@ -236,12 +244,24 @@ class LocalForm:
             for _ in range(order - 1):
                 total = step + step @ total
             return total[1:, :count]
-        inverse = np.eye(count + 1)
+        inverse = np.eye(before + count + 1)
         for k in range(count):
-            inverse[k + 1] += self.decay[start + k] * inverse[k]
-            for lag in range(min(self.lags, k) + 1):
-                inverse[k + 1] += self.weight[start + k, lag] * slopes[k - lag] * inverse[k - lag]
-        return (inverse - np.eye(count + 1))[1:, :count]
+            row = before + k
+            inverse[row + 1] += self.decay[start + k] * inverse[row]
+            for lag in range(min(self.lags, row) + 1):
+                inverse[row + 1] += self.weight[start + k, lag] * slopes[row - lag] * inverse[row - lag]
+        return (inverse - np.eye(before + count + 1))[before + 1 :, : before + count]
+
+    def carried(self, residuals: Array, slopes: Array, start: int = 0) -> Array:
+        """Return (R,) what residuals of the states start + 1, .. can amount to in them: |(I - K)^{-1}| |r|."""
+        if self.lags:
+            spread = np.abs(self.propagation(start, len(residuals), slopes))
+            return np.asarray(residuals + spread[:, 1:] @ residuals[:-1])
+        total, found = 0.0, []
+        for growth, own in zip(np.abs(self.growth(slopes, start)).tolist(), residuals.tolist(), strict=True):
+            total = own + growth * total
+            found.append(total)
+        return np.array(found)
 
 
 class Read(NamedTuple):
@@ -249,6 +269,11 @@ class Read(NamedTuple):
 
     numbers: Tensor
     answers: Callable[[Array], list[Any]]
+
+
+# Tensor work: it yields the arrays that it needs on the device, is sent them as tensors, and returns its result.
+Result = TypeVar("Result")
+Answering = Generator[list[Array | Slots], list[Tensor], Result]
 
 
 class Part(NamedTuple):
@@ -373,7 +398,7 @@ class Table:
                 state = state + self.noise[:, first + i]
         return state
 
-    def steps(self, rows: Tensor, parts: Sequence[Part]) -> Steps | None:
+    def steps(self, rows: Tensor, parts: Sequence[Part]) -> Answering[Steps | None]:
         """Take the step of every state of the Responses of several runs: what does not depend on their slopes.
 
         None stands for a table that cannot tell it before it knows them.
@@ -382,49 +407,66 @@ class Table:
             rows: (slots + 1, dim) the driver's memory.
             parts: (sample, offset, response) of each run; the run's slots start at ``offset``.
         """
-        local, lags = self.local, self.local.lags
-        spans = [part.response.first + len(part.response.into) - 1 - part.response.start for part in parts]
-        count, batch, measure = max(spans), len(parts), parts[0].response.measure
+        return self._take(rows, parts, (yield self._needed(parts)))
 
+    def _needed(self, parts: Sequence[Part]) -> list[Array | Slots]:
+        """Return slots of anchors, outputs and origins, points of noise and coefficients, of the steps of Responses."""
+        local, lags = self.local, self.local.lags
+        spans = [part.response.span for part in parts]
+        count, batch, measure = max(spans), len(parts), parts[0].response.measure
         # Shorter parts are padded with rows that enter nothing.
-        anchor, origin, drawn = (np.zeros((batch, size), np.int64) for size in (count + measure, 1, count))
+        anchor, drawn = np.zeros((batch, count + measure), np.int64), np.zeros((batch, count), np.int64)
         output = np.zeros((batch, lags + count), np.int64)
-        numbers = np.zeros((batch, lags + 2, count))
+        numbers = np.zeros((batch, lags + 2, count, 1))
         for b, (sample, offset, ask) in enumerate(parts):
-            span = spans[b]
-            points = slice(ask.start, ask.start + span)
+            points = slice(ask.start, ask.start + spans[b])
             anchor[b] = offset + ask.states[np.minimum(np.arange(count + measure), len(ask.states) - 1)]
             nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
-            origin[b] = anchor[b, 0] if ask.origin is None else offset + ask.origin
             output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
-            drawn[b, :span] = sample * local.steps + np.arange(points.start, points.stop)
-            numbers[b, 0, :span], numbers[b, 1:, :span] = local.decay[points], local.weight[points].T
+            drawn[b, : spans[b]] = sample * local.steps + np.arange(points.start, points.stop)
+            numbers[b, 0, : spans[b], 0], numbers[b, 1:, : spans[b], 0] = local.decay[points], local.weight[points].T
+        origin = np.zeros((batch, 0), np.int64)
+        if any(part.response.origin is not None for part in parts):
+            moved = [
+                first[0] if ask.origin is None else offset + ask.origin
+                for first, (_, offset, ask) in zip(anchor, parts, strict=True)
+            ]
+            origin = np.array(moved, np.int64)[:, None]
+        if self.noise is None:
+            drawn = drawn[:, :0]
+        return [*(slots.reshape(-1) for slots in (anchor, output, origin, drawn)), numbers]
 
-        columns = upload(numbers[..., None], rows).unbind(1)
+    def _take(self, rows: Tensor, parts: Sequence[Part], needed: Sequence[Tensor]) -> Steps:
+        anchor, output, origin, drawn, numbers = needed
+        lags, batch, count, columns = self.local.lags, len(numbers), numbers.shape[2], numbers.unbind(1)
         if self.noise is not None:
-            step = _gather(self.noise.flatten(0, 1).flatten(1), drawn)
-        outputs = _gather(rows, output)
+            step = _gather(self.noise.view(-1, rows.shape[1]), drawn, batch)
+        outputs = _gather(rows, output, batch)
         for lag in range(lags + 1):
-            entering, by = outputs[:, lags - lag : lags - lag + count], columns[1 + lag]
+            entering, by = outputs.narrow(1, lags - lag, count), columns[1 + lag]
             if lag == 0 and self.noise is None:
                 step = entering * by
             else:
                 step.addcmul_(entering, by)
         del outputs, entering
-        states = _gather(rows, anchor)
-        step.addcmul_(states[:, :count], columns[0])
+        states = _gather(rows, anchor, batch)
+        step.addcmul_(states.narrow(1, 0, count), columns[0])
         # The residuals take the place of the states: first the move of the origin, then r of every state behind it.
-        if any(part.response.origin is not None for part in parts):
-            states[:, :1].neg_().add_(_gather(rows, origin))
+        moved, behind = states.narrow(1, 0, 1), states.narrow(1, 1, states.shape[1] - 1)
+        if origin.numel():
+            moved.neg_().add_(_gather(rows, origin, batch))
         else:
-            states[:, :1].zero_()
-        torch.sub(step[:, : states.shape[1] - 1], states[:, 1:], out=states[:, 1:])
-        return Steps(spans, step, states)
+            moved.zero_()
+        torch.sub(step.narrow(1, 0, behind.shape[1]), behind, out=behind)
+        return Steps([part.response.span for part in parts], step, states)
 
-    def respond(self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None) -> list[Array | None] | Read:
+    def respond(
+        self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None
+    ) -> Answering[list[Array | None] | Read]:
         """Answer one Response of each of several runs, all at once.
 
-        The number of tensor operations depends neither on N nor on the number of runs.
+        The number of tensor operations depends neither on N nor on the number of runs; of windows, it grows by a few
+        for every :data:`CHUNK` levels.
 
         Args:
             rows: (slots + 1, dim) the driver's memory; results are written into it. The last row takes the waste.
@@ -434,44 +476,59 @@ class Table:
         Returns:
             For each part the squared norms that it asked for, or None; a :class:`Read` if they are still on the device.
         """
-        local = self.local
-        steps = self.steps(rows, parts) if steps is None else steps
-        assert steps is not None
-        spans, step, residual = steps
-        del steps
-        batch, count, wanted = len(parts), max(spans), max(len(part.response.into) for part in parts)
-        asks = [part.response for part in parts]
-        measure = asks[0].measure
-        measured = torch.bmm(residual, residual.mT) if measure and asks[0].gram is None else None
-
-        slope, carry = np.zeros((batch, count)), np.zeros((batch, wanted, count))
+        asks, spans = [part.response for part in parts], [part.response.span for part in parts]
+        batch, count, wanted = len(parts), max(spans), max(len(ask.into) for ask in asks)
+        slope = np.zeros((batch, count))
         into = np.full((batch, wanted), len(rows) - 1)
         for b, (_, offset, ask) in enumerate(parts):
-            span, size = spans[b], len(ask.into)
             assert ask.slopes is not None
-            slope[b, :span] = ask.slopes[np.minimum(np.arange(span), len(ask.slopes) - 1)]
-            spread = local.propagation(ask.start, span, slope[b, :span], ask.order)
-            carry[b, :size, :span] = spread[ask.first - ask.start - 1 :]
-            into[b, :size] = offset + ask.into
-        if wanted < count:
-            chosen = [b * count + spans[b] - len(ask.into) for b, ask in enumerate(asks)]
-            index = np.minimum(np.array(chosen)[:, None] + np.arange(wanted), batch * count - 1)
-            step = _gather(step.view(batch * count, -1), index)
-        step.baddbmm_(upload(carry, rows), residual[:, :count])
+            slope[b, : spans[b]] = ask.slopes[np.minimum(np.arange(spans[b]), len(ask.slopes) - 1)]
+            into[b, : len(ask.into)] = offset + ask.into
+        skipped = np.array([span - len(ask.into) for span, ask in zip(spans, asks, strict=True)])
+        chosen = np.zeros((0, wanted), np.int64)
+        if skipped.any():
+            index = np.arange(wanted) + (np.arange(batch) * count + skipped)[:, None]
+            chosen = np.minimum(index, batch * count - 1)
+        ending = [b for b in range(batch) if asks[b].finals is not None]
+        finals = _finals([parts[b] for b in ending], slope[ending])
+        carries = _carries(self.local, asks, spans, slope)
+        before = [] if steps is not None else self._needed(parts)
+
+        targets, index, *needed = yield [into.reshape(-1), chosen.reshape(-1), *finals, *carries, *before]
+        if steps is None:
+            steps = self._take(rows, parts, needed[len(finals) + len(carries) :])
+        _, step, residual = steps
+        del steps
+        measure = asks[0].measure
+        measured = torch.bmm(residual, residual.mT) if measure and asks[0].gram is None else None
+        if len(chosen):
+            step = _gather(step.view(batch * count, -1), index, batch)
+        lags = self.local.lags
+        for chunk, carry in zip(_chunks(carries, lags), needed[len(finals) :], strict=False):
+            changed = residual.narrow(1, max(chunk.start - lags, 0), carry.shape[2])
+            part = step.narrow(1, chunk.start, carry.shape[1])
+            if chunk.stop == wanted:
+                part.baddbmm_(carry, changed)
+            else:
+                carried = torch.bmm(carry, changed)
+                part += carried
+                # What the next chunk starts from: the whole change of the states before it.
+                residual[:, chunk.stop - lags : chunk.stop + 1] += carried[:, -lags - 1 :]
+                del carried
+            del changed, part
         del residual
-        rows.index_copy_(0, upload(into.reshape(-1), rows.device), step.view(batch * wanted, -1))
+        rows.index_copy_(0, targets, step.view(batch * wanted, -1))
         del step
-        ending = [b for b, ask in enumerate(asks) if ask.finals is not None]
         if ending:
-            _finish(rows, [parts[b] for b in ending], slope[ending])
+            _finish(rows, *needed[: len(finals)])
         if not measure:
             return [None] * batch
         if measured is not None:
-            return Read(measured, lambda found: _norms(carry, found, spans))
+            return Read(measured, lambda found: _norms(carries, lags, found, spans))
         grams = np.zeros((batch, count + 1, count + 1))
         for gram, span, ask in zip(grams, spans, asks, strict=True):
             gram[: span + 1, : span + 1] = ask.gram
-        return _norms(carry, grams, spans)
+        return _norms(carries, lags, grams, spans)
 
 
 def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tensor:
@@ -483,12 +540,37 @@ def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tenso
     return tensor.to(device, dtype)
 
 
-def _gather(source: Tensor, index: Slots) -> Tensor:
-    return source.index_select(0, upload(index.reshape(-1), source.device)).view(*index.shape, -1)
+def uploads(arrays: Sequence[Array | Slots], like: Tensor) -> list[Tensor]:
+    """Return arrays on the device of ``like``, with one copy: slots as they are, numbers in its dtype."""
+    if like.device.type != "cuda":  # elsewhere many small copies cost no more than views of one
+        return [upload(array, like.device if array.dtype == np.int64 else like) for array in arrays]
+    return unpacked(upload(packed(arrays), like.device), arrays, like.dtype)
 
 
-def _finish(rows: Tensor, parts: Sequence[Part], slopes: Array) -> None:
-    """Put f_q + d_q (new_q - u_q) into the finals of Responses whose states have been written."""
+def packed(arrays: Sequence[Array | Slots]) -> Slots:
+    """Return arrays one behind the other, slots first, then numbers in float64, all as 64 bits."""
+    slots = [array.reshape(-1) for array in arrays if array.dtype == np.int64]
+    numbers = [array.reshape(-1).view(np.int64) for array in arrays if array.dtype != np.int64]
+    return np.concatenate([*slots, *numbers, np.zeros(1, np.int64)])  # never empty
+
+
+def unpacked(whole: Tensor, arrays: Sequence[Array | Slots], dtype: torch.dtype) -> list[Tensor]:
+    """Return what :func:`packed` made of arrays as tensors again, numbers in a dtype."""
+    total = sum(array.size for array in arrays if array.dtype == np.int64)
+    slots = torch.split(whole[:total], [array.size for array in arrays if array.dtype == np.int64])
+    numbers = whole[total:].view(torch.float64).to(dtype)
+    others = torch.split(numbers[:-1], [array.size for array in arrays if array.dtype != np.int64])
+    found, values = iter(slots), iter(others)
+    flat = (next(found if array.dtype == np.int64 else values) for array in arrays)
+    return [one if array.ndim == 1 else one.view(array.shape) for one, array in zip(flat, arrays, strict=True)]
+
+
+def _gather(source: Tensor, index: Tensor, batch: int) -> Tensor:
+    return source.index_select(0, index).view(batch, -1, source.shape[1])
+
+
+def _finals(parts: Sequence[Part], slopes: Array) -> list[Array | Slots]:
+    """Return the slots of outputs, of new and old states and of finals of Responses, and the slopes between them."""
     outputs, old, new, finals, by = [], [], [], [], []
     for (_, offset, ask), slope in zip(parts, slopes, strict=True):
         assert ask.finals is not None
@@ -498,19 +580,77 @@ def _finish(rows: Tensor, parts: Sequence[Part], slopes: Array) -> None:
         new.append(offset + np.append(ask.states[:1], ask.into[: count - 1]))  # the first state does not move
         finals.append(offset + ask.finals)
         by.append(np.append(0.0, slope[1:count]))
-    final, moved, before = (_gather(rows, np.concatenate(slots)) for slots in (outputs, new, old))
-    final.addcmul_(moved.sub_(before), upload(np.concatenate(by)[:, None], rows))
-    rows.index_copy_(0, upload(np.concatenate(finals), rows.device), final)
+    return [] if not parts else [*map(np.concatenate, (outputs, new, old, finals)), np.concatenate(by)[:, None]]
 
 
-def _norms(carry: Array, grams: Array, spans: Sequence[int]) -> list[Any]:
+def _finish(rows: Tensor, outputs: Tensor, new: Tensor, old: Tensor, finals: Tensor, slopes: Tensor) -> None:
+    """Put f_q + d_q (new_q - u_q) into the finals of Responses whose states have been written."""
+    final, moved, before = (rows.index_select(0, slots) for slots in (outputs, new, old))
+    rows.index_copy_(0, finals, final.addcmul_(moved.sub_(before), slopes))
+
+
+def _carries(local: LocalForm, asks: Sequence[Response], spans: Sequence[int], slopes: Array) -> list[Array]:
+    """Return how changes spread, chunk by chunk: for each (batch, states of the chunk, what changes them).
+
+    The states of a chunk are changed by those before it, as far as the steps look back, and by its own residuals.
+    """
+    batch, count = slopes.shape
+    wanted = max(len(ask.into) for ask in asks)
+    if wanted < count or any(ask.order is not None or len(ask.into) < ask.span for ask in asks):
+        whole = np.zeros((batch, wanted, count))
+        for carry, ask, span, slope in zip(whole, asks, spans, slopes, strict=True):
+            spread = local.propagation(ask.start, span, slope[:span], ask.order)
+            carry[: len(ask.into), :span] = spread[span - len(ask.into) :]
+        return [whole]
+    found = []
+    for first in range(0, count, CHUNK):
+        before = min(local.lags, first)
+        carry = np.zeros((batch, min(CHUNK, count - first), before + min(CHUNK, count - first)))
+        for own, ask, span, slope in zip(carry, asks, spans, slopes, strict=True):
+            size = min(CHUNK, span - first)
+            if size > 0:
+                around = slope[first - before : first + size]
+                own[:size, : before + size] = local.propagation(ask.start + first, size, around, before=before)
+        found.append(carry)
+    return found
+
+
+def _chunks(carries: Sequence[Array], lags: int) -> Iterator[slice]:
+    """Yield which states each of them is for."""
+    first = 0
+    for carry in carries:
+        yield slice(first, first := first + carry.shape[1])
+
+
+def _norms(carries: Sequence[Array], lags: int, grams: Array, spans: Sequence[int]) -> list[Any]:
     """Return the squared norms (R, 2) of the change and the residual of every state of each run.
 
     The change of a state is its residual and what is carried on of the others: all norms are in one Gram matrix.
     """
-    count = carry.shape[1]
-    change = np.zeros((len(carry), count, count + 1)) + np.eye(count, count + 1, 1)
-    change[:, :, :count] += carry
-    squares = ((change @ grams) * change).sum(2), np.diagonal(grams, axis1=1, axis2=2)[:, 1:]
-    norms = np.maximum(np.stack(squares, -1), 0)
+    batch = len(grams)
+    lost = ~np.isfinite(np.diagonal(grams, axis1=1, axis2=2))
+    if lost.any():  # a residual that overflowed: nothing is known of the states that it changes
+        grams = np.where(lost[:, :, None] | lost[:, None], 0, grams)
+    before = np.zeros((batch, 1, grams.shape[1]))  # the changes of the states before a chunk, as sums of residuals
+    before[:, :, 0] = 1
+    products = before @ grams  # and their inner products with all residuals
+    squares = []
+    for chunk, carry in zip(_chunks(carries, lags), carries, strict=True):
+        own, known, size = slice(chunk.start + 1, chunk.stop + 1), before.shape[1], carry.shape[1]
+        change = np.zeros((batch, size, known + size)) + np.eye(size, known + size, known)
+        change[:, :, :-1] += carry
+        gram = np.empty((batch, known + size, known + size))
+        gram[:, :known, :known] = products @ before.transpose(0, 2, 1)
+        gram[:, :known, known:] = products[:, :, own]
+        gram[:, known:, :known] = products[:, :, own].transpose(0, 2, 1)
+        gram[:, known:, known:] = grams[:, own, own]
+        squares.append(((change @ gram) * change).sum(2))
+        if chunk.stop < len(grams[0]) - 1:
+            last = change[:, -lags - 1 :]
+            before = last[:, :, :known] @ before
+            before[:, :, own] += last[:, :, known:]
+            products = last[:, :, :known] @ products + last[:, :, known:] @ grams[:, own]
+    residuals = np.diagonal(grams, axis1=1, axis2=2)[:, 1:]
+    norms = np.maximum(np.stack([np.concatenate(squares, 1), residuals], -1), 0)
+    norms[np.logical_or.accumulate(lost, 1)[:, 1:]] = np.inf
     return [own[:span] for own, span in zip(norms, spans, strict=True)]
