@@ -1,10 +1,11 @@
 """Wall-clock of one sample: the plain loop, compiled or not, diffusers' own pipeline, ParaDiGMS's setting, and ours.
 
-    python benchmarks/latency.py [--device cuda] [--steps 100] [--models digits ..]
+    python benchmarks/latency.py [--device cuda] [--steps 100] [--models digits ..] [--dtypes float32 bfloat16]
 
 All of one row of the table is measured in turns, so that what else the machine does meets all of them, after a run to
 warm up; seconds are medians. The loop to beat is the tightest there is: two tensor operations a step around the
-compiled network (CUDA graphs on CUDA, at batch 1). Errors are relative to the plain loop in the same dtype. Also the
+compiled network (CUDA graphs on CUDA, at batch 1). Windows of ours have graphs for their own size, and wide ones for a
+half and a quarter of it, as the front moves. Errors are relative to the plain loop in the same dtype. Also the
 seconds of a call against its rows, which decide what can be gained (``px.latency``); on CUDA those of a U-Net of Stable
 Diffusion 1.5's size and of DiT-XL/2 as well, with random weights: of these nothing but the cost of a call means
 anything. Writes ``latency.csv``, ``latency_curve.csv`` and ``latency-DEVICE.png``.
@@ -30,7 +31,7 @@ from parataxis.execution import seconds_of
 from parataxis.solve import Rows, Solver
 
 ROOT = Path(__file__).resolve().parent.parent
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 100)
+GRAPHS = 64  # most that torch may keep of one network
 Denoise = Callable[..., Tensor]
 
 
@@ -47,11 +48,9 @@ def plain_loop(denoise: Denoise, sampler: px.Sampler, table: px.Table, told: Any
 
 
 def methods(
-    model: models.Model, name: str, steps: int, dtype: torch.dtype, options: argparse.Namespace
+    model: models.Model, compiled: models.Model, name: str, steps: int, dtype: torch.dtype, options: argparse.Namespace
 ) -> Iterator[tuple[str, int, Callable[[int], tuple[Tensor, int, int]]]]:
     """Yield the name, window and run of every method; a run takes a seed and gives sample, rounds and evaluations."""
-    network = model.network.to(options.device, dtype)
-    compiled = replace(model, network=compile_(network, options))
     sampler = model.sampler(name, steps)
     label = () if model.classes is None else (torch.tensor([3], device=options.device),)
 
@@ -67,6 +66,9 @@ def methods(
         return run
 
     def solve(solver: Solver) -> Callable[[int], tuple[Tensor, int, int]]:
+        window = getattr(solver, "window", None) or steps
+        buckets = [window] if window <= 32 else [window // 4, window // 2, window]
+
         def run(seed: int) -> tuple[Tensor, int, int]:
             found = px.sample(
                 compiled.denoiser(),
@@ -75,7 +77,7 @@ def methods(
                 solver,
                 condition=label[0] if label else None,
                 generator=torch.Generator().manual_seed(seed),
-                buckets=BUCKETS if options.compile else None,
+                buckets=buckets if options.compile else None,
             )
             return found.x, found.rounds, found.evaluations
 
@@ -86,7 +88,7 @@ def methods(
         yield "compiled loop", 1, loop(compiled)
     if model.classes is None and name in ("ddim", "ddpm"):
         yield "diffusers pipeline", 1, pipeline(model, name, steps, dtype, options)
-    for window in [window for window in (8, 16, 32, 64) if window < steps]:
+    for window in [window for window in (8, 16, 32, 64, 128, 256) if window < steps]:
         yield "paradigms", window, solve(px.Picard(window=window, rule="paradigms", entry="copy"))
         yield "secant", window, solve(px.Secant(window=window))
     yield "secant", steps, solve(px.Secant())
@@ -120,9 +122,11 @@ def pipeline(
     return run
 
 
-def compare(model: models.Model, name: str, steps: int, dtype: torch.dtype, options: argparse.Namespace) -> Any:
+def compare(
+    model: models.Model, compiled: models.Model, name: str, steps: int, dtype: torch.dtype, options: argparse.Namespace
+) -> Any:
     """Return a row for every method."""
-    every = list(methods(model, name, steps, dtype, options))
+    every = list(methods(model, compiled, name, steps, dtype, options))
     reference = every[0][2]
     taken: list[list[float]] = [[] for _ in every]
     found: list[list[tuple[float, int, int]]] = [[] for _ in every]
@@ -230,6 +234,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--models", nargs="+", default=models.available())
     parser.add_argument("--steps", type=int, nargs="+", help="default: 50 on the CPU, 100 and 1000 (DDPM) on CUDA")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], help="default: both, on the CPU float32"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--most", type=int, help="most rows of the curve; default: 32 on the CPU, 256 on CUDA")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -238,20 +245,25 @@ def main() -> None:
     options = parser.parse_args()
     cuda = options.device == "cuda"
     options.most = options.most or (256 if cuda else 32)
+    torch._dynamo.config.recompile_limit = GRAPHS
     rows, costs = [], []
-    for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
+    for dtype in [
+        getattr(torch, name) for name in options.dtypes or (["float32", "bfloat16"] if cuda else ["float32"])
+    ]:
         for found in curves(dtype, options):
             costs += [{**row, **machine(options.device)} for row in found]
             print(found[0]["model"], found[0]["dtype"], "b* =", found[0]["free"], flush=True)
+        write(options.results / "latency_curve.csv", costs)
         for name in options.models:
             model = models.load(name)
+            compiled = replace(model, network=compile_(model.network.to(options.device, dtype), options))
             for sampler in ("flow_euler",) if model.prediction == "flow" else ("ddim", "ddpm"):
                 for steps in options.steps or ((100, *((1000,) if sampler == "ddpm" else ())) if cuda else (50,)):
-                    for row in compare(model, sampler, steps, dtype, options):
+                    for row in compare(model, compiled, sampler, steps, dtype, options):
                         rows.append({**row, **machine(options.device)})
                         print({key: rows[-1][key] for key in list(row)[:5] + list(row)[7:]}, flush=True)
-    write(options.results / "latency.csv", rows)
-    write(options.results / "latency_curve.csv", costs)
+                    write(options.results / "latency.csv", rows)  # what there is, if the time ends here
+            torch.compiler.reset()
     draw(rows, costs, options.figures / f"latency-{options.device}.png")
 
 
