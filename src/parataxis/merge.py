@@ -310,14 +310,14 @@ class Merger:
             yield _Work(self, recorded, kinds[asks[members[0]].call]), members
 
     def run(self, call: Call, leaves: Sequence[Any], rows: int) -> list[Any]:
-        """Call the network once."""
+        """Call the network once; what it returns may be its own, and overwritten by its next call (CUDA graphs)."""
         with call.context():
             args, kwargs = call.arguments(leaves)
             output = self.network(call.module, args, kwargs)
         self.calls += 1
         self.rows += rows
         self.peak_rows = max(self.peak_rows, rows)
-        return tree_flatten(output)[0]
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_flatten(output)[0]]
 
 
 @dataclass(eq=False)
