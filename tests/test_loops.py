@@ -560,6 +560,31 @@ def test_times_that_multiply_the_input_become_a_column():
     assert run.report.peak_rows == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_users_default_device_does_not_matter(dtype):
+    class Scaling(nn.Module):
+        def forward(self, x, t):
+            return (0.7 * x + torch.tanh(x.roll(1, 1))) * (1 - t / 2000)
+
+    def loop(net, x):
+        for t, a, s, b, r in steps(20):
+            f = net(x, t)
+            x = b * (x - s * f) / a + r * f
+        return x
+
+    net, noise = Scaling(), torch.randn(2, DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = loop(net, noise)
+    run = parallel(loop, denoisers=[net])
+    torch.set_default_device("meta")
+    try:
+        result = run(net, noise)
+    finally:
+        torch.set_default_device(None)
+    assert relative(result, expected) <= max(1e-2, 2 * run.report.floor)
+    assert run.report.mode == "table"
+    assert run.report.peak_rows > 2
+
+
 def test_condition_channels_and_tokens_beside_the_state_are_no_part_of_it():
     def channels(net, x, t):
         return net(torch.cat([x, torch.full((len(x), 16), 0.5)], 1), t)[:, :DIM]

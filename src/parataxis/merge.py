@@ -552,7 +552,7 @@ class _Work:
             return _Layout("single", why=UNBATCHED)
         members = [self.kind.members[i] for i in sorted({0, len(self.kind.members) // 2, len(self.kind.members) - 1})]
         trial = self if torch.finfo(self.dtype).bits >= 32 else self.shaken(members)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         scales = (1.0, 0.5, 2.0)
         whole = [self.random(c, generator, scale) for c, scale in zip(members, scales, strict=False)]
         answers = [trial.single(ask) for ask in whole]
@@ -569,7 +569,7 @@ class _Work:
         site, dtype = self.site(call), torch.promote_types(self.dtype, torch.float32)
         like = site.states(self.recorded.calls[call].leaves, dtype)
         shape = int(site.owner.max()) + 1, like.shape[1]
-        states = (torch.randn(shape, generator=generator) * scale).to(like)
+        states = (torch.randn(shape, generator=generator, device="cpu") * scale).to(like)
         return Ask(call, np.arange(site.rows), states[_index(site.owner, states)])
 
     def group(self, ask: Ask, number: int) -> Ask:
@@ -605,14 +605,14 @@ class _Work:
 
     def shaken(self, members: Sequence[int]) -> _Work:
         """Return the same work with conditioning at random, so that a wrong layout errs by order 1."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator("cpu").manual_seed(1)
         calls = list(self.recorded.calls)
         for c in members:
             leaves = list(calls[c].leaves)
             for i, role in enumerate(self.kind.roles):
                 if role == "row" and leaves[i].is_floating_point() and leaves[i].ndim > 1:
                     size = leaves[i].float().square().mean().sqrt().nan_to_num(1.0, 1.0)
-                    drawn = torch.randn(leaves[i].shape, generator=generator)
+                    drawn = torch.randn(leaves[i].shape, generator=generator, device="cpu")
                     leaves[i] = (drawn.to(size.device) * size).to(leaves[i])
             old = calls[c]
             calls[c] = Call(old.module, old.spec, leaves, old.feeds, old.autocast, old.output)
@@ -671,6 +671,5 @@ def _numbers(values: Sequence[Any], counts: Sequence[int], order: Rows, like: Te
     if isinstance(values[0], Tensor):
         column = torch.stack([value.reshape(()) for value in values])
     else:
-        column = torch.tensor(values)
-        column = upload(column.to(like.dtype) if column.is_floating_point() else column, like.device)
+        column = upload(np.array(values), like if isinstance(values[0], float) else like.device)
     return column[_index(np.repeat(np.arange(len(counts)), counts)[order], column)]

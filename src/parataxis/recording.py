@@ -232,8 +232,8 @@ class Stage:
         if call == structure.levels[level][0]:
             if level > self.reach:
                 raise Ended
-            index = [int(np.flatnonzero(site.owner == g)[0]) for g in range(structure.groups)]
-            self.inputs.append(states[torch.tensor(index, device=states.device)])
+            index = np.array([np.flatnonzero(site.owner == g)[0] for g in range(structure.groups)])
+            self.inputs.append(states[upload(index, states.device)])
             if self.expected is not None and not torch.equal(self.inputs[-1], self.expected[level]):
                 raise Minded
         if self.expected is not None and not self._told_the_same(call, leaves):
