@@ -560,6 +560,25 @@ def test_times_that_multiply_the_input_become_a_column():
     assert run.report.peak_rows == 16
 
 
+@pytest.mark.parametrize("told", [float, torch.tensor])
+def test_times_of_more_bits_than_the_network_has_become_a_column_of_its_dtype(told):
+    class Strict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(DIM, DIM, dtype=torch.bfloat16).requires_grad_(False)
+
+        def forward(self, x, t):
+            return torch.tanh(self.layer(x * (1 + t)))
+
+    def loop(net):
+        predict = lambda net, x, t: net(x, told(t / 1000))  # noqa: E731
+        return ddim(net, dtype=torch.bfloat16, predict=predict)
+
+    expected, result, run = both(loop, Strict())
+    assert relative(result, expected) <= max(1e-2, 2 * run.report.floor)
+    assert run.report.peak_rows == 16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_users_default_device_does_not_matter(dtype):
     class Scaling(nn.Module):

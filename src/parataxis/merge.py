@@ -223,6 +223,7 @@ class _Layout:
     """How calls are merged: ``rows`` of calls, whole ``calls``, or each call ``single``."""
 
     grade: str
+    narrow: bool = False  # numbers are given in the dtype of the live leaf
     column: bool = False  # numbers are given as (R, 1, ..) instead of (R,)
     shared: bool = False  # leaves equal in all calls are shared even if they have as many rows as the call
     several: bool = False  # leaves with a multiple of the call's rows have several for each, one behind the other
@@ -531,6 +532,8 @@ class _Work:
                 leaves.append(torch.cat(parts)[_index(order, parts[0])].flatten(0, 1))
             elif role == "number":
                 column = _numbers(values, counts, order, asks[0].states)
+                if layout.narrow and column.is_floating_point():
+                    column = column.to(self.dtype)
                 leaves.append(column.view(-1, *(1,) * len(site.pieces[0].box)) if layout.column else column)
             else:
                 leaves.append(values[0].clone() if isinstance(values[0], Tensor) else values[0])
@@ -581,12 +584,15 @@ class _Work:
         """Return the freest layout that gives the answers of single calls: for some of their rows, or whole calls."""
         precise = torch.finfo(self.dtype).bits >= 32
         bound, measured = (2e-5, False) if precise else (COARSE, True)
-        columns = (False, True) if "number" in self.kind.roles else (False,)
+        leaves = self.recorded.calls[whole[0].call].leaves
+        numbers = [leaf for leaf, role in zip(leaves, self.kind.roles, strict=True) if role == "number"]
+        narrows = (False, True) if any(_wider(number, self.dtype) for number in numbers) else (False,)
+        columns = (False, True) if numbers else (False,)
         shares = (False, True) if self.kind.ambiguous else (False,)
         severals = (False, True) if "several" in self.kind.roles else (False,)
         for grade, asks in (("rows", some), ("calls", whole)):
-            for column, shared, several in product(columns, shares, severals):
-                layout = _Layout(grade, column, shared, several)
+            for narrow, column, shared, several in product(narrows, columns, shares, severals):
+                layout = _Layout(grade, narrow, column, shared, several)
                 error = self.compared(asks, answers, layout)[1]
                 if bound < error <= COARSE and not measured:
                     # A network may compute in fewer bits than it is given: copies of one call tell its rounding.
@@ -664,6 +670,13 @@ def _take(leaf: Any, rows: Rows, total: int) -> Any:
 
 def _has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
+
+
+def _wider(number: Any, dtype: torch.dtype) -> bool:
+    """Return whether a number, given one entry a row, has another floating-point dtype than the state."""
+    if isinstance(number, Tensor):
+        return number.is_floating_point() and number.dtype != dtype
+    return isinstance(number, float) and torch.promote_types(dtype, torch.float32) != dtype
 
 
 def _numbers(values: Sequence[Any], counts: Sequence[int], order: Rows, like: Tensor) -> Tensor:
