@@ -468,9 +468,11 @@ def test_rows_that_look_at_other_samples_are_never_torn_apart():
 class Mixing(Net):
     """Every row looks at all rows of its call."""
 
+    mixing = True
+
     def forward(self, x, t, condition=None):
         output = super().forward(x, t, condition)
-        return output - 0.5 * output.mean(0)
+        return output - 0.5 * output.mean(0) if self.mixing else output
 
 
 class OneTime(Net):
@@ -547,7 +549,39 @@ def test_what_is_returned_may_be_overwritten_by_the_next_call():
         assert relative(result, expected) <= 1e-4
         torch.manual_seed(0)
         assert relative(run(net), expected) <= 1e-4
-        assert run.report.calls == run.report.rounds
+        assert run.report.calls == run.report.rounds + 1
+
+
+def test_a_network_that_changes_between_calls_is_found_out_by_one_call_more():
+    class Changing(Mixing):
+        mixing = False
+        within = False
+
+        def forward(self, x, t, condition=None):
+            assert not self.within or len(x) % 2 == 0, "rows come in pairs"
+            output = super().forward(x, t, condition)
+            return output + 0.2 * output.view(-1, 2, DIM).flip(1).flatten(0, 1) if self.within else output
+
+    net = Changing()
+    run = parallel(ddim, denoisers=[net], tolerance=1e-4)
+    counts = []
+    for within in (False, False, True, True):
+        net.within = within
+        torch.manual_seed(0)
+        expected = ddim(net)
+        before = len(net.rows)
+        torch.manual_seed(0)
+        assert relative(run(net), expected) <= 1e-4
+        assert run.report.mode == "table"
+        counts.append((len(net.rows) - before, run.report.rounds))
+    for calls, rounds in counts[1::2]:
+        assert calls == rounds + 1
+    net.mixing = True
+    torch.manual_seed(0)
+    expected = ddim(net)
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="runs sequentially: merged calls"):
+        assert torch.equal(run(net), expected)
 
 
 def test_times_that_multiply_the_input_become_a_column():

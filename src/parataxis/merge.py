@@ -9,15 +9,16 @@ become one call by what each other leaf turns out to be over all calls:
 - anything that is the same in all calls: shared; calls that differ in anything else are not merged.
 
 Rows with equal inputs (guidance) stay apart in blocks, all first ones before all second ones, because some attention
-processors split the batch so. Each such layout is checked once against single calls, on random inputs; what fails is
-evaluated in smaller groups: whole calls instead of rows, then call by call.
+processors split the batch so. Each such layout is checked against single calls, on random inputs: when it is found, and
+in every later run of the loop by one call, beside those of the first round. What fails is evaluated in smaller groups:
+whole calls instead of rows, then call by call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -227,6 +228,7 @@ class _Layout:
     column: bool = False  # numbers are given as (R, 1, ..) instead of (R,)
     shared: bool = False  # leaves equal in all calls are shared even if they have as many rows as the call
     several: bool = False  # leaves with a multiple of the call's rows have several for each, one behind the other
+    bound: float = 0.0  # how far, relative, it may be from single calls
     why: str = ""  # calls stay single
 
 
@@ -244,7 +246,7 @@ class Merger:
         apart: Whether nothing is merged.
         merged: Whether any calls have been.
         ranks: Those that share the calls, each with a merger of its own; None for one alone.
-        trusted: The layouts that this merger has found.
+        trusted: The layouts that this merger has found or checked.
     """
 
     network: Callable[[int, Any, Any], Any]
@@ -274,7 +276,7 @@ class Merger:
 
         def share() -> list[list[Any]]:
             for work, members in self._works(recorded, asks):
-                work.layout([asks[i] for i in members])  # the same on all ranks, whatever their shares
+                work.settle([asks[i] for i in members])  # the same on all ranks, whatever their shares
             return self._evaluate(recorded, own)
 
         asked = b"".join(np.append(ask.rows, ask.call).tobytes() for ask in asks)
@@ -431,15 +433,24 @@ class _Work:
                 outputs.append(self.single(rest[0]))
                 continue
             try:
-                merged = self.merged(rest[:count], layout)
+                merged = self.merged(rest[:count], layout) if self.trusted else self.checked(rest[:count], layout)
             except (RuntimeError, MemoryError) as error:
                 if count == 1 or not out_of_memory(error):
                     raise
                 self.merger.limit = max(1, sum(len(ask.rows) for ask in rest[:count]) // 2)
                 continue
+            if merged is None:
+                del self.merger.layouts[self.kind.name]
+                return self.evaluate(asks)
             outputs += merged
             self.merger.merged |= count > 1
         return outputs
+
+    def settle(self, asks: Sequence[Ask]) -> None:
+        """Find the layout for the asks, or check it."""
+        if self.layout(asks).grade != "single" and not self.trusted:
+            self.evaluate(asks[-2:])
+            self.layout(asks)
 
     def layout(self, asks: Sequence[Ask]) -> _Layout:
         """Return how to merge the asks, or raise :class:`WholeCalls` if their rows cannot be taken apart."""
@@ -465,6 +476,24 @@ class _Work:
             merger.trusted[name] = layout
         return layout
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the layout was found or checked since the loop began."""
+        return self.kind.name in self.merger.trusted
+
+    def checked(self, asks: Sequence[Ask], layout: _Layout) -> list[list[Any]] | None:
+        """Evaluate several asks by a layout of an earlier run of the loop; None if the network has changed too much.
+
+        The states of a first round may be copies of one another, so random ones are evaluated beside them.
+        """
+        other = self.random(self.kind.members[-1], torch.Generator("cpu").manual_seed(0))
+        part = self.group(other, 0) if layout.grade == "rows" else other
+        outputs, error = self.compared([*asks, part], [*[None] * len(asks), self.single(other)], layout)
+        if error > layout.bound:
+            return None
+        self.merger.trusted[self.kind.name] = layout
+        return outputs[:-1]
+
     def whole(self, asks: Sequence[Ask]) -> bool:
         """Return whether all rows of every call are asked for."""
         return all(len(ask.rows) == self.site(ask.call).rows for ask in asks)
@@ -474,6 +503,8 @@ class _Work:
         if self.merger.limit is None:
             return len(asks)
         total = np.cumsum([len(ask.rows) for ask in asks])
+        if not self.trusted:
+            total += self.site(asks[0].call).rows  # of the check
         return max(1, int((total <= self.merger.limit).sum()))
 
     def single(self, ask: Ask) -> list[Any]:
@@ -583,7 +614,8 @@ class _Work:
     def freest(self, some: Sequence[Ask], whole: Sequence[Ask], answers: Sequence[list[Any]]) -> _Layout:
         """Return the freest layout that gives the answers of single calls: for some of their rows, or whole calls."""
         precise = torch.finfo(self.dtype).bits >= 32
-        bound, measured = (2e-5, False) if precise else (COARSE, True)
+        least = max(2e-5, 2 * torch.finfo(self.dtype).eps)
+        bound, measured = (least, False) if precise else (COARSE, True)
         leaves = self.recorded.calls[whole[0].call].leaves
         numbers = [leaf for leaf, role in zip(leaves, self.kind.roles, strict=True) if role == "number"]
         narrows = (False, True) if any(_wider(number, self.dtype) for number in numbers) else (False,)
@@ -599,7 +631,7 @@ class _Work:
                     rounding = self.compared([whole[0]] * 2, [answers[0]] * 2, layout)[1]
                     bound, measured = min(max(bound, ROUNDINGS * rounding), COARSE), True
                 if error <= bound:
-                    return layout
+                    return replace(layout, bound=min(max(least, ROUNDINGS * error), COARSE))
         return _Layout("single", why=OTHERWISE)
 
     @property
