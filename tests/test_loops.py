@@ -613,6 +613,17 @@ def test_times_of_more_bits_than_the_network_has_become_a_column_of_its_dtype(to
     assert run.report.peak_rows == 16
 
 
+def test_times_keep_the_bits_of_double_precision():
+    class Scaling(nn.Module):
+        def forward(self, x, t):
+            return torch.tanh(x) * (1 + t)
+
+    expected, result, _ = both(
+        lambda net: ddim(net, dtype=torch.float64, predict=lambda net, x, t: net(x, t / 999)), Scaling(), tolerance=0
+    )
+    assert relative(result, expected) <= 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_users_default_device_does_not_matter(dtype):
     class Scaling(nn.Module):
