@@ -69,6 +69,9 @@ def samples(mesh):
         "refilled": draw(mesh, rows=5).x,
         "auto": draw(mesh, solver="auto").x,
         "auto solver": repr(draw(mesh, solver="auto")[0].solver),
+        "loop": looped(Net(), mesh)[0],
+        "unmerged": (single := looped(First(), mesh))[0],
+        "unmerged mode": single[1].mode,
     }
 
 
@@ -110,7 +113,8 @@ def unequal(mesh):
         "failure": said(lambda: draw(mesh, fails if odd else EXACT)),
         "shape": said(lambda: draw(mesh, returns if odd else EXACT)),
         "stop": said(lambda: draw(mesh, stop=late)),
-        "loop": said(lambda: loop(mesh, 8 if odd else 7)),
+        "loop": said(loop(Net(), mesh, 8 if odd else 7)),
+        "trial": said(loop(Failing() if odd else Net(), mesh, 7)),
         "unnamed": said(lambda: draw(init_device_mesh("cpu", (3,), mesh_dim_names=("data",)))),
         "no mesh": said(lambda: draw(3)) if odd else "",
     }
@@ -123,8 +127,33 @@ class Net(torch.nn.Module):
         return EXACT(u, torch.as_tensor(t).expand(len(u)))
 
 
-def loop(mesh, seed):
-    net, times = Net(), SAMPLER.network_times().tolist()
+class First(torch.nn.Module):
+    """Its calls cannot be merged."""
+
+    def forward(self, u, t):
+        return EXACT(u, torch.as_tensor(t).reshape(-1)[0].expand(len(u)))
+
+
+class Failing(Net):
+    """Fails while it is tried how calls may be merged."""
+
+    calls = 0
+
+    def forward(self, u, t):
+        self.calls += 1
+        if self.calls == 3:
+            raise ValueError("the third call fails")
+        return super().forward(u, t)
+
+
+def looped(net, mesh, seed=7):
+    """Run a loop twice; return the second result and the report."""
+    run = loop(net, mesh, seed)
+    return [run(), run()][1], run.report
+
+
+def loop(net, mesh, seed):
+    times = SAMPLER.network_times().tolist()
     generator = torch.Generator().manual_seed(seed)
 
     def run():
@@ -133,7 +162,7 @@ def loop(mesh, seed):
             x = 0.9 * x + 0.1 * net(x, t) + 0.1 * torch.randn(x.shape, generator=generator)
         return x
 
-    return px.parallel(run, denoisers=[net], mesh=mesh)()
+    return px.parallel(run, denoisers=[net], mesh=mesh)
 
 
 def tensors(mesh):

@@ -205,7 +205,7 @@ def test_what_is_known_of_a_model_is_kept_for_the_next_call_of_the_same_form():
     expected, _, run = both(dpmpp_2m, counted)
     first = run.report.calls
     assert relative(run(counted, noise(), SIGMAS, disable=True), expected) <= 1e-2
-    assert run.report.calls == run.report.rounds < first
+    assert run.report.calls == run.report.rounds + 1 < first  # one to see that the model is still merged rightly
     other = torch.cat([SIGMAS[:10], SIGMAS[10:] * 0.9])
     again = run(counted, noise(), other, disable=True)
     assert relative(again, dpmpp_2m(counted, noise(), other)) <= 1e-2

@@ -54,7 +54,7 @@ def near(x, y, bound=1e-5):
 def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path):
     found = finished("samples", tmp_path, 3)
     for one in found[1:]:
-        for name in ("x", "wave", "together", "refilled", "auto"):
+        for name in ("x", "wave", "together", "refilled", "auto", "loop", "unmerged"):
             assert torch.equal(one[name], found[0][name])
         assert one["auto solver"] == found[0]["auto solver"]
     alone = ranks.draw(None)
@@ -62,6 +62,10 @@ def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path)
     assert near(found[0]["refilled"], alone.x)
     assert near(found[0]["wave"], ranks.draw(None, solver=px.Parareal(blocks=5)).x)
     assert found[0]["rounds"] == alone.rounds
+    assert near(found[0]["loop"], ranks.looped(ranks.Net(), None)[0])
+    # What one process would rather call one by one, ranks share.
+    assert near(found[0]["unmerged"], found[0]["loop"], 1e-2)
+    assert found[0]["unmerged mode"] == "table"
     # One row to compare the networks, then a call a round (but for ranks without a row).
     rows = [one["rows"][1:] for one in found]
     assert sum(map(sum, rows)) == alone.evaluations
@@ -97,6 +101,8 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert "load the same weights" in found["weights"]
         broken = "ValueError: the network of rank 1 is broken"
         assert found["failure"] == broken if rank == 1 else broken in found["failure"]
+        broken = "ValueError: the third call fails"
+        assert found["trial"] == broken if rank == 1 else broken in found["trial"]
         assert "expected its input's (1, 64)" in found["shape"]
         assert "rank 1 (" in found["stop"]
         assert "other rows" in found["stop"]

@@ -420,7 +420,7 @@ class _Solving:
         given = stage.anchors[level]
         if given is None or not stage.known[level].all():
             return unit
-        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(THIRD)).to(given)
+        noise = torch.randn(given.shape, generator=torch.Generator("cpu").manual_seed(THIRD), device="cpu").to(given)
         near = given + unit * given.square().mean(1, keepdim=True).sqrt() * noise
         sites = [(call, structure.sites[call]) for call in structure.levels[level]]
         asks = [

@@ -9,15 +9,16 @@ become one call by what each other leaf turns out to be over all calls:
 - anything that is the same in all calls: shared; calls that differ in anything else are not merged.
 
 Rows with equal inputs (guidance) stay apart in blocks, all first ones before all second ones, because some attention
-processors split the batch so. Each such layout is checked once against single calls, on random inputs; what fails is
-evaluated in smaller groups: whole calls instead of rows, then call by call.
+processors split the batch so. Each such layout is checked against single calls, on random inputs: when it is found, and
+in every later run of the loop by one call, beside those of the first round. What fails is evaluated in smaller groups:
+whole calls instead of rows, then call by call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .execution import out_of_memory
 from .table import upload
 
 if TYPE_CHECKING:
     from .distributed import Ranks
 
-__all__ = ["Ask", "Call", "Calls", "Merger", "Output", "Piece", "Site", "equal"]
+__all__ = ["Ask", "Call", "Calls", "Merger", "Output", "Piece", "Refused", "Site", "WholeCalls", "equal"]
 
 Rows = NDArray[np.int64]
 COARSE = 0.1  # a wrong layout errs by order 1 on random rows
 ROUNDINGS = 10  # times the rounding of copies of one call that a layout may differ
+UNBATCHED = "the denoiser's input has no dimension for samples, so steps cannot share a call."
+UNLIKE = "no two calls of the denoiser can be merged: they differ in more than rows and numbers."
+OTHERWISE = (
+    "merged calls of the denoiser give other results than single ones: it may look at one time or one sigma only, or "
+    "its rows at one another."
+)
+CRAMPED = "memory has no room for two calls of the denoiser at once."
+
+
+class Refused(BaseException):
+    """The loop cannot be solved in parallel; the argument says why."""
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -211,9 +224,12 @@ class _Layout:
     """How calls are merged: ``rows`` of calls, whole ``calls``, or each call ``single``."""
 
     grade: str
+    narrow: bool = False  # numbers are given in the dtype of the live leaf
     column: bool = False  # numbers are given as (R, 1, ..) instead of (R,)
     shared: bool = False  # leaves equal in all calls are shared even if they have as many rows as the call
     several: bool = False  # leaves with a multiple of the call's rows have several for each, one behind the other
+    bound: float = 0.0  # how far, relative, it may be from single calls
+    why: str = ""  # calls stay single
 
 
 @dataclass(eq=False)
@@ -228,7 +244,9 @@ class Merger:
         rows: Rows evaluated.
         peak_rows: Most rows of one call.
         apart: Whether nothing is merged.
+        merged: Whether any calls have been.
         ranks: Those that share the calls, each with a merger of its own; None for one alone.
+        trusted: The layouts that this merger has found or checked.
     """
 
     network: Callable[[int, Any, Any], Any]
@@ -238,18 +256,45 @@ class Merger:
     rows: int = 0
     peak_rows: int = 0
     apart: bool = False
+    merged: bool = False
     ranks: Ranks | None = None
+    trusted: dict[Any, _Layout] = field(default_factory=dict)
 
     def evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
-        """Return the output leaves of every ask, its rows only."""
+        """Return the output leaves of every ask, its rows only.
+
+        Raises:
+            WholeCalls: If rows are asked for that cannot be taken from their calls.
+            Refused: If no two calls can be merged, and no other rank takes a share: the loop itself is faster then.
+        """
         ranks = self.ranks
+        if (ranks is None or ranks.size == 1) and not self.apart and not self.merged:
+            self._require_merging(recorded)
         if ranks is None:
             return self._evaluate(recorded, asks)
-        for work, members in self._works(recorded, asks):
-            work.layout([asks[i] for i in members])  # the same on all ranks, whatever their shares
         own = asks[ranks.share(len(asks))]
+
+        def share() -> list[list[Any]]:
+            for work, members in self._works(recorded, asks):
+                work.settle([asks[i] for i in members])  # the same on all ranks, whatever their shares
+            return self._evaluate(recorded, own)
+
         asked = b"".join(np.append(ask.rows, ask.call).tobytes() for ask in asks)
-        return ranks.leaves(asked, lambda: self._evaluate(recorded, own), [recorded.form(ask) for ask in asks])
+        return ranks.leaves(asked, share, [recorded.form(ask) for ask in asks])
+
+    def _require_merging(self, recorded: Calls) -> None:
+        """Raise :class:`Refused` unless some calls may be merged."""
+        why = UNLIKE
+        for kind in recorded.several:
+            work = _Work(self, recorded, kind)
+            layout = work.known()
+            if layout.grade == "single":
+                why = layout.why
+            elif self.limit is not None and self.limit < 2 * work.site(kind.members[0]).rows:
+                why = CRAMPED
+            else:
+                return
+        raise Refused(why)
 
     def _evaluate(self, recorded: Calls, asks: Sequence[Ask]) -> list[list[Any]]:
         outputs: list[list[Any]] = [[] for _ in asks]
@@ -268,14 +313,14 @@ class Merger:
             yield _Work(self, recorded, kinds[asks[members[0]].call]), members
 
     def run(self, call: Call, leaves: Sequence[Any], rows: int) -> list[Any]:
-        """Call the network once."""
+        """Call the network once; what it returns may be its own, and overwritten by its next call (CUDA graphs)."""
         with call.context():
             args, kwargs = call.arguments(leaves)
             output = self.network(call.module, args, kwargs)
         self.calls += 1
         self.rows += rows
         self.peak_rows = max(self.peak_rows, rows)
-        return tree_flatten(output)[0]
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_flatten(output)[0]]
 
 
 @dataclass(eq=False)
@@ -289,6 +334,13 @@ class Calls:
     def kinds(self) -> dict[int, _Kind]:
         """The kind of every call."""
         return _kinds(self.calls, self.sites)
+
+    @cached_property
+    def several(self) -> list[_Kind]:
+        """The kinds of several calls, but for those that only feed other calls."""
+        feeding = {feeder for call in self.calls for feeder, _ in call.feeds.values()}
+        kinds = {id(kind): kind for call, kind in self.kinds.items() if call not in feeding}
+        return [kind for kind in kinds.values() if len(kind.members) > 1]
 
     def form(self, ask: Ask) -> list[Any]:
         """Return leaves of the shapes that answer an ask; of tensors, their values mean nothing."""
@@ -377,28 +429,70 @@ class _Work:
         while len(outputs) < len(asks):
             rest = asks[len(outputs) :]
             count = self.fitting(rest)
+            if count == 1 and self.whole(rest[:1]):
+                outputs.append(self.single(rest[0]))
+                continue
             try:
-                if count == 1 and self.whole(rest[:1]):
-                    outputs.append(self.single(rest[0]))
-                else:
-                    outputs += self.merged(rest[:count], layout)
-            except torch.OutOfMemoryError:
-                if count == 1:
+                merged = self.merged(rest[:count], layout) if self.trusted else self.checked(rest[:count], layout)
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not out_of_memory(error):
                     raise
                 self.merger.limit = max(1, sum(len(ask.rows) for ask in rest[:count]) // 2)
+                continue
+            if merged is None:
+                del self.merger.layouts[self.kind.name]
+                return self.evaluate(asks)
+            outputs += merged
+            self.merger.merged |= count > 1
         return outputs
+
+    def settle(self, asks: Sequence[Ask]) -> None:
+        """Find the layout for the asks, or check it."""
+        if self.layout(asks).grade != "single" and not self.trusted:
+            self.evaluate(asks[-2:])
+            self.layout(asks)
 
     def layout(self, asks: Sequence[Ask]) -> _Layout:
         """Return how to merge the asks, or raise :class:`WholeCalls` if their rows cannot be taken apart."""
         whole = self.whole(asks)
         if whole and (len(asks) == 1 or self.merger.apart):
             return _Layout("single")
-        layout = self.merger.layouts.get(self.kind.name)
-        if layout is None:
-            layout = self.merger.layouts[self.kind.name] = self.find()
+        layout = self.known()
         if layout.grade != "rows" and not whole:
             raise WholeCalls
         return layout
+
+    def known(self) -> _Layout:
+        """Return the layout of this kind of call; if there is none yet, find it."""
+        merger, name = self.merger, self.kind.name
+        layout = merger.trusted.get(name) or merger.layouts.get(name)
+        if layout is None:
+            try:
+                layout = merger.layouts[name] = self.find()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                layout = _Layout("single", why=CRAMPED)  # for now: there may be room the next time
+            merger.trusted[name] = layout
+        return layout
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the layout was found or checked since the loop began."""
+        return self.kind.name in self.merger.trusted
+
+    def checked(self, asks: Sequence[Ask], layout: _Layout) -> list[list[Any]] | None:
+        """Evaluate several asks by a layout of an earlier run of the loop; None if the network has changed too much.
+
+        The states of a first round may be copies of one another, so random ones are evaluated beside them.
+        """
+        other = self.random(self.kind.members[-1], torch.Generator("cpu").manual_seed(0))
+        part = self.group(other, 0) if layout.grade == "rows" else other
+        outputs, error = self.compared([*asks, part], [*[None] * len(asks), self.single(other)], layout)
+        if error > layout.bound:
+            return None
+        self.merger.trusted[self.kind.name] = layout
+        return outputs[:-1]
 
     def whole(self, asks: Sequence[Ask]) -> bool:
         """Return whether all rows of every call are asked for."""
@@ -409,6 +503,8 @@ class _Work:
         if self.merger.limit is None:
             return len(asks)
         total = np.cumsum([len(ask.rows) for ask in asks])
+        if not self.trusted:
+            total += self.site(asks[0].call).rows  # of the check
         return max(1, int((total <= self.merger.limit).sum()))
 
     def single(self, ask: Ask) -> list[Any]:
@@ -466,7 +562,10 @@ class _Work:
                 parts = [part[_index(ask.rows, part)] for ask, part in zip(asks, parts, strict=True)]
                 leaves.append(torch.cat(parts)[_index(order, parts[0])].flatten(0, 1))
             elif role == "number":
-                leaves.append(_numbers(values, counts, order, asks[0].states, site, layout))
+                column = _numbers(values, counts, order, asks[0].states)
+                if layout.narrow and column.is_floating_point():
+                    column = column.to(self.dtype)
+                leaves.append(column.view(-1, *(1,) * len(site.pieces[0].box)) if layout.column else column)
             else:
                 leaves.append(values[0].clone() if isinstance(values[0], Tensor) else values[0])
         states = torch.cat([ask.states for ask in asks])
@@ -478,80 +577,112 @@ class _Work:
         return self.merger.run(calls[0], leaves, len(order))
 
     def find(self) -> _Layout:
-        """Find the freest layout that gives what single calls give, on random inputs."""
+        """Find the freest layout that gives what single calls give, on random inputs.
+
+        Raises an error that :func:`out_of_memory` knows where there is no room to try.
+        """
         site = self.site(self.kind.members[0])
         if not site.batched:
-            return _Layout("single")
+            return _Layout("single", why=UNBATCHED)
         members = [self.kind.members[i] for i in sorted({0, len(self.kind.members) // 2, len(self.kind.members) - 1})]
-        dtype = self.recorded.calls[members[0]].leaves[site.pieces[0].leaf].dtype
-        precise = torch.finfo(dtype).bits >= 32
-        trial = self if precise else self.shaken(members)
-        generator = torch.Generator().manual_seed(0)
-        inputs = {}
-        for scale, c in zip((1.0, 0.5, 2.0), members, strict=False):
-            like = site.states(self.recorded.calls[c].leaves, torch.float32 if precise else dtype)
-            own = torch.randn(site.owner.max() + 1, like.shape[1], generator=generator) * scale
-            inputs[c] = own.to(like.device, torch.float64 if dtype == torch.float64 else torch.float32)[
-                _index(site.owner, like)
-            ]
-        every = np.arange(site.rows)
-        whole = [Ask(c, every, inputs[c]) for c in members]
+        trial = self if torch.finfo(self.dtype).bits >= 32 else self.shaken(members)
+        generator = torch.Generator("cpu").manual_seed(0)
+        scales = (1.0, 0.5, 2.0)
+        whole = [self.random(c, generator, scale) for c, scale in zip(members, scales, strict=False)]
         answers = [trial.single(ask) for ask in whole]
-        groups = int(site.owner.max()) + 1
-        chosen = [np.flatnonzero(site.owner == g) for g in (groups - 1, 0)]
-        some = [Ask(c, rows, inputs[c][_index(rows, inputs[c])]) for c, rows in zip(members, chosen, strict=False)]
-        some += whole[2:]
+        some = [self.group(ask, g) for ask, g in zip(whole, (int(site.owner.max()), 0), strict=False)] + whole[2:]
+        try:
+            return trial.freest(some, whole, answers)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        return trial.freest(some[:2], whole[:2], answers[:2])
 
-        bound, measured = (2e-5, False) if precise else (COARSE, True)
-        columns = (False, True) if "number" in self.kind.roles else (False,)
+    def random(self, call: int, generator: torch.Generator, scale: float = 1.0) -> Ask:
+        """Ask for a whole call at random states."""
+        site, dtype = self.site(call), torch.promote_types(self.dtype, torch.float32)
+        like = site.states(self.recorded.calls[call].leaves, dtype)
+        shape = int(site.owner.max()) + 1, like.shape[1]
+        states = (torch.randn(shape, generator=generator, device="cpu") * scale).to(like)
+        return Ask(call, np.arange(site.rows), states[_index(site.owner, states)])
+
+    def group(self, ask: Ask, number: int) -> Ask:
+        """Ask for the rows of one sample of a whole call."""
+        rows = np.flatnonzero(self.site(ask.call).owner == number)
+        return Ask(ask.call, rows, ask.states[_index(rows, ask.states)])
+
+    def freest(self, some: Sequence[Ask], whole: Sequence[Ask], answers: Sequence[list[Any]]) -> _Layout:
+        """Return the freest layout that gives the answers of single calls: for some of their rows, or whole calls."""
+        precise = torch.finfo(self.dtype).bits >= 32
+        least = max(2e-5, 2 * torch.finfo(self.dtype).eps)
+        bound, measured = (least, False) if precise else (COARSE, True)
+        leaves = self.recorded.calls[whole[0].call].leaves
+        numbers = [leaf for leaf, role in zip(leaves, self.kind.roles, strict=True) if role == "number"]
+        narrows = (False, True) if any(_wider(number, self.dtype) for number in numbers) else (False,)
+        columns = (False, True) if numbers else (False,)
         shares = (False, True) if self.kind.ambiguous else (False,)
         severals = (False, True) if "several" in self.kind.roles else (False,)
         for grade, asks in (("rows", some), ("calls", whole)):
-            for column, shared, several in product(columns, shares, severals):
-                layout = _Layout(grade, column, shared, several)
-                error = trial.error(asks, answers, layout)
+            for narrow, column, shared, several in product(narrows, columns, shares, severals):
+                layout = _Layout(grade, narrow, column, shared, several)
+                error = self.compared(asks, answers, layout)[1]
                 if bound < error <= COARSE and not measured:
                     # A network may compute in fewer bits than it is given: copies of one call tell its rounding.
-                    rounding = trial.error(whole[:1] * 2, answers[:1] * 2, layout)
+                    rounding = self.compared([whole[0]] * 2, [answers[0]] * 2, layout)[1]
                     bound, measured = min(max(bound, ROUNDINGS * rounding), COARSE), True
                 if error <= bound:
-                    return layout
-        return _Layout("single")
+                    return replace(layout, bound=min(max(least, ROUNDINGS * error), COARSE))
+        return _Layout("single", why=OTHERWISE)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the live part of the arguments."""
+        call = self.kind.members[0]
+        dtype: torch.dtype = self.recorded.calls[call].leaves[self.site(call).pieces[0].leaf].dtype
+        return dtype
 
     def shaken(self, members: Sequence[int]) -> _Work:
         """Return the same work with conditioning at random, so that a wrong layout errs by order 1."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator("cpu").manual_seed(1)
         calls = list(self.recorded.calls)
         for c in members:
             leaves = list(calls[c].leaves)
             for i, role in enumerate(self.kind.roles):
                 if role == "row" and leaves[i].is_floating_point() and leaves[i].ndim > 1:
                     size = leaves[i].float().square().mean().sqrt().nan_to_num(1.0, 1.0)
-                    drawn = torch.randn(leaves[i].shape, generator=generator)
+                    drawn = torch.randn(leaves[i].shape, generator=generator, device="cpu")
                     leaves[i] = (drawn.to(size.device) * size).to(leaves[i])
             old = calls[c]
             calls[c] = Call(old.module, old.spec, leaves, old.feeds, old.autocast, old.output)
         return _Work(self.merger, Calls(calls, self.recorded.sites), self.kind)
 
-    def error(self, asks: Sequence[Ask], answers: Sequence[list[Any]], layout: _Layout) -> float:
-        """Return how far a layout is from the answers of single calls, relative; infinite where it cannot be called."""
+    def compared(
+        self, asks: Sequence[Ask], answers: Sequence[list[Any] | None], layout: _Layout
+    ) -> tuple[list[list[Any]], float]:
+        """Evaluate several asks in one network call, and compare it with the answers of single calls that are known.
+
+        Returns:
+            The output leaves, and how far they are from the answers, relative; infinite where there are none.
+        """
         site = self.site(asks[0].call)
         try:
             merged = self.merged(asks, layout)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a network says to a batch that it cannot take
-            return float("inf")
+        except Exception as error:  # whatever a network says to a batch that it cannot take
+            if out_of_memory(error):
+                raise
+            return [], float("inf")
         worst = 0.0
         for ask, output, answer in zip(asks, merged, answers, strict=True):
+            if answer is None:
+                continue
             got, wanted = (site.answers(leaves, ask.states.dtype).cpu().double() for leaves in (output, answer))
             wanted = wanted[_index(ask.rows, got)]
             if got.shape != wanted.shape:
-                return float("inf")
+                return merged, float("inf")
             away, size = float((got - wanted).norm()), float(wanted.norm())
             if away != 0:  # or not a number
                 worst = max(worst, away / size) if size > 0 and np.isfinite(away) else float("inf")
-        return worst
+        return merged, worst
 
 
 def _feeders(call: Call) -> dict[int, list[tuple[int, int]]]:
@@ -573,14 +704,17 @@ def _has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
 
 
-def _numbers(
-    values: Sequence[Any], counts: Sequence[int], order: Rows, like: Tensor, site: Site, layout: _Layout
-) -> Tensor:
+def _wider(number: Any, dtype: torch.dtype) -> bool:
+    """Return whether a number, given one entry a row, has another floating-point dtype than the state."""
+    if isinstance(number, Tensor):
+        return number.is_floating_point() and number.dtype != dtype
+    return isinstance(number, float) and torch.promote_types(dtype, torch.float32) != dtype
+
+
+def _numbers(values: Sequence[Any], counts: Sequence[int], order: Rows, like: Tensor) -> Tensor:
     """Return one entry a row of a number that differs between calls."""
     if isinstance(values[0], Tensor):
         column = torch.stack([value.reshape(()) for value in values])
     else:
-        column = torch.tensor(values)
-        column = upload(column.to(like.dtype) if column.is_floating_point() else column, like.device)
-    column = column[_index(np.repeat(np.arange(len(counts)), counts)[order], column)]
-    return column.view(-1, *(1,) * len(site.pieces[0].box)) if layout.column else column
+        column = upload(np.array(values), like if isinstance(values[0], float) else like.device)
+    return column[_index(np.repeat(np.arange(len(counts)), counts)[order], column)]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
-from .merge import Call, Calls, Output, Piece, Site, equal
+from .merge import Call, Calls, Output, Piece, Refused, Site, equal
 from .table import LocalForm, Part, upload
 
 __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analyse", "drawn", "fit"]
@@ -39,10 +39,6 @@ WANDER = 0.1  # noise of the combined outputs of the third pass, relative to the
 
 class Ended(BaseException):
     """A pass has seen what it was for."""
-
-
-class Refused(BaseException):
-    """The loop cannot be solved in parallel; the argument says why."""
 
 
 class Minded(BaseException):
@@ -236,8 +232,8 @@ class Stage:
         if call == structure.levels[level][0]:
             if level > self.reach:
                 raise Ended
-            index = [int(np.flatnonzero(site.owner == g)[0]) for g in range(structure.groups)]
-            self.inputs.append(states[torch.tensor(index, device=states.device)])
+            index = np.array([np.flatnonzero(site.owner == g)[0] for g in range(structure.groups)])
+            self.inputs.append(states[upload(index, states.device)])
             if self.expected is not None and not torch.equal(self.inputs[-1], self.expected[level]):
                 raise Minded
         if self.expected is not None and not self._told_the_same(call, leaves):
