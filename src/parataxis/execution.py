@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .samplers import Sampler
-from .solve import Rows
+from .solve import Rows, expect
 from .table import upload
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Latency",
     "Network",
     "check",
+    "check_whole",
     "duration",
     "latency",
     "out_of_memory",
@@ -105,15 +106,17 @@ class Executor:
 
     A call that runs out of memory is made again with half as many rows, and with no more from then on. With
     ``buckets`` a call has one of these numbers of rows, so that a compiled network or a CUDA graph sees few shapes: the
-    last row is repeated, and what it gives is cut off.
+    last row is repeated, and what it gives is cut off. What a call returns may lie in memory that the next call writes
+    to, as a CUDA graph's outputs do.
 
     Args:
-        evaluate: Rows to outputs.
+        evaluate: Rows to outputs of the same shape and dtype.
         max_rows: Most rows of one call; None for no limit.
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); the largest is a limit as well.
 
     Raises:
-        ValueError: If a number of rows is not at least 1.
+        ValueError: If a number of rows is not a whole one of at least 1.
+        OutputError: When called, if a call returns a wrong type, shape or dtype.
         torch.cuda.OutOfMemoryError: When called, if there is no memory for the smallest call.
     """
 
@@ -124,9 +127,9 @@ class Executor:
         max_rows: int | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows!r}.")
-        if buckets is not None and (not buckets or min(buckets) < 1):
+        if max_rows is not None:
+            check_whole("max_rows", max_rows)
+        if buckets is not None and not (buckets and all(map(_is_whole, buckets))):
             raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
         self.buckets = sorted(set(buckets or ()))
         limits = [limit for limit in (max_rows, *self.buckets[-1:]) if limit is not None]
@@ -136,25 +139,29 @@ class Executor:
     def __call__(self, rows: Rows) -> Tensor:
         """Evaluate the rows."""
         count, first = len(rows.u), 0
-        parts: list[Tensor] = []
+        every = rows.u.new_empty(0)
         while first < count:
             own = min(self.limit or count, count - first)
             size = next((bucket for bucket in self.buckets if bucket >= own), own)
+            part = _padded(rows, first, own, size)
             try:
-                outputs: Any = self._evaluate(_padded(rows, first, own, size))
+                outputs: Any = self._evaluate(part)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 self._back_off(size, rows.u, error)
             else:
-                if not isinstance(outputs, Tensor):
-                    return outputs  # the driver says what is wrong with it
-                parts.append(outputs if size == own else outputs[:own])
+                outputs = expect(outputs, tuple(part.u.shape), part.u.dtype)[:own]
+                if own == count:
+                    return outputs
+                if first == 0:
+                    every = outputs.new_empty(rows.u.shape)
+                every[first : first + own] = outputs
                 first += own
                 continue
             if rows.u.is_cuda:  # here the error is gone, and with it the tensors of the call that failed
                 torch.cuda.empty_cache()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return every
 
     def _back_off(self, size: int, u: Tensor, error: Exception) -> None:
         """Allow fewer rows than the ``size`` for which there is no memory."""
@@ -172,7 +179,17 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
-    return rows.take(torch.arange(first, first + size).clamp(max=first + own - 1))
+    return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + own - 1))
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless a number is a whole one of at least 1."""
+    if not _is_whole(value):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:
@@ -282,7 +299,7 @@ def latency(
     with torch.no_grad():
         for size in sizes:
             try:
-                times.append(_time(evaluate, rows.take(torch.arange(size) % len(rows.u))))
+                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.u))))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise
@@ -306,12 +323,18 @@ def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Return how long a call takes until its work on the device is done."""
-    module = getattr(torch, device.type)
-    module.synchronize()
+    _wait(device)
     begun = time.perf_counter()
     call()
-    module.synchronize()
+    _wait(device)
     return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until the work on a device is done, if it is of a kind that works on its own."""
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronize is not None:
+        synchronize(*(() if device.type == "mps" else (device,)))  # there is one MPS, which is not named
 
 
 def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:

@@ -263,7 +263,7 @@ def plan(
         return np.ceil(np.multiply(evaluated, rows_per_level) / devices)
 
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    example = Rows(noise * sampler.start_scale, torch.arange(count) % steps, torch.arange(count))
+    example = Rows(noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count)))
     if known is None:
         most = int(rows(count * levels[-1]))
         known = latency(network, example, most=min(most, max_rows or most), buckets=buckets)
