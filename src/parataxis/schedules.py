@@ -16,8 +16,10 @@ Everything here is float64 numpy on the CPU; nothing depends on a network or a d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from numbers import Real
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +55,11 @@ class Schedule(Protocol):
     def grid(self, steps: int, spacing: Spacing = "trailing", offset: int = 0, *, whole: bool = True) -> Grid:
         """Return the levels of a sampler of ``steps`` steps, ending at (alpha, sigma) = (1, 0)."""
         ...
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether this is a number, and a finite one; flags are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _check_steps(steps: int, limit: int | None = None) -> None:
