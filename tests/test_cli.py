@@ -148,7 +148,7 @@ def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, mes
         (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
         (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
         (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--devices", "0"], "devices must be at least 1, got 0"),
+        (["--devices", "0"], "devices must be a whole number of at least 1, got 0"),
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
     ],
 )

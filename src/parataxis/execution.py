@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ __all__ = [
     "Executor",
     "Latency",
     "Network",
+    "agree",
     "check",
     "check_whole",
     "duration",
@@ -276,19 +277,26 @@ class Latency:
 
 
 def latency(
-    evaluate: Callable[[Rows], Tensor], rows: Rows, *, most: int = 128, buckets: Sequence[int] | None = None
+    evaluate: Callable[[Rows], Tensor],
+    rows: Rows,
+    *,
+    most: int = 128,
+    buckets: Sequence[int] | None = None,
+    enough: Callable[[Latency], bool] = lambda known: False,
 ) -> Latency:
     """Measure the seconds of a call with 1, 2, 4, .. rows.
 
-    Of each, one call to warm up and the median of up to five more within a tenth of a second, at least one; the clock
-    waits for the device. Ends at ``most`` rows, where memory runs out, or where the cost has plainly become a straight
-    line: by half more than the point before, and within a tenth of where the two points before it lead.
+    Of each, one call to warm up and the median of more, until the two shortest agree to a twentieth: at most five,
+    within a tenth of a second, at least one; the clock waits for the device. Ends at ``most`` rows, where memory runs
+    out, or where the cost has plainly become a straight line: by half more than the point before, and within a tenth of
+    where the two points before it lead.
 
     Args:
         evaluate: Rows to outputs, as a driver calls it; not an :class:`Executor`, which hides where memory ends.
         rows: What to evaluate; repeated as often as needed.
         most: Most rows of a call.
         buckets: The numbers of rows to measure instead, all of them.
+        enough: Asked after every point whether larger calls still matter.
 
     Raises:
         torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
@@ -305,7 +313,8 @@ def latency(
                     raise
                 limit = sizes[len(times) - 1]
                 break
-            if not buckets and _straight(sizes[: len(times)], times):
+            known = Latency(tuple(sizes[: len(times)]), tuple(times))
+            if not buckets and (_straight(known.rows, times) or enough(known)):
                 break
     return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
 
@@ -316,9 +325,15 @@ def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
 
     once()
     taken = [once()]
-    while len(taken) < 5 and sum(taken) < 0.1:
+    while len(taken) < 5 and sum(taken) < 0.1 and not agree(taken, min(taken)):
         taken.append(once())
     return median(taken)
+
+
+def agree(taken: Iterable[float], size: float) -> bool:
+    """Return whether the two shortest times differ by less than a twentieth of a size: what disturbs is in neither."""
+    shortest = sorted(taken)[:2]
+    return len(shortest) == 2 and shortest[1] - shortest[0] < size / 20
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
