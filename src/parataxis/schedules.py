@@ -119,7 +119,7 @@ class Variance:
             whole: Round the times of ``linspace``.
 
         Raises:
-            ValueError: For another spacing, steps outside 1..T, or an offset that is not whole or leads beyond 0..T - 1.
+            ValueError: For another spacing, steps outside 1..T, or an offset that is not whole or leaves 0..T - 1.
         """
         _check_steps(steps, self.training_steps)
         if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)):
