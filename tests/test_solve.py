@@ -192,7 +192,7 @@ def test_progress_counts_settled_levels(capsys):
         ({"noise": torch.zeros(3, dtype=torch.int64)}, "noise must be a floating-point tensor"),
         ({"noise": torch.zeros(4)}, "at least 2 dimensions"),
         ({"noise": torch.zeros(0, 16)}, "holds no sample"),
-        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
         ({"sampler": px.samplers.ddpm(steps=5), "generator": [torch.Generator()]}, "3 samples, 1 generators"),
     ],
 )
