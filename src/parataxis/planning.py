@@ -278,11 +278,12 @@ def plan(
     def enough(known: Latency) -> bool:
         """Return whether no solver that makes larger calls can be the fastest, even if they cost no more."""
         largest, best, wide = known.rows[-1], steps * float(known.seconds(rows(count))), math.inf
-        for _, (few, middle, _) in foreseen:
+        for _, (_, middle, _) in foreseen:
+            seconds = float(known.seconds(np.minimum(middle, largest)).sum())
             if middle.max() <= largest:
-                best = min(best, known.seconds(middle).sum())
+                best = min(best, seconds)
             else:
-                wide = min(wide, known.seconds(np.minimum(few, largest)).sum())
+                wide = min(wide, seconds)
         return wide >= best
 
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
