@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -132,6 +133,14 @@ def test_lists(capsys):
         (["--out", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--trace", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--out", "x.txt"], "has no picture's ending"),
+        (["--out", "x.json"], "has no picture's ending"),
+        (["--out", "x.png", "--trace", "./x.png"], "--out and --trace are both x.png: give each a path of its own"),
+        (["--sampler", "ddmi"], "there is no sampler 'ddmi'. Did you mean 'ddim'?"),
+        (["--tolerance", "inf"], "--tolerance must be a finite number, got inf"),
+        (["--seed", "99999999999999999999"], "--seed must lie in -2^62..2^62, got 99999999999999999999"),
+        (["--device", "foo"], "--device foo cannot be used (Expected one of cpu, cuda"),
+        (["--device", "meta"], "--device meta cannot be used ("),
+        (["--guidance", "nan"], "guidance must be a finite number, got nan"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, message, capsys, monkeypatch, tmp_path):
@@ -148,7 +157,7 @@ def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, mes
         (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
         (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
         (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--devices", "0"], "devices must be at least 1, got 0"),
+        (["--devices", "0"], "devices must be a whole number of at least 1, got 0"),
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
     ],
 )
@@ -168,6 +177,44 @@ def test_an_unknown_command_or_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--solver", "picard", "--rule", "other"])
     assert "must be one of budget, paradigms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window", "true"], "argument --window: must be int|none, got 'true'"),
+        (["--window", "1.5"], "argument --window: must be int|none, got '1.5'"),
+        (["--solver", "nested", "--strides", "a"], "argument --strides: must be int,.., got 'a'"),
+        (["--solver", "nested", "--inner", "foo"], "argument --inner: there is no solver 'foo'. Choose one of"),
+        (["--eta", "a"], "argument --eta: must be float, got 'a'"),
+        (["--steps", "a"], "argument --steps: invalid int value: 'a'"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_said_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", *arguments])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.endswith("(see parataxis sample --help)\n")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_a_device_that_is_not_there_is_said_in_one_line(capsys):
+    for command in ("sample", "plan"):
+        assert main([command, "--steps", "10", "--device", "cuda"]) == 2
+        errors = capsys.readouterr().err
+        assert "--device cuda cannot be used (" in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_reader_that_stops_early_is_no_error(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["solvers"]) == 0
 
 
 def test_grids_refuse_what_is_no_picture():

@@ -262,12 +262,21 @@ def test_wrong_arguments_are_named():
 # --- ComfyUI, as documented: conditionings chosen by the first row's sigma, masks, SAMPLER objects ------------------
 
 
+class Base(torch.nn.Module):
+    """The model itself, which stays while guiders come and go."""
+
+    model_sampling = SimpleNamespace(noise_scaling=lambda sigma, x: sigma * x)
+
+
+BASE = Base()
+
+
 class Guider:
     """Chooses the conditionings of a call by the sigma of its first row, as ComfyUI does."""
 
     def __init__(self, cfg=2.0, **conds):
         self.conds, self.cfg = conds, cfg
-        self.inner_model = SimpleNamespace(model_sampling=SimpleNamespace(noise_scaling=lambda sigma, x: sigma * x))
+        self.inner_model = BASE
         self.sigmas = []  # of the rows of every call
 
     def __call__(self, x, sigma, model_options=None, seed=None):

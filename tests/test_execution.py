@@ -7,7 +7,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.execution import Executor
+from parataxis.execution import Executor, seconds_of
 from parataxis.solve import Rows
 
 
@@ -114,7 +114,46 @@ def test_buckets_are_left_downwards_when_memory_runs_out():
     assert network.sizes == [8] * 5
 
 
-@pytest.mark.parametrize(("option", "value"), [("max_rows", 0), ("buckets", ()), ("buckets", (0, 4))])
+@pytest.mark.parametrize("limits", [{"max_rows": 3}, {"buckets": (1, 2, 4)}])
+def test_outputs_may_lie_in_memory_that_the_next_call_writes_to(limits):
+    memory = {}
+
+    def replayed(own):
+        kept = memory.setdefault(len(own.u), torch.empty_like(own.u))
+        return kept.copy_(torch.tanh(own.u))
+
+    asked = rows(10)
+    assert torch.equal(Executor(replayed, **limits)(asked), torch.tanh(asked.u))
+
+
+def test_an_output_of_another_form_is_refused_and_not_spread_over_the_rows_of_a_call():
+    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(2, 3\)"):
+        Executor(lambda own: own.u[:1], max_rows=2)(rows(4))
+    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(4, 3\)"):
+        Executor(lambda own: own.u[:1], buckets=(4,))(rows(1))
+
+
+def test_the_clock_waits_for_the_device_of_the_rows(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cpu, "synchronize", waited.append)
+    seconds_of(lambda: waited.append("call"), torch.device("cpu", 1))
+    assert waited == [torch.device("cpu", 1), "call", torch.device("cpu", 1)]
+    assert seconds_of(lambda: None, torch.device("meta")) >= 0
+
+
+def test_another_default_device_leaves_what_belongs_to_the_cpu_there():
+    noise, sampler = problems.noise(2), px.samplers.ddim(steps=20)
+    torch.set_default_device("meta")
+    try:
+        for solver in (px.Secant(window=8), "auto"):
+            assert px.sample(lambda x, t: 0.1 * x, noise, sampler, solver, buckets=(1, 2, 6)).x.device == noise.device
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("max_rows", 0), ("max_rows", 2.5), ("buckets", ()), ("buckets", (0, 4)), ("buckets", (2.5,))]
+)
 def test_limits_are_at_least_one(option, value):
     with pytest.raises(ValueError, match=rf"{option} must be .*at least 1.*got"):
         Executor(lambda own: own.u, **{option: value})

@@ -126,3 +126,97 @@ def test_the_rounds_are_fewer_and_half_precision_stays():
 def test_noise_levels_that_do_not_fall_are_refused(sigmas):
     with pytest.raises(ValueError, match="falling noise levels"):
         kdiffusion.sample_euler(model, state(), sigmas, disable=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (
+            torch.ones(3, 4, dtype=torch.int64),
+            {},
+            r"x must be a floating-point tensor \(B, \*shape\) .* got torch.int64",
+        ),
+        (torch.ones(0, 4), {}, r"at least one sample, got torch.float32 \(0, 4\)"),
+        ([[1.0]], {}, "got list"),
+        (state(), {"s_churn": -1.0}, "s_churn must be at least 0, got -1.0"),
+        (state(), {"tolerance": -1.0}, "tolerance must be"),
+        (state(), {"max_rows": 0}, "max_rows must be"),
+    ],
+)
+def test_what_does_not_fit_is_named(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        kdiffusion.sample_euler(model, x, SIGMAS, disable=True, **options)
+    with pytest.raises(ValueError, match="eta must be at least 0, got -1"):
+        kdiffusion.sample_euler_ancestral(model, state(), SIGMAS, disable=True, eta=-1)
+    with pytest.raises(ValueError, match="sigmas must be a tensor"):
+        kdiffusion.sample_euler(model, state(), SIGMAS.tolist(), disable=True)
+
+
+def test_calls_are_bounded_and_halved_when_memory_runs_out():
+    rows = []
+
+    def small(x, sigma):
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(len(x))
+        return model(x, sigma)
+
+    expected = euler(model, state(), SIGMAS)
+    for options in ({}, {"max_rows": 5}, {"solver": px.Secant()}):
+        rows.clear()
+        x = kdiffusion.sample_euler(small, state(), SIGMAS, disable=True, **options)
+        assert problems.relative(x, expected) <= 1e-2
+        assert max(rows) == options.get("max_rows", max(rows))
+
+
+def test_the_callback_is_told_outputs_that_the_models_next_call_writes_over():
+    memory, told = {}, {}
+
+    def replayed(x, sigma):
+        return memory.setdefault(len(x), torch.empty_like(x)).copy_(model(x, sigma))
+
+    for net in (model, replayed):
+        told[net] = []
+        kdiffusion.sample_euler(net, state(), SIGMAS, callback=lambda one, net=net: told[net].append(one), disable=True)
+    for one, expected in zip(told[replayed], told[model], strict=True):
+        assert torch.equal(one["denoised"], expected["denoised"])
+
+
+def other(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    return euler(model, x, sigmas, extra_args, callback, disable)
+
+
+def test_what_is_known_of_one_model_is_not_taken_for_another_of_its_class():
+    class Net(torch.nn.Module):
+        def __init__(self, mixed):
+            super().__init__()
+            self.mixed = mixed
+
+        def forward(self, x, sigma):
+            away = torch.tanh(x) / (1 + sigma.view(-1, 1, 1) ** 2)
+            return away + self.mixed * torch.tanh(x.mean(0, keepdim=True))
+
+    def wrapped(net):
+        return lambda x, sigma: net(x, sigma)
+
+    run = kdiffusion.parallel(other)
+    rowwise, mixing = wrapped(Net(0.0)), wrapped(Net(0.5))
+    x = run(rowwise, state(), SIGMAS, disable=True)
+    assert problems.relative(x, other(rowwise, state(), SIGMAS)) <= 1e-2
+    calls = run.report.calls
+    with pytest.warns(RuntimeWarning, match="gives other results for several steps"):
+        x = run(mixing, state(), SIGMAS, disable=True)
+    assert torch.equal(x, other(mixing, state(), SIGMAS))
+    run(rowwise, state(), SIGMAS, disable=True)
+    assert run.report.calls < calls
+
+
+def test_nan_of_a_model_is_said_by_its_step_and_forgotten():
+    def broken(x, sigma):
+        return torch.where(sigma.view(-1, 1, 1) < 1, torch.nan, model(x, sigma))
+
+    run = kdiffusion.parallel(other)
+    for _ in range(2):
+        with pytest.raises(px.OutputError, match=r"returned NaN or Inf at step \d+ of 14"):
+            run(broken, state(), SIGMAS, disable=True)
+    assert not run._loops

@@ -127,5 +127,10 @@ def test_a_sampler_that_the_schedule_does_not_admit_is_refused():
         models.load("digits").sampler("flow_euler", 10)
     with pytest.raises(ValueError, match="flow-matching schedule, which ddim is not for: choose one of flow_euler"):
         models.load("digits-flow").sampler("ddim", 10)
+    with pytest.raises(ValueError, match="there is no sampler 'dd': choose one of ddim, ddpm"):
+        models.load("digits").sampler("dd", 10)
+    for guidance in ("a", float("nan")):
+        with pytest.raises(ValueError, match=f"guidance must be a finite number, got {guidance!r}"):
+            models.load("digits").denoiser(guidance)
     with pytest.raises(ValueError, match="no classes, so guidance must be 1"):
         models.load("digits-unconditional").denoiser(2.0)

@@ -86,6 +86,40 @@ def test_few_calls_are_made_and_none_where_the_cost_is_plain(costing):
     assert measure(denoise, most=1000).rows == (1, 2, 4, 8, 16, 32)
 
 
+def test_planning_makes_few_calls_and_no_larger_ones_than_can_matter(costing):
+    sampler, noise = problems.sampler(ODE, 100), problems.noise(1)
+    denoise = costing(bent)
+    known = px.plan(denoise, noise, sampler)
+    assert len(denoise.calls) <= 40
+    assert denoise.calls.count(1) <= 20
+    # The cost of this one never is a straight line, but no solver is faster by calls that take so long.
+    denoise = costing(lambda rows: 0.01 * rows**0.6)
+    known = px.plan(denoise, noise, sampler)
+    assert known.latency.rows == (1, 2, 4, 8, 16, 32, 64)
+    every = px.plan(denoise, noise, sampler, known=measure(denoise, most=100))
+    assert every.solver == known.solver
+    assert every.seconds == pytest.approx(known.seconds)
+
+
+def test_a_network_that_returns_no_output_is_not_planned_for():
+    noise, sampler = problems.noise(2), problems.sampler(ODE, 20)
+    for broken, message in (
+        (lambda x, t: x[:1, :3], r"returned the shape \(1, 3\), expected its input's \(1, 16\)"),
+        (lambda x, t: [x], "returned list, expected a tensor"),
+        (lambda x, t: x.float(), "returned torch.float32"),
+        (lambda x, t: x / 0, "returned NaN or Inf at step 0 of 20"),
+    ):
+        with pytest.raises(px.OutputError, match=message):
+            px.plan(broken, noise, sampler)
+
+
+def test_planning_with_buckets_makes_no_other_calls(costing):
+    denoise = costing(bent)
+    result = px.sample(denoise, problems.noise(1), problems.sampler(ODE, 40), "auto", buckets=(4, 8, 16))
+    assert result.converged
+    assert set(denoise.calls) <= {4, 8, 16}
+
+
 def test_a_disturbed_measurement_does_not_lift_what_costs_more():
     known = px.Latency((1, 2, 4, 8), (1.0, 3.0, 1.2, 2.0))
     assert known.seconds([1, 2, 3, 4, 8]) == pytest.approx([1.0, 1.2, 1.2, 1.2, 2.0])
@@ -272,8 +306,11 @@ def test_planning_leaves_random_numbers_alone(costing):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 0}, "devices must be at least 1, got 0"),
-        ({"rows_per_level": 0}, "rows_per_level must be at least 1, got 0"),
+        ({"devices": 1.5}, "devices must be a whole number of at least 1, got 1.5"),
+        ({"tolerance": float("inf")}, "tolerance must be a relative error of at least 0, got inf"),
+        ({"max_rows": 0}, "max_rows must be a whole number"),
+        ({"devices": 0}, "devices must be a whole number of at least 1, got 0"),
+        ({"rows_per_level": 0}, "rows_per_level must be a whole number of at least 1, got 0"),
         ({"tolerance": -1.0}, "tolerance must be a relative error of at least 0, got -1.0"),
         ({"solvers": [px.Picard(entry="copy")]}, "rounds of Picard.*'copy'.* are not known beforehand"),
         ({"solvers": [px.Parareal()]}, "rounds of Parareal.* are not known beforehand: plan with Picard"),
@@ -286,6 +323,12 @@ def test_planning_leaves_random_numbers_alone(costing):
 def test_what_cannot_be_planned_is_said(costing, options, message):
     with pytest.raises(ValueError, match=message):
         px.plan(costing(bent), problems.noise(1), problems.sampler(ODE, 20), **options)
+
+
+@pytest.mark.parametrize("measured", [3, [3], px.Secant()])
+def test_what_was_measured_are_solutions(costing, measured):
+    with pytest.raises(TypeError, match=r"measured must be what parataxis.sample returned, or a list of its solutions"):
+        px.plan(costing(bent), problems.noise(1), problems.sampler(ODE, 20), measured=measured)
 
 
 def test_every_curve_belongs_to_a_solver_and_stays_within_its_bounds():

@@ -462,6 +462,21 @@ def test_what_is_not_a_table_is_refused_with_the_reason(scheduler, message):
         px.read(scheduler)
 
 
+def test_an_option_out_of_range_is_among_what_is_to_blame():
+    scheduler, _ = make("DDIMScheduler", {"clip_sample": False})
+    with pytest.raises(ValueError, match=r"NaN or Inf of finite outputs, with eta=5.0, prediction_type='epsilon'"):
+        px.read(scheduler, eta=5.0)
+
+
+def test_another_default_device_leaves_reading_on_the_cpu():
+    scheduler, options = make("DDPMScheduler", {})
+    torch.set_default_device("meta")
+    try:
+        assert px.read(scheduler, **options).steps == STEPS
+    finally:
+        torch.set_default_device(None)
+
+
 def test_what_is_no_scheduler_or_no_option_is_named():
     with pytest.raises(TypeError, match=r"must have timesteps and step\(output, t, sample\), .* got dict"):
         px.read({})

@@ -44,11 +44,21 @@ def test_shift_spends_more_steps_at_high_noise():
         (lambda: px.flow().grid(2000), "at most the 1000 training steps"),
         (lambda: px.vp().grid(10, "log"), "spacing must be 'trailing', 'leading' or 'linspace', got 'log'"),
         (lambda: px.vp().grid(10, "leading", 200), "beyond 999"),
+        (lambda: px.vp().grid(10, "leading", -5), "offset -5 puts the last time at -5, before 0"),
+        (lambda: px.vp().grid(10, "leading", 1.5), "offset must be a whole number of training steps, got 1.5"),
+        (lambda: px.vp(beta_start=2.0), r"beta_start must be in \(0, 1\), got 2.0"),
+        (lambda: px.vp(beta_end=float("nan")), r"beta_end must be in \(0, 1\), got nan"),
+        (lambda: px.flow("a"), "shift must be positive, got 'a'"),
+        (lambda: px.karras(sigma_max=float("inf")), "0 < min < max, got 0.002 and inf"),
+        (lambda: px.karras(rho=0), "rho must be positive, got 0"),
         (lambda: px.flow().grid(10, "leading"), "spacing of a flow"),
         (lambda: px.vp(shape="cosine"), "shape must be 'linear' or 'scaled_linear'"),
         (lambda: px.flow(0), "shift must be positive"),
         (lambda: px.karras(1.0, 0.5), "0 < min < max"),
         (lambda: px.samplers.ddim(eta=2.0), r"eta must be in \[0, 1\], got 2.0"),
+        (lambda: px.samplers.ddim(eta="a"), r"eta must be in \[0, 1\], got 'a'"),
+        (lambda: px.samplers.ddim(clip="a"), "clip must be positive, got 'a'"),
+        (lambda: px.samplers.ddim(clip=True), "clip must be positive, got True"),
         (lambda: px.samplers.ddim(final="last"), "final must be 'zero' or 'first'"),
         (lambda: px.samplers.ddim(clip=-1), "clip must be positive"),
         (lambda: px.samplers.ddim(clip=1, quantile=0.9), "clip or quantile, not both"),
@@ -66,3 +76,10 @@ def test_shift_spends_more_steps_at_high_noise():
 def test_what_a_schedule_or_sampler_refuses_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sampler", px.SAMPLERS.values())
+@pytest.mark.parametrize("schedule", ["vp", 1000, px.vp, px.schedules.Karras])
+def test_what_is_no_schedule_is_named(sampler, schedule):
+    with pytest.raises(TypeError, match=r"schedule must be a schedule, such as parataxis.vp\(\), got "):
+        sampler(schedule, steps=20)

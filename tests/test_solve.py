@@ -192,7 +192,7 @@ def test_progress_counts_settled_levels(capsys):
         ({"noise": torch.zeros(3, dtype=torch.int64)}, "noise must be a floating-point tensor"),
         ({"noise": torch.zeros(4)}, "at least 2 dimensions"),
         ({"noise": torch.zeros(0, 16)}, "holds no sample"),
-        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
         ({"sampler": px.samplers.ddpm(steps=5), "generator": [torch.Generator()]}, "3 samples, 1 generators"),
     ],
 )
@@ -256,6 +256,12 @@ def test_trajectories_survive_the_disk(tmp_path):
         px.load_trajectory(path, px.samplers.ddim(steps=20, spacing="leading"))
     with pytest.raises(ValueError, match=r"trajectory must be \(B, 21"):
         px.save_trajectory(path, kept.trajectory[:, 1:], sampler)
+    lost = px.sample(network, noise, sampler, px.Picard())
+    for none in (lost, lost.trajectory):
+        with pytest.raises(TypeError, match=f"got {type(none).__name__}: give the .trajectory .* with keep=True"):
+            px.save_trajectory(path, none, sampler)
+    with pytest.raises(ValueError, match="cannot be written"):
+        px.save_trajectory(tmp_path / "none" / "kept", kept.trajectory, sampler)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as a trajectory"):
         px.load_trajectory(path, sampler)

@@ -10,12 +10,13 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,19 +25,28 @@ from . import models
 from .driver import Solutions, sample
 from .planning import Plan, plan
 from .samplers import SAMPLERS, Sampler, options
+from .schedules import is_finite
 from .solve import OutputError, Run, Solver
 from .solvers import LAW_EXACT, SOLVERS, Sequential
 
 __all__ = ["main"]
 
 EVERY_SOLVER: dict[str, type[Solver]] = {**SOLVERS, **LAW_EXACT}
-
-
 AUTO = "auto"
+PICTURES = ".png", ".jpg", ".jpeg", ".webp"
+SEEDS = 2**62
 
 
 class _Wrong(Exception):
     """Something that the user can put right, said in one sentence."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        self.exit(2, f"parataxis: {message} (see {self.prog} --help)\n")
 
 
 def choose(kind: str, name: str, registry: Iterable[str]) -> str:
@@ -48,7 +58,8 @@ def choose(kind: str, name: str, registry: Iterable[str]) -> str:
     names = list(registry)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name, names)
+    near.sort(key=lambda one: sorted(one) != sorted(name))  # letters that changed places are the likeliest slip
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"there is no {kind} {name!r}.{hint} Choose one of {', '.join(names)}.")
 
@@ -59,16 +70,36 @@ def _parser_of(annotation: Any) -> tuple[Callable[[str], Any], str]:
     if origin in (typing.Union, types.UnionType):
         inner = [one for one in arguments if one is not type(None)]
         read, label = _parser_of(inner[0])
-        return lambda text: None if text.lower() in ("none", "all") else read(text), f"{label}|none"
+        return _reading(lambda text: None if text.lower() in ("none", "all") else read(text), f"{label}|none")
     if origin is Literal:
         return _one_of(arguments), "|".join(str(one) for one in arguments)
     if annotation is bool:
         return _boolean, "yes|no"
     if origin is tuple:
-        return lambda text: tuple(arguments[0](part) for part in text.split(",")), f"{arguments[0].__name__},.."
+        label = f"{arguments[0].__name__},.."
+        return _reading(lambda text: tuple(arguments[0](part) for part in text.split(",")), label)
     if annotation is Solver:
-        return lambda name: SOLVERS[choose("solver", name, SOLVERS)](), "solver"
-    return annotation, annotation.__name__
+        return _solver, "solver"
+    return _reading(annotation, annotation.__name__)
+
+
+def _reading(read: Callable[[str], Any], label: str) -> tuple[Callable[[str], Any], str]:
+    """Return a reader of flags that says what it expects, and that."""
+
+    def checked(text: str) -> Any:
+        try:
+            return read(text)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(f"must be {label}, got {text!r}") from None
+
+    return checked, label
+
+
+def _solver(name: str) -> Solver:
+    try:
+        return SOLVERS[choose("solver", name, SOLVERS)]()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _one_of(values: Sequence[Any]) -> Callable[[str], Any]:
@@ -107,7 +138,7 @@ def _sampler_fields(sampler: str) -> dict[str, tuple[Any, Any]]:
 
 
 def _sample_parser(solver: str, sampler: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="parataxis sample",
         description="Draw samples of a shipped model, many time steps side by side.",
         allow_abbrev=False,
@@ -147,6 +178,12 @@ def _problem(given: argparse.Namespace) -> tuple[models.Model, Sampler, Tensor |
     """Return the model, the sampler and the labels that were asked for."""
     if given.count < 1:
         raise _Wrong(f"--count must be at least 1, got {given.count}.")
+    if not is_finite(given.tolerance):
+        raise _Wrong(f"--tolerance must be a finite number, got {given.tolerance}.")
+    try:
+        torch.zeros(1, device=given.device).item()
+    except (RuntimeError, AssertionError) as error:  # what torch says without CUDA is an AssertionError
+        raise _Wrong(f"--device {given.device} cannot be used ({str(error).splitlines()[0]}): give another.") from error
     name = given.model if Path(given.model).is_dir() else choose("model", given.model, models.available())
     model = models.load(name, device=given.device)
     chosen = {option: getattr(given, option) for option in _sampler_fields(given.sampler)}
@@ -155,7 +192,17 @@ def _problem(given: argparse.Namespace) -> tuple[models.Model, Sampler, Tensor |
     return model, sampler, None if labels is None else labels.to(given.device)
 
 
-def _writable(path: Path) -> None:
+def _check_pictures(paths: Sequence[Path]) -> None:
+    """Raise unless pictures can be written there, each at a place of its own; creates their folders."""
+    for path in paths:
+        _check_writable(path)
+        if path.suffix.lower() not in PICTURES:
+            raise _Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise _Wrong(f"--out and --trace are both {paths[0]}: give each a path of its own.")
+
+
+def _check_writable(path: Path) -> None:
     """Raise unless a file can be written at ``path``; creates its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,8 +213,6 @@ def _writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise _Wrong(f"{path} cannot be written ({error.strerror}): give another path.") from error
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".json"):
-        raise _Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
 
 
 def _labels(text: str | None, classes: int | None, count: int) -> Tensor | None:
@@ -185,7 +230,7 @@ def _labels(text: str | None, classes: int | None, count: int) -> Tensor | None:
 
 
 def _sample(arguments: Sequence[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--solver", default="secant")
     first.add_argument("--sampler", default="ddim")
     named, _ = first.parse_known_args(arguments)
@@ -193,11 +238,12 @@ def _sample(arguments: Sequence[str]) -> None:
     choose("sampler", named.sampler, SAMPLERS)
     given = _sample_parser(named.solver, named.sampler).parse_args(arguments)
 
-    for path in (given.out, given.trace):
-        if path is not None:
-            _writable(path)
+    if abs(given.seed) > SEEDS:
+        raise _Wrong(f"--seed must lie in -2^62..2^62, got {given.seed}.")
+    pictures = [path for path in (given.out, given.trace) if path is not None]
+    _check_pictures(pictures)
     if given.out is not None:
-        _writable(given.out.with_suffix(".json"))
+        _check_writable(given.out.with_suffix(".json"))
     solver: Any = AUTO
     if given.solver != AUTO:
         make_solver: Any = EVERY_SOLVER[given.solver]
@@ -273,9 +319,8 @@ def _sample(arguments: Sequence[str]) -> None:
         _print_table(figures)
         if result.plan is not None:
             print(result.plan.against(result.seconds))
-        for path in (given.out, given.trace):
-            if path is not None:
-                print(f"wrote {path}")
+        for path in pictures:
+            print(f"wrote {path}")
     if not result.converged:
         raise _Wrong(f"not every sample was finished ({result[0].reason}): what was written is the last estimate.")
 
@@ -312,11 +357,11 @@ def _print_table(figures: dict[str, Any]) -> None:
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--sampler", default="ddim")
     named, _ = first.parse_known_args(arguments)
     choose("sampler", named.sampler, SAMPLERS)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="parataxis plan",
         description="Measure what calls of a shipped model cost here, and say which solver is fastest and by how much.",
         allow_abbrev=False,
@@ -358,7 +403,7 @@ def _figures(made: Plan) -> dict[str, Any]:
 
 
 def _solvers(arguments: Sequence[str]) -> None:
-    argparse.ArgumentParser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
+    _Parser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
     for title, registry in (("the same sample:", SOLVERS), ("the same law, another sample:", LAW_EXACT)):
         print(title)
         for name, solver in registry.items():
@@ -371,7 +416,7 @@ def _solvers(arguments: Sequence[str]) -> None:
 
 
 def _models(arguments: Sequence[str]) -> None:
-    argparse.ArgumentParser(prog="parataxis models", description="List the shipped models.").parse_args(arguments)
+    _Parser(prog="parataxis models", description="List the shipped models.").parse_args(arguments)
     for name in models.available():
         config = json.loads((models.FOLDER / name / "unet" / "config.json").read_text())
         scheduler = json.loads((models.FOLDER / name / "scheduler" / "scheduler_config.json").read_text())
@@ -400,6 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         _COMMANDS[choose("command", arguments[0], _COMMANDS)][0](arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (_Wrong, ValueError, OutputError, ModuleNotFoundError) as error:
         print(f"parataxis: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .samplers import Sampler
-from .solve import Rows
+from .solve import Rows, expect
 from .table import upload
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ __all__ = [
     "Executor",
     "Latency",
     "Network",
+    "agree",
     "check",
+    "check_whole",
     "duration",
     "latency",
     "out_of_memory",
@@ -105,15 +107,17 @@ class Executor:
 
     A call that runs out of memory is made again with half as many rows, and with no more from then on. With
     ``buckets`` a call has one of these numbers of rows, so that a compiled network or a CUDA graph sees few shapes: the
-    last row is repeated, and what it gives is cut off.
+    last row is repeated, and what it gives is cut off. What a call returns may lie in memory that the next call writes
+    to, as a CUDA graph's outputs do.
 
     Args:
-        evaluate: Rows to outputs.
+        evaluate: Rows to outputs of the same shape and dtype.
         max_rows: Most rows of one call; None for no limit.
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); the largest is a limit as well.
 
     Raises:
-        ValueError: If a number of rows is not at least 1.
+        ValueError: If a number of rows is not a whole one of at least 1.
+        OutputError: When called, if a call returns a wrong type, shape or dtype.
         torch.cuda.OutOfMemoryError: When called, if there is no memory for the smallest call.
     """
 
@@ -124,9 +128,9 @@ class Executor:
         max_rows: int | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows!r}.")
-        if buckets is not None and (not buckets or min(buckets) < 1):
+        if max_rows is not None:
+            check_whole("max_rows", max_rows)
+        if buckets is not None and not (buckets and all(map(_is_whole, buckets))):
             raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
         self.buckets = sorted(set(buckets or ()))
         limits = [limit for limit in (max_rows, *self.buckets[-1:]) if limit is not None]
@@ -136,25 +140,29 @@ class Executor:
     def __call__(self, rows: Rows) -> Tensor:
         """Evaluate the rows."""
         count, first = len(rows.u), 0
-        parts: list[Tensor] = []
+        every = rows.u.new_empty(0)
         while first < count:
             own = min(self.limit or count, count - first)
             size = next((bucket for bucket in self.buckets if bucket >= own), own)
+            part = _padded(rows, first, own, size)
             try:
-                outputs: Any = self._evaluate(_padded(rows, first, own, size))
+                outputs: Any = self._evaluate(part)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 self._back_off(size, rows.u, error)
             else:
-                if not isinstance(outputs, Tensor):
-                    return outputs  # the driver says what is wrong with it
-                parts.append(outputs if size == own else outputs[:own])
+                outputs = expect(outputs, tuple(part.u.shape), part.u.dtype)[:own]
+                if own == count:
+                    return outputs
+                if first == 0:
+                    every = outputs.new_empty(rows.u.shape)
+                every[first : first + own] = outputs
                 first += own
                 continue
             if rows.u.is_cuda:  # here the error is gone, and with it the tensors of the call that failed
                 torch.cuda.empty_cache()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return every
 
     def _back_off(self, size: int, u: Tensor, error: Exception) -> None:
         """Allow fewer rows than the ``size`` for which there is no memory."""
@@ -172,7 +180,17 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
-    return rows.take(torch.arange(first, first + size).clamp(max=first + own - 1))
+    return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + own - 1))
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless a number is a whole one of at least 1."""
+    if not _is_whole(value):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:
@@ -259,19 +277,26 @@ class Latency:
 
 
 def latency(
-    evaluate: Callable[[Rows], Tensor], rows: Rows, *, most: int = 128, buckets: Sequence[int] | None = None
+    evaluate: Callable[[Rows], Tensor],
+    rows: Rows,
+    *,
+    most: int = 128,
+    buckets: Sequence[int] | None = None,
+    enough: Callable[[Latency], bool] = lambda known: False,
 ) -> Latency:
     """Measure the seconds of a call with 1, 2, 4, .. rows.
 
-    Of each, one call to warm up and the median of up to five more within a tenth of a second, at least one; the clock
-    waits for the device. Ends at ``most`` rows, where memory runs out, or where the cost has plainly become a straight
-    line: by half more than the point before, and within a tenth of where the two points before it lead.
+    Of each, one call to warm up and the median of more, until the two shortest agree to a twentieth: at most five,
+    within a tenth of a second, at least one; the clock waits for the device. Ends at ``most`` rows, where memory runs
+    out, or where the cost has plainly become a straight line: by half more than the point before, and within a tenth of
+    where the two points before it lead.
 
     Args:
         evaluate: Rows to outputs, as a driver calls it; not an :class:`Executor`, which hides where memory ends.
         rows: What to evaluate; repeated as often as needed.
         most: Most rows of a call.
         buckets: The numbers of rows to measure instead, all of them.
+        enough: Asked after every point whether larger calls still matter.
 
     Raises:
         torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
@@ -282,13 +307,14 @@ def latency(
     with torch.no_grad():
         for size in sizes:
             try:
-                times.append(_time(evaluate, rows.take(torch.arange(size) % len(rows.u))))
+                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.u))))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise
                 limit = sizes[len(times) - 1]
                 break
-            if not buckets and _straight(sizes[: len(times)], times):
+            known = Latency(tuple(sizes[: len(times)]), tuple(times))
+            if not buckets and (_straight(known.rows, times) or enough(known)):
                 break
     return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
 
@@ -299,19 +325,31 @@ def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
 
     once()
     taken = [once()]
-    while len(taken) < 5 and sum(taken) < 0.1:
+    while len(taken) < 5 and sum(taken) < 0.1 and not agree(taken, min(taken)):
         taken.append(once())
     return median(taken)
 
 
+def agree(taken: Iterable[float], size: float) -> bool:
+    """Return whether the two shortest times differ by less than a twentieth of a size: what disturbs is in neither."""
+    shortest = sorted(taken)[:2]
+    return len(shortest) == 2 and shortest[1] - shortest[0] < size / 20
+
+
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Return how long a call takes until its work on the device is done."""
-    module = getattr(torch, device.type)
-    module.synchronize()
+    _wait(device)
     begun = time.perf_counter()
     call()
-    module.synchronize()
+    _wait(device)
     return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until the work on a device is done, if it is of a kind that works on its own."""
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronize is not None:
+        synchronize(*(() if device.type == "mps" else (device,)))  # there is one MPS, which is not named
 
 
 def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:

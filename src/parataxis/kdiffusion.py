@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from .execution import Executor
 from .loops import Report, checked, solved
 from .passes import Loop, Randomness, reachable, replaced
 from .recording import Refused
 from .samplers import Sampler
-from .solve import Rows, Solver, start, together
-from .solvers import Secant
+from .schedules import is_finite
+from .solve import OutputError, Rows, Solver, start, together
 from .table import LocalForm, Table, upload
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
@@ -41,7 +43,6 @@ __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_eu
 Array = NDArray[np.float64]
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
-SOLVER = Secant()
 FORMS = 16  # forms of models and arguments that a sampler remembers
 
 
@@ -57,8 +58,9 @@ def sample_euler(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    solver: Solver = SOLVER,
+    solver: Solver | None = None,
     tolerance: float = 1e-2,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Euler steps (EDM, 2206.00364, algorithm 2 without its correction).
 
@@ -68,6 +70,7 @@ def sample_euler(
         x: (B, *shape) the state at ``sigmas[0]``; its dtype is what the model is given.
         sigmas: (N + 1,) falling noise levels; the last may be 0.
         extra_args: Handed to the model; tensors in it with B rows follow the samples, also inside dicts and sequences.
+            Everything else is handed on as it is, to calls of any number of rows.
         callback: Called once a step, in their order, when the step is settled for all samples, with a dict of ``x``
             (B, *shape), ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` (B, *shape).
         disable: Hide the progress bar; None hides it where there is no terminal.
@@ -75,23 +78,27 @@ def sample_euler(
         s_tmin: Smallest sigma with churn.
         s_tmax: Largest sigma with churn.
         s_noise: Factor of that noise.
-        solver: How the loop is solved.
+        solver: How the loop is solved; default ``Secant(window=8)``, as for :func:`parallel`: the models are large, and
+            a call has no more than 8 B rows then.
         tolerance: Relative error allowed in each sample, compared with the loop's own.
+        max_rows: Most rows of one call; larger rounds are split. Lowered by itself when memory runs out.
 
     Returns:
         (B, *shape) the state at the last sigma.
 
     Raises:
-        ValueError: For sigmas that do not fall, or states and outputs that do not fit.
+        TypeError: If the solver is none.
+        ValueError: For sigmas that do not fall, a state that is no batch, or options out of range.
+        OutputError: If the model returns a wrong type, shape or dtype, or NaN or Inf for a final state.
     """
-    sigma = _falling(sigmas)
+    sigma = _falling(x, sigmas)
     hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
     rho, leading = sigma[1:] / hat, np.append(s_noise * added, 0.0)
     # k-diffusion draws in every step, also where it adds none.
     noise = {i: torch.randn_like(x) for i in range(len(hat))} if s_churn > 0 else {}
     local = _local(rho, 1 - rho, np.append(hat, sigma[-1]), leading)
     told = _Told(model, x, sigmas, hat, range(len(rho)), extra_args, callback, disable)
-    return told.solve(local, leading[0], noise, solver, tolerance)
+    return told.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
 
 def sample_euler_ancestral(
@@ -105,8 +112,9 @@ def sample_euler_ancestral(
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
-    solver: Solver = SOLVER,
+    solver: Solver | None = None,
     tolerance: float = 1e-2,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Euler steps to sigma_down, and noise of sigma_up = min(sigma', eta (sigma'/sigma) sqrt(sigma^2 - sigma'^2)).
 
@@ -123,8 +131,11 @@ def sample_euler_ancestral(
             ``torch.randn_like(x)``.
         solver: Likewise.
         tolerance: Likewise.
+        max_rows: Likewise.
     """
-    sigma = _falling(sigmas)
+    if not (is_finite(eta) and eta >= 0):
+        raise ValueError(f"eta must be at least 0, got {eta!r}.")
+    sigma = _falling(x, sigmas)
     before, after = sigma[:-1], sigma[1:]
     up = np.minimum(after, eta * after / before * np.sqrt(before**2 - after**2))
     rho = np.sqrt(after**2 - up**2) / before
@@ -133,7 +144,7 @@ def sample_euler_ancestral(
         noise[int(i) + 1] = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigmas[i], sigmas[i + 1])
     local = _local(rho, 1 - rho, sigma, np.append(0.0, s_noise * up))
     told = _Told(model, x, sigmas, before, range(len(rho)), extra_args, callback, disable)
-    return told.solve(local, 0.0, noise, solver, tolerance)
+    return told.solve(local, 0.0, noise, solver, tolerance, max_rows)
 
 
 def sample_heun(
@@ -148,11 +159,12 @@ def sample_heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    solver: Solver = SOLVER,
+    solver: Solver | None = None,
     tolerance: float = 1e-2,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Heun's second-order steps (EDM, 2206.00364, algorithm 2); every argument as in :func:`sample_euler`."""
-    sigma = _falling(sigmas)
+    sigma = _falling(x, sigmas)
     hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
     first: list[int] = []
     points: list[tuple[float, ...]] = []  # rho, weights of D and of the D before, sigma, noise that leads there
@@ -166,7 +178,7 @@ def sample_heun(
     noise = {point: torch.randn_like(x) for point in first} if s_churn > 0 else {}
     local = _local(rho, np.stack([own, last], 1), np.append(levels, sigma[-1]), np.append(leading, 0.0))
     told = _Told(model, x, sigmas, hat, first, extra_args, callback, disable)
-    return told.solve(local, leading[0], noise, solver, tolerance)
+    return told.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
 
 def sample_dpmpp_2m(
@@ -177,11 +189,12 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     disable: bool | None = None,
     *,
-    solver: Solver = SOLVER,
+    solver: Solver | None = None,
     tolerance: float = 1e-2,
+    max_rows: int | None = None,
 ) -> Tensor:
     """DPM-Solver++ 2M (2211.01095, algorithm 2); every argument as in :func:`sample_euler`."""
-    sigma = _falling(sigmas)
+    sigma = _falling(x, sigmas)
     rho = sigma[1:] / sigma[:-1]
     weight = np.stack([1 - rho, np.zeros(len(rho))], 1)
     for i in range(1, len(rho)):
@@ -189,11 +202,16 @@ def sample_dpmpp_2m(
             more = (1 - rho[i]) * math.log(rho[i]) / math.log(rho[i - 1]) / 2
             weight[i] += more, -more
     told = _Told(model, x, sigmas, sigma[:-1], range(len(rho)), extra_args, callback, disable)
-    return told.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance)
+    return told.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance, max_rows)
 
 
-def _falling(sigmas: Tensor) -> Array:
-    """Return the noise levels in float64."""
+def _falling(x: Tensor, sigmas: Tensor) -> Array:
+    """Return the noise levels in float64, or raise unless they fall and x is a batch."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a floating-point tensor (B, *shape) of at least one sample, got {given}.")
+    if not isinstance(sigmas, Tensor):
+        raise ValueError(f"sigmas must be a tensor (N + 1,) of falling noise levels, got {type(sigmas).__name__}.")
     sigma = np.asarray(sigmas.detach().cpu().double().numpy())
     if sigma.ndim != 1 or len(sigma) < 2 or not (np.diff(sigma) < 0).all() or not sigma[-1] >= 0:
         raise ValueError(f"sigmas must be (N + 1,) falling noise levels, of which the last may be 0, got {sigma}.")
@@ -202,6 +220,8 @@ def _falling(sigmas: Tensor) -> Array:
 
 def _churn(sigma: Array, churn: float, smallest: float, largest: float) -> tuple[Array, Array]:
     """Return sigma_hat of every step and the standard deviation of the noise that leads there, (N,) each."""
+    if not (is_finite(churn) and churn >= 0):
+        raise ValueError(f"s_churn must be at least 0, got {churn!r}.")
     before = sigma[:-1]
     gamma = np.where((before >= smallest) & (before <= largest), min(churn / len(before), math.sqrt(2) - 1), 0.0)
     hat = before * (1 + gamma)
@@ -236,9 +256,17 @@ class _Told:
         self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def solve(
-        self, local: LocalForm, leading: float, noise: dict[int, Tensor], solver: Solver, tolerance: float
+        self,
+        local: LocalForm,
+        leading: float,
+        noise: dict[int, Tensor],
+        solver: Solver | None,
+        tolerance: float,
+        max_rows: int | None,
     ) -> Tensor:
         """Solve the loop; ``noise`` is standard normal, by the point (or end) that it leads to."""
+        solver, tolerance = checked(solver, tolerance)
+        execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise.any() else None
         if drawn is not None:
@@ -251,20 +279,28 @@ class _Told:
         sampler = Sampler("k-diffusion", local.sigma[:-1], local)
         runs = start(sampler, table, solver, tolerance=tolerance, dtype=self.x.dtype)
         with torch.no_grad(), tqdm(total=len(self.first), disable=self.disable) as bar:
-            for rounds in together(runs, self.evaluate):
+            for rounds in together(runs, lambda rows: self.keep(rows, execute(rows))):
                 self.report(min(local.steps if run.done else run.front for run in runs))
                 bar.set_postfix(rounds=rounds, refresh=False)
                 bar.update(self.step - bar.n)
         return torch.stack([run.solution.x for run in runs]).to(self.x)
 
-    def evaluate(self, rows: Rows) -> Tensor:
-        """Call the model, and keep what the callback will be told."""
+    def denoised(self, rows: Rows) -> Tensor:
+        """Call the model."""
         sample = upload(rows.sample, rows.u.device)
-        extra = {name: _follow(value, sample, len(self.x)) for name, value in self.extra_args.items()}
-        denoised = self.model(rows.u, self.levels[upload(rows.point, self.levels.device)], **extra)
-        if self.callback is not None and isinstance(denoised, Tensor) and denoised.shape == rows.u.shape:
-            for row, key in enumerate(zip(rows.sample.tolist(), rows.point.tolist(), strict=True)):
-                self.seen[key] = rows.u[row], denoised[row]
+
+        def follow(leaf: Any) -> Any:
+            with_rows = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(self.x)
+            return leaf[upload(sample, leaf.device)] if with_rows else leaf
+
+        sigma = self.levels[upload(rows.point, self.levels.device)]
+        return self.model(rows.u, sigma, **tree_map(follow, self.extra_args))
+
+    def keep(self, rows: Rows, denoised: Tensor) -> Tensor:
+        """Keep what the callback will be told: the model's next call may write to the memory of this output."""
+        if self.callback is not None:
+            keys = zip(rows.sample.tolist(), rows.point.tolist(), strict=True)
+            self.seen.update(zip(keys, zip(rows.u, denoised.clone(), strict=True), strict=True))
         return denoised
 
     def report(self, front: int) -> None:
@@ -278,17 +314,6 @@ class _Told:
                 self.callback({"x": x, "i": self.step, "sigma": sigma, "sigma_hat": hat, "denoised": denoised})
                 self.seen = {key: value for key, value in self.seen.items() if key[1] > point}
             self.step += 1
-
-
-def _follow(value: Any, sample: Tensor, batch: int) -> Any:
-    """Return the rows of each sample, of everything that has one row a sample."""
-    if isinstance(value, Tensor):
-        return value[upload(sample, value.device)] if value.ndim and len(value) == batch else value
-    if isinstance(value, dict):
-        return {name: _follow(one, sample, batch) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_follow(one, sample, batch) for one in value)
-    return value
 
 
 Boundaries = Sequence[float] | Callable[[Any, Any], Sequence[float]]
@@ -324,8 +349,8 @@ def parallel(
             it raises ends the sampling.
 
     Returns:
-        A function with the sampler's signature and ``.report``. What it finds out about a model is kept for the next
-        call with a model and arguments of the same form.
+        A function that takes what the sampler takes, options by name, with ``.report``. What it finds out about a model
+        is kept for the next call with the same networks and arguments of the same form.
 
     Raises:
         TypeError: If the sampler is not callable, or the solver is none.
@@ -367,10 +392,10 @@ class Parallel:
         """Sample."""
         loop = self._loop(model, extra_args)
         network: Any = loop.denoisers[0]
-        network.model = model
+        network.model, network.seen.finite = model, True
         loop.state = sigmas.tolist
         found = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
-        levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64)
+        levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64, device="cpu")
         seen = _Model(network, model, x, levels, extra_args)
         if options.get("noise_sampler") is not None:
             options["noise_sampler"] = _Noise(options["noise_sampler"])
@@ -390,21 +415,25 @@ class Parallel:
         loop.on_round = told
         try:
             return solved(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
+        except OutputError:
+            self._loops = {form: known for form, known in self._loops.items() if known is not loop}
+            raise
         finally:
             if bar is not None:
                 bar.close()
             network.model, loop.on_round = None, lambda settled, count: None
 
     def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
-        """Return what is known of the loop with models and arguments of this form."""
+        """Return what is known of the loop with the same networks and arguments of this form."""
         plain = (int, float, str, bytes)
-        reached = (value for value in reachable(model, extra_args) if type(value) not in plain)
-        form = tuple(_feature(value) for value in reached)
+        reached = [value for value in reachable(model, extra_args) if type(value) not in plain]
+        networks: list[Any] = [value for value in reached if isinstance(value, nn.Module)] or [model]
+        form = (*map(_identity, networks), *map(_feature, reached))
         loop = self._loops.pop(form, None)
         if loop is None:
             called_back: Callable[[dict[str, Any]], bool] = lambda given: given["callback"] is not None  # noqa: E731
             loop = Loop(self._run, (_Network(),), calls_back=called_back)
-            loop.refuses = functools.partial(_one_by_one, loop.layouts)
+            loop.refuses = functools.partial(_one_by_one, loop)
         self._loops[form] = loop
         if len(self._loops) > FORMS:
             del self._loops[next(iter(self._loops))]
@@ -421,12 +450,20 @@ class Parallel:
         return self.sampler(model, x.clone(), sigmas, **given)
 
 
+class _Seen:
+    """Whether all outputs of a network were finite; a tensor, in a slot, as it is no state that outputs depend on."""
+
+    __slots__ = ("finite",)
+    finite: Tensor | bool
+
+
 class _Network(nn.Module):
     """The model's call, as a module that stubs can replace."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model: Any = None
+        self.seen = _Seen()
 
     def forward(self, x: Tensor, sigma: Tensor, side: str, held: dict[str, Tensor], extra: dict[str, Any]) -> Tensor:
         """Call the model, with the rows of what it holds for its samples; ``side`` keeps calls apart."""
@@ -434,7 +471,10 @@ class _Network(nn.Module):
         try:
             for name, rows in held.items():
                 setattr(self.model, name, rows)
-            return self.model(x, sigma, **extra)
+            output = self.model(x, sigma, **extra)
+            if isinstance(output, Tensor):
+                self.seen.finite = torch.isfinite(output).all() & self.seen.finite
+            return output
         finally:
             for name, tensor in before.items():
                 setattr(self.model, name, tensor)
@@ -493,11 +533,25 @@ class _Noise:
         return noise.clone()
 
 
-def _one_by_one(layouts: Mapping[Any, Any]) -> str | None:
-    """Return why calls that cannot be merged are better made one after the other, or None if some can."""
-    if not layouts or any(layout.grade != "single" for layout in layouts.values()):
+def _one_by_one(loop: Loop) -> str | None:
+    """Return why calls that cannot be merged are better made one after the other, or None if some can.
+
+    NaN tells nothing about merging: the rounds go on, to where the driver says which step returns it.
+    """
+    layouts, network = loop.layouts.values(), loop.denoisers[0]
+    assert isinstance(network, _Network)
+    if not layouts or any(layout.grade != "single" for layout in layouts) or not network.seen.finite:
         return None
     return "the model gives other results for several steps than for each of them: it may look at one sigma only."
+
+
+def _identity(value: Any) -> Any:
+    """Return what is the same for the same object only, and does not keep it."""
+    try:
+        hash(weak := weakref.ref(value))
+    except TypeError:  # of a kind without
+        return object()
+    return weak
 
 
 def _feature(value: Any) -> Any:

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any, NamedTuple
@@ -29,9 +29,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .execution import Latency, Network, check, duration, latency, seconds_of
+from .execution import Executor, Latency, Network, agree, check, check_whole, duration, latency, seconds_of
 from .samplers import Sampler
-from .solve import Rows, Solution, Solver, start, together
+from .schedules import is_finite
+from .solve import OutputError, Rows, Solution, Solver, start, together
 from .solvers import SOLVERS, Sequential
 from .solvers.window import check_window
 from .table import LocalForm, Table
@@ -216,11 +217,11 @@ def plan(
 ) -> Plan:
     """Measure what calls of the network cost, and choose the solver that is expected to be fastest.
 
-    Some twenty calls of the network are made; to draw more than one batch, plan once and pass ``plan.solver``.
+    Some thirty calls of the network are made; to draw more than one batch, plan once and pass ``plan.solver``.
 
     Args:
         denoise: As for :func:`parataxis.sample`.
-        noise: (B, *shape) as for :func:`parataxis.sample`; only its shape, dtype and device matter.
+        noise: (B, *shape) as for :func:`parataxis.sample`; any that the network can be given.
         sampler: The equation.
         tolerance: Relative error allowed in each sample.
         condition: As for :func:`parataxis.sample`.
@@ -236,17 +237,21 @@ def plan(
             expected to do so again. Other solvers and samplers of the other kind tell nothing.
 
     Raises:
-        TypeError: If ``sampler`` is not one.
+        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf.
+        TypeError: If ``sampler`` is not one, or ``measured`` is no list of solutions.
         ValueError: For a solver whose rounds are not known, and inputs that do not fit together or are out of range.
         torch.cuda.OutOfMemoryError: If there is no memory for one row.
     """
     begun = time.perf_counter()
     check(noise, sampler, condition)
-    if not tolerance >= 0:
+    if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
-    for name, value in (("devices", devices), ("rows_per_level", rows_per_level)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    check_whole("devices", devices)
+    check_whole("rows_per_level", rows_per_level)
+    if not (isinstance(measured, Sequence) and all(isinstance(one, Solution) for one in measured)):
+        raise TypeError(
+            f"measured must be what parataxis.sample returned, or a list of its solutions, got {measured!r}."
+        )
     steps, count, local = sampler.steps, len(noise), sampler.local
     if solvers is None:
         curves_of = _fitted()["curves"]
@@ -262,31 +267,56 @@ def plan(
     def rows(evaluated: Any) -> Any:
         return np.ceil(np.multiply(evaluated, rows_per_level) / devices)
 
-    network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    example = Rows(noise * sampler.start_scale, torch.arange(count) % steps, torch.arange(count))
-    if known is None:
-        most = int(rows(count * levels[-1]))
-        known = latency(network, example, most=min(most, max_rows or most), buckets=buckets)
-    if max_rows is not None:
-        known = replace(known, limit=min(max_rows, known.limit or max_rows))
-
-    def overhead(solver: Solver) -> float:
-        with torch.no_grad():
-            return _overhead(solver, sampler, states, lambda: network(one_row))
-
-    states = example.u.to(torch.promote_types(noise.dtype, torch.float32))
-    one_row = Rows(*(part[:1] for part in example))
-    call = float(known.seconds(rows(count)))
-    candidates: list[Candidate] = []
+    foreseen: list[tuple[Solver, list[Array]]] = []  # with the rows of every round: few rounds, middle, many
     for solver, curve in zip(solvers, curves, strict=True):
-        own = overhead(_windowed(solver, levels[0], steps))
         shifts = _shifts(solver, curve, local, count, measured)
         for window in levels:
             taken = [_rounds(curve, shift, steps, window, tolerance, count) for shift in shifts]
-            calls = [known.seconds(rows(curve.widths(one, steps, window).sum(1))) for one in taken]
-            rounds = Range(*(float(len(one)) for one in calls))
-            seconds = Range(*(float(one.sum()) + own * len(one) for one in calls))
-            candidates.append(Candidate(_windowed(solver, window, steps), rounds, seconds, own))
+            widths = [rows(curve.widths(one, steps, window).sum(1)) for one in taken]
+            foreseen.append((_windowed(solver, window, steps), widths))
+
+    def enough(known: Latency) -> bool:
+        """Return whether no solver that makes larger calls can be the fastest, even if they cost no more."""
+        largest, best, wide = known.rows[-1], steps * float(known.seconds(rows(count))), math.inf
+        for _, (_, middle, _) in foreseen:
+            seconds = float(known.seconds(np.minimum(middle, largest)).sum())
+            if middle.max() <= largest:
+                best = min(best, seconds)
+            else:
+                wide = min(wide, seconds)
+        return wide >= best
+
+    network = Network(denoise, sampler.network_times(noise.dtype), condition)
+    example = Rows(noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count)))
+    one_row = Rows(*(part[:1] for part in example))
+    one_call = partial(Executor(network, max_rows=max_rows, buckets=buckets), one_row)
+    with torch.no_grad():
+        if not torch.isfinite(one_call()).all():
+            raise OutputError(
+                f"the network returned NaN or Inf at step 0 of {steps} for the noise that it was given: check the "
+                "noise, the network's dtype and its conditioning."
+            )
+    if known is None:
+        most = int(rows(count * levels[-1]))
+        most = min(most, max_rows or most)
+        known = latency(network, example, most=most, buckets=buckets, enough=enough)
+    if max_rows is not None:
+        known = replace(known, limit=min(max_rows, known.limit or max_rows))
+    states = example.u.to(torch.promote_types(noise.dtype, torch.float32))
+    call, scale = float(known.seconds(rows(count))), float(known.seconds(1))
+
+    def overhead(solver: Solver) -> float:
+        with torch.no_grad():
+            return _overhead(solver, sampler, states, one_call, scale)
+
+    works = {type(solver): overhead(_windowed(solver, levels[0], steps)) for solver in solvers}
+    candidates: list[Candidate] = []
+    for solver, widths in foreseen:
+        own = works[type(solver)]
+        calls = [known.seconds(one) for one in widths]
+        rounds = Range(*(float(len(one)) for one in calls))
+        seconds = Range(*(float(one.sum()) + own * len(one) for one in calls))
+        candidates.append(Candidate(solver, rounds, seconds, own))
     best = min(candidates, key=_expected)
     loop, own = steps * call, overhead(Sequential())
     alone = loop + steps * own
@@ -328,10 +358,11 @@ def _windowed(solver: Any, window: int, steps: int) -> Solver:
     return changed
 
 
-def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[], object]) -> float:
+def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[], object], seconds: float) -> float:
     """Return the seconds of a round besides the network: the median of a few, within a tenth of a second.
 
-    Outputs are zero, but the network is called in between: what it leaves of the caches decides what the rest costs.
+    They need to agree to a part of the ``seconds`` of a call, beside which they count. Outputs are zero, but the
+    network is called in between: what it leaves of the caches decides what the rest costs.
     """
     runs = start(sampler, Table(sampler.local, states), solver, tolerance=0.0)
     inside = [0.0]
@@ -340,13 +371,14 @@ def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[
         inside.append(inside[-1] + seconds_of(call, rows.u.device))
         return torch.zeros_like(rows.u)
 
-    ends = [time.perf_counter()]
+    ends, taken = [time.perf_counter()], np.zeros(1)
     for _ in together(runs, nothing):
         ends.append(time.perf_counter())
-        if len(ends) == 9 or (len(ends) > 2 and ends[-1] - ends[0] > 0.1):
+        taken = np.diff(ends) - np.diff(inside)
+        taken = taken[1:] if len(taken) > 1 else taken  # the first one makes room
+        if len(ends) == 9 or (len(ends) > 2 and (ends[-1] - ends[0] > 0.1 or agree(taken, seconds))):
             break
-    taken = np.diff(ends) - np.diff(inside)
-    return float(np.median(taken[1:] if len(taken) > 1 else taken))  # the first one makes room
+    return float(np.median(taken))
 
 
 def _shifts(

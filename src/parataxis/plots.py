@@ -36,7 +36,7 @@ def image_grid(x: Tensor, columns: int = 10, zoom: int = 2) -> Image:
     rows = -(-len(x) // columns)
     batch, channels, height, width = x.shape
     levels = ((x.detach().float().cpu().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte()
-    canvas = torch.full((rows * columns, channels, height + 1, width + 1), 128, dtype=torch.uint8)
+    canvas = torch.full((rows * columns, channels, height + 1, width + 1), 128, dtype=torch.uint8, device="cpu")
     canvas[:batch, :, :height, :width] = levels
     grid = canvas.view(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
     grid = grid.reshape(channels, rows * (height + 1), columns * (width + 1))[:, :-1, :-1]

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .schedules import Grid, Schedule, Spacing, Variance, flow, karras_sigmas, vp
+from .schedules import Grid, Schedule, Spacing, Variance, flow, is_finite, karras_sigmas, vp
 from .table import LocalForm, Table, upload
 
 __all__ = [
@@ -274,12 +274,19 @@ def _ending(grid: Grid, schedule: Schedule, final: str) -> Grid:
     return Grid(grid.times, np.append(grid.alpha[:-1], alpha), np.append(grid.sigma[:-1], sigma))
 
 
+def _schedule(schedule: Schedule | None, default: Callable[[], Schedule]) -> Schedule:
+    """Return the schedule, or the default one where there is none."""
+    if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "grid")):
+        raise TypeError(f"schedule must be a schedule, such as parataxis.vp(), got {schedule!r}.")
+    return default() if schedule is None else schedule
+
+
 def _check_clip(clip: float | None, quantile: float | None) -> None:
     if clip is not None and quantile is not None:
         raise ValueError("pass clip or quantile, not both: thresholding replaces clipping.")
-    if clip is not None and not clip > 0:
+    if clip is not None and not (is_finite(clip) and clip > 0):
         raise ValueError(f"clip must be positive, got {clip!r}.")
-    if quantile is not None and not 0 < quantile <= 1:
+    if quantile is not None and not (is_finite(quantile) and 0 < quantile <= 1):
         raise ValueError(f"quantile must be in (0, 1], got {quantile!r}.")
 
 
@@ -339,9 +346,9 @@ def ddim(
     Raises:
         ValueError: For options out of range.
     """
-    if not 0 <= eta <= 1:
+    if not (is_finite(eta) and 0 <= eta <= 1):
         raise ValueError(f"eta must be in [0, 1], got {eta!r}.")
-    schedule = schedule or vp()
+    schedule = _schedule(schedule, vp)
     grid = _ending(schedule.grid(steps, spacing, offset), schedule, final)
     levels = _levels(grid, prediction)
     return _sampled("ddim", levels, eta * _posterior(levels), None, clip, quantile, clipped_eps)
@@ -379,7 +386,7 @@ def ddpm(
             f"variance must be 'fixed_small' or 'fixed_large', got {variance!r}: a learned variance scales the noise "
             "by a function of the output, which no table can hold; run such a loop as it is."
         )
-    schedule = schedule or vp()
+    schedule = _schedule(schedule, vp)
     levels = _levels(schedule.grid(steps, spacing, offset), prediction)
     small = _posterior(levels)
     added = None
@@ -431,7 +438,7 @@ def euler(
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7) between the ends of the grid.
     """
-    levels, first = _exploding(schedule or vp(), steps, spacing, offset, prediction, karras=karras)
+    levels, first = _exploding(_schedule(schedule, vp), steps, spacing, offset, prediction, karras=karras)
     local = levels.local(*_one_step(levels, np.zeros(steps)))
     return Sampler("euler", levels.grid.times, local, first)
 
@@ -457,9 +464,9 @@ def euler_ancestral(
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
-    if not eta >= 0:
+    if not (is_finite(eta) and eta >= 0):
         raise ValueError(f"eta must be at least 0, got {eta!r}.")
-    levels, first = _exploding(schedule or vp(), steps, spacing, offset, prediction, karras=karras)
+    levels, first = _exploding(_schedule(schedule, vp), steps, spacing, offset, prediction, karras=karras)
     sigma, after = levels.sigma[:-1], levels.sigma[1:]
     added = np.minimum(after, eta * after / sigma * np.sqrt(np.maximum(sigma**2 - after**2, 0.0)))
     local = levels.local(*_one_step(levels, added))
@@ -481,7 +488,7 @@ def flow_euler(
         prediction: What the network returns.
         spacing: ``trailing`` (1, 1 - 1/N, ..) or ``linspace``; see :meth:`parataxis.schedules.Flow.grid`.
     """
-    levels = _levels((schedule or flow()).grid(steps, spacing), prediction)
+    levels = _levels(_schedule(schedule, flow).grid(steps, spacing), prediction)
     return Sampler("flow_euler", levels.grid.times, levels.local(*_one_step(levels, np.zeros(steps))))
 
 
@@ -507,7 +514,7 @@ def heun(
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
-    single, first = _exploding(schedule or vp(), steps, spacing, offset, prediction, karras=karras)
+    single, first = _exploding(_schedule(schedule, vp), steps, spacing, offset, prediction, karras=karras)
     twice = np.repeat(np.arange(steps), 2)[1:]  # 0, 1, 1, 2, 2, ..: the level of every point
     sigma = np.append(single.sigma[twice], 0.0)
     grid = Grid(single.grid.times[twice], np.ones(len(sigma)), sigma)
@@ -561,7 +568,7 @@ def dpmpp_2m(
         quantile: Threshold it dynamically instead, at this quantile of |xhat| (0.995 is common).
     """
     _check_clip(clip, quantile)
-    schedule = schedule or vp()
+    schedule = _schedule(schedule, vp)
     grid = schedule.grid(steps, spacing, offset)
     if karras:
         if not isinstance(schedule, Variance):

@@ -72,7 +72,11 @@ def read(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> 
         TypeError: If it is no scheduler, or its ``step`` does not take such an option.
         ValueError: If its loop is not a table of numbers, with the option or the step that is to blame.
     """
-    loop = _Loop(scheduler, timesteps, options)
+    with torch.device("cpu"):  # whatever the default device is
+        return _read(_Loop(scheduler, timesteps, options))
+
+
+def _read(loop: _Loop) -> Sampler:
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=random, dtype=torch.float64)
     outputs = torch.randn(loop.steps, *SHAPE, generator=random, dtype=torch.float64)
@@ -81,9 +85,10 @@ def read(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> 
         walked = loop.walk(noise, lambda i, u: outputs[i])
     finite = np.isfinite(_rms(walked[0]))
     if not finite.all():
+        options = {**loop.options, "prediction_type": loop.config("prediction_type")}
         raise loop.refusal(
             f"step {int(np.argmin(finite)) - 1} of {loop.steps} makes NaN or Inf of finite outputs, with "
-            f"prediction_type={loop.config('prediction_type')!r}; choose another, or other timesteps"
+            f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; choose another, or other timesteps"
         )
     clips = [option for option in CLIPS if loop.config(option)]
     sampler = _build(loop, loop.impulses(draws.count, clips), clips)
@@ -146,7 +151,7 @@ class _Loop:
         for option in options:
             if option not in known or option in ("generator", "return_dict"):
                 raise TypeError(f"step of {self.name} takes no option {option!r}, but {', '.join(known)}.")
-        self._scheduler, self._options = scheduler, options
+        self._scheduler, self.options = scheduler, options
         self._seeded = "generator" in known
         self.times = torch.as_tensor(timesteps).detach().cpu()
         self.steps = len(self.times)
@@ -179,7 +184,7 @@ class _Loop:
 
     def leave(self, own: Any, i: int, f: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
         """Return state i + 1 and, where the scheduler tells it, the data prediction."""
-        options = {**self._options, "generator": generator} if self._seeded else self._options
+        options = {**self.options, "generator": generator} if self._seeded else self.options
         try:
             result = own.step(f, self.times[i], x, **options)
         except _Refused:

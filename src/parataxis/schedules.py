@@ -16,8 +16,10 @@ Everything here is float64 numpy on the CPU; nothing depends on a network or a d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from numbers import Real
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +55,11 @@ class Schedule(Protocol):
     def grid(self, steps: int, spacing: Spacing = "trailing", offset: int = 0, *, whole: bool = True) -> Grid:
         """Return the levels of a sampler of ``steps`` steps, ending at (alpha, sigma) = (1, 0)."""
         ...
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether this is a number, and a finite one; flags are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _check_steps(steps: int, limit: int | None = None) -> None:
@@ -112,9 +119,11 @@ class Variance:
             whole: Round the times of ``linspace``.
 
         Raises:
-            ValueError: For another spacing, or steps outside 1..T.
+            ValueError: For another spacing, steps outside 1..T, or an offset that is not whole or leaves 0..T - 1.
         """
         _check_steps(steps, self.training_steps)
+        if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)):
+            raise ValueError(f"offset must be a whole number of training steps, got {offset!r}.")
         total = self.training_steps
         if spacing == "trailing":
             times = np.round(total - np.arange(steps) * (total / steps)) - 1
@@ -127,6 +136,8 @@ class Variance:
             raise ValueError(f"spacing must be 'trailing', 'leading' or 'linspace', got {spacing!r}.")
         if times[0] > total - 1:
             raise ValueError(f"offset {offset} puts the first time at {times[0]:g}, beyond {total - 1}: lower it.")
+        if times[-1] < 0:
+            raise ValueError(f"offset {offset} puts the last time at {times[-1]:g}, before 0: raise it.")
         alpha, sigma = self.levels(times)
         return Grid(times, np.append(alpha, 1.0), np.append(sigma, 0.0))
 
@@ -203,8 +214,14 @@ def vp(
         beta_start: First beta, in (0, 1).
         beta_end: Last beta, in (0, 1).
         shape: ``linear`` (DDPM) or ``scaled_linear`` (Stable Diffusion: 0.00085 to 0.012).
+
+    Raises:
+        ValueError: For options out of range.
     """
     _check_steps(steps)
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not (is_finite(beta) and 0 < beta < 1):
+            raise ValueError(f"{name} must be in (0, 1), got {beta!r}.")
     if shape == "linear":
         betas = np.linspace(beta_start, beta_end, steps)
     elif shape == "scaled_linear":
@@ -223,7 +240,7 @@ def cosine(steps: int = 1000) -> Variance:
 
 def flow(shift: float = 1.0, steps: int = 1000) -> Flow:
     """Return the flow-matching schedule with the given shift; the network is told ``steps`` * sigma."""
-    if not shift > 0:
+    if not (is_finite(shift) and shift > 0):
         raise ValueError(f"shift must be positive, got {shift!r}.")
     _check_steps(steps)
     return Flow(shift, steps)
@@ -231,6 +248,8 @@ def flow(shift: float = 1.0, steps: int = 1000) -> Flow:
 
 def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Karras:
     """Return the EDM schedule with noise levels from ``sigma_max`` down to ``sigma_min``."""
-    if not 0 < sigma_min < sigma_max:
+    if not (is_finite(sigma_min) and is_finite(sigma_max) and 0 < sigma_min < sigma_max):
         raise ValueError(f"sigma_min and sigma_max must satisfy 0 < min < max, got {sigma_min!r} and {sigma_max!r}.")
+    if not (is_finite(rho) and rho > 0):
+        raise ValueError(f"rho must be positive, got {rho!r}.")
     return Karras(sigma_min, sigma_max, rho)

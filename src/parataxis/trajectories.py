@@ -18,14 +18,23 @@ def save_trajectory(path: str | Path, trajectory: Tensor, sampler: Sampler) -> N
     """Write trajectories (B, N + 1, *shape) as safetensors, with the sampler's name and times.
 
     Raises:
-        ValueError: If the trajectory is not of this sampler's length.
+        TypeError: If the trajectory is none.
+        ValueError: If the trajectory is not of this sampler's length, or cannot be written.
     """
+    if not isinstance(trajectory, Tensor):
+        raise TypeError(
+            f"trajectory must be a tensor (B, N + 1, *shape), got {type(trajectory).__name__}: give the .trajectory of "
+            "what parataxis.sample returned with keep=True."
+        )
     if trajectory.ndim < 3 or trajectory.shape[1] != sampler.steps + 1:
         raise ValueError(
             f"trajectory must be (B, {sampler.steps + 1}, *shape) for this sampler, got {tuple(trajectory.shape)}."
         )
     told = {"sampler": sampler.name, "times": json.dumps(sampler.times.tolist())}
-    save_file({"trajectory": trajectory.contiguous()}, str(path), metadata=told)
+    try:
+        save_file({"trajectory": trajectory.contiguous()}, str(path), metadata=told)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written ({error}): give another path.") from error
 
 
 def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:

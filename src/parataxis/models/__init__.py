@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..denoisers import guided
 from ..samplers import SAMPLERS, Prediction, Sampler
-from ..schedules import Schedule, Variance, cosine, flow, vp
+from ..schedules import Schedule, Variance, cosine, flow, is_finite, vp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,13 @@ class Model:
     folder: Path
 
     def denoiser(self, guidance: float = 1.0) -> Callable[..., Tensor]:
-        """Return ``denoise(x, t, label)``, guided unless ``guidance`` is 1; unconditional: ``denoise(x, t)``."""
+        """Return ``denoise(x, t, label)``, guided unless ``guidance`` is 1; unconditional: ``denoise(x, t)``.
+
+        Raises:
+            ValueError: If the guidance is no number, or is not 1 without classes.
+        """
+        if not is_finite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance!r}.")
         if self.classes is None:
             if guidance != 1:
                 raise ValueError(f"{self.name} has no classes, so guidance must be 1, got {guidance!r}.")
@@ -66,11 +72,14 @@ class Model:
         """Return a sampler of ``SAMPLERS`` on the model's own schedule and prediction type.
 
         Raises:
-            ValueError: If the model's schedule does not admit this sampler.
+            ValueError: If there is no such sampler, or the model's schedule does not admit it.
         """
-        if isinstance(self.schedule, Variance) == (name == "flow_euler"):
-            kind = "variance-preserving" if isinstance(self.schedule, Variance) else "flow-matching"
-            fitting = [other for other in SAMPLERS if (other == "flow_euler") != isinstance(self.schedule, Variance)]
+        preserving = isinstance(self.schedule, Variance)
+        fitting = [other for other in SAMPLERS if (other == "flow_euler") != preserving]
+        if name not in SAMPLERS:
+            raise ValueError(f"there is no sampler {name!r}: choose one of {', '.join(fitting)}.")
+        if name not in fitting:
+            kind = "variance-preserving" if preserving else "flow-matching"
             raise ValueError(
                 f"{self.name} was trained on a {kind} schedule, which {name} is not for: choose one of "
                 f"{', '.join(fitting)}."
