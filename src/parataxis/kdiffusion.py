@@ -392,7 +392,7 @@ class Parallel:
         """Sample."""
         loop = self._loop(model, extra_args)
         network: Any = loop.denoisers[0]
-        network.model, network.seen.finite = model, True
+        network.model = model
         loop.state = sigmas.tolist
         found = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
         levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64, device="cpu")
@@ -407,8 +407,6 @@ class Parallel:
             if bar is None:
                 bar = tqdm(total=count, disable=disable)
             bar.update(settled - bar.n)
-            if (why := loop.refuses()) is not None:
-                raise Refused(why)
             if self.on_round is not None:
                 self.on_round(settled, count)
 
@@ -433,7 +431,6 @@ class Parallel:
         if loop is None:
             called_back: Callable[[dict[str, Any]], bool] = lambda given: given["callback"] is not None  # noqa: E731
             loop = Loop(self._run, (_Network(),), calls_back=called_back)
-            loop.refuses = functools.partial(_one_by_one, loop)
         self._loops[form] = loop
         if len(self._loops) > FORMS:
             del self._loops[next(iter(self._loops))]
@@ -450,20 +447,12 @@ class Parallel:
         return self.sampler(model, x.clone(), sigmas, **given)
 
 
-class _Seen:
-    """Whether all outputs of a network were finite; a tensor, in a slot, as it is no state that outputs depend on."""
-
-    __slots__ = ("finite",)
-    finite: Tensor | bool
-
-
 class _Network(nn.Module):
     """The model's call, as a module that stubs can replace."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model: Any = None
-        self.seen = _Seen()
 
     def forward(self, x: Tensor, sigma: Tensor, side: str, held: dict[str, Tensor], extra: dict[str, Any]) -> Tensor:
         """Call the model, with the rows of what it holds for its samples; ``side`` keeps calls apart."""
@@ -471,10 +460,7 @@ class _Network(nn.Module):
         try:
             for name, rows in held.items():
                 setattr(self.model, name, rows)
-            output = self.model(x, sigma, **extra)
-            if isinstance(output, Tensor):
-                self.seen.finite = torch.isfinite(output).all() & self.seen.finite
-            return output
+            return self.model(x, sigma, **extra)
         finally:
             for name, tensor in before.items():
                 setattr(self.model, name, tensor)
@@ -531,18 +517,6 @@ class _Noise:
         self.next += 1
         after.restore()
         return noise.clone()
-
-
-def _one_by_one(loop: Loop) -> str | None:
-    """Return why calls that cannot be merged are better made one after the other, or None if some can.
-
-    NaN tells nothing about merging: the rounds go on, to where the driver says which step returns it.
-    """
-    layouts, network = loop.layouts.values(), loop.denoisers[0]
-    assert isinstance(network, _Network)
-    if not layouts or any(layout.grade != "single" for layout in layouts) or not network.seen.finite:
-        return None
-    return "the model gives other results for several steps than for each of them: it may look at one sigma only."
 
 
 def _identity(value: Any) -> Any:

@@ -679,7 +679,8 @@ class _Work:
             wanted = wanted[_index(ask.rows, got)]
             if got.shape != wanted.shape:
                 return merged, float("inf")
-            away, size = float((got - wanted).norm()), float(wanted.norm())
+            told = torch.isfinite(wanted)  # what is not finite tells nothing
+            away, size = float((got - wanted)[told].norm()), float(wanted[told].norm())
             if away != 0:  # or not a number
                 worst = max(worst, away / size) if size > 0 and np.isfinite(away) else float("inf")
         return merged, worst
