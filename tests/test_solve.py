@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -118,6 +121,21 @@ def test_stop_ends_a_run_early_with_its_estimate():
     assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) < 0.5
 
 
+def test_a_multistep_table_without_data_predictions_has_an_estimate_too():
+    network, noise, sampler = setting(2, 25, "dpmpp_2m")
+    table = sampler.table(noise)
+    blind = px.Table(dataclasses.replace(table.local, data_input=None, data_output=None), table.start)
+    times = sampler.network_times(noise.dtype)
+    expected, errors = px.sample(network, noise, sampler, px.Sequential()).x, []
+    [run, _] = px.start(sampler, blind, px.Picard(window=4), tolerance=1e-6)
+    while not run.done:
+        run.answer(network(run.query.u, times[run.query.point]))
+        assert run.solution.error_estimate <= 1e-6 if run.done else run.solution.error_estimate == math.inf
+        errors.append(problems.relative(run.estimate[None], expected[:1]))
+    assert errors[-1] <= 1e-6
+    assert max(errors) <= errors[0]
+
+
 def test_interrupting_returns_the_last_estimate():
     network, noise, sampler = setting(2, 50)
     calls = []
@@ -130,6 +148,7 @@ def test_interrupting_returns_the_last_estimate():
 
     result = px.sample(interrupted, noise, sampler, px.Picard(), tolerance=1e-10)
     assert [one.reason for one in result] == ["interrupted"] * 2
+    assert [one.error_estimate for one in result] == [math.inf] * 2
     assert result[0].rounds == 4
     assert bool(torch.isfinite(result.x).all())
 

@@ -159,15 +159,14 @@ class Settle(NamedTuple):
         front: The new front.
         states: Slots of the states behind the old front, up to the new one.
         error: Estimated relative error of the final sample that has been accepted so far.
-        last: (point, state slot, output slot) of the farthest evaluation, for previews.
-        sample: Slot of the present guess of the sample, where there is one.
+        estimate: Slot of the present guess of the sample; where there is none, (point, state slot, output slot) of the
+            farthest evaluation, which predicts it.
     """
 
     front: int
     states: Slots
     error: float
-    last: tuple[int, int, int]
-    sample: int | None
+    estimate: int | tuple[int, int, int]
 
 
 Request = Memory | Load | Combine | Inner | Distance | Draw | Query | Response | Settle
@@ -217,7 +216,7 @@ class Solver(Protocol):
 
 
 class Round(NamedTuple):
-    """One round of one run: the front before it, its width, and the error accepted so far."""
+    """One round of one run: the front before it, its width, and the error accepted so far, inf where it is unknown."""
 
     front: int
     width: int
@@ -250,9 +249,9 @@ class Solution:
         solver: How it was solved.
         problem: What was solved.
         peak_width: Most levels of this sample in one round.
-        error_estimate: Estimated relative error of ``x`` to the sequential sample. Solvers of
-            :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the sequential loop's samples, but it is
-            another sample than the loop's from the same noise.
+        error_estimate: Estimated relative error of ``x`` to the sequential sample; inf unless converged, as nothing is
+            known of the error then. Solvers of :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the
+            sequential loop's samples, but it is another sample than the loop's from the same noise.
         history: One entry a round.
         trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True``, if converged, and from
             solvers that settle every state (not parareal).
@@ -424,23 +423,29 @@ class Run:
 
     @property
     def estimate(self) -> Tensor:
-        """(*shape) the present guess of the sample: its row if the window reaches it, else the data prediction."""
+        """(*shape) the present guess of the sample: its row if the window reaches it, else the data prediction.
+
+        Where that is unknown, it is one hop from the farthest evaluation, and in multistep tables the state there.
+        """
         batch, table = self._batch, self._batch.table
+        found = None if self._settle is None else self._settle.estimate
         if self._slot is not None:
             row = batch.rows[self._offset + self._slot]
-        elif self._settle is None:
+        elif found is None:
             row = batch.start[self.index]
-        elif self._settle.sample is not None:
-            row = batch.rows[self._offset + self._settle.sample]
+        elif isinstance(found, int):
+            row = batch.rows[self._offset + found]
         else:
-            point, state, output = self._settle.last
+            point, state, output = found
             u, f = batch.rows[self._offset + state], batch.rows[self._offset + output]
             local = table.local
-            if local.data_input is None or local.data_output is None:
+            if local.data_input is not None and local.data_output is not None:
+                row = local.data_input[point] * u + local.data_output[point] * f
+            elif local.lags:
+                row = u
+            else:
                 one = Table(local, u[None], None if table.noise is None else table.noise[self.index, None].flatten(2))
                 row = one.hop(point, local.steps, u[None], f[None])[0]
-            else:
-                row = local.data_input[point] * u + local.data_output[point] * f
         return row.view(batch.shape).clone()
 
     @property
@@ -460,7 +465,7 @@ class Run:
             solver=self.solver,
             problem=self.problem,
             peak_width=self.peak_width,
-            error_estimate=self.error,
+            error_estimate=self.error if converged else float("inf"),
             history=tuple(self.history),
             trajectory=trajectory,
         )

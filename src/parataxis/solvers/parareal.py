@@ -356,11 +356,16 @@ class _Pipeline:
             if one.p == self.blocks:
                 self.error = 0.0
         self._retire()
-        sample = self.known.get(self.blocks)
-        error = self.error if np.isfinite(self.error) else 0.0
         place = self.bounds[self.front] if finished < 0 else self.problem.steps
-        yield Settle(place, np.zeros(0, np.int64), error, (0, self.known[0], self.zero), sample)
+        yield Settle(place, np.zeros(0, np.int64), self.error, self._estimate())
         return finished
+
+    def _estimate(self) -> int:
+        """Return the slot of the present guess of the sample: itself, or what the farthest hop held, or its end."""
+        farthest = max(self.known)
+        if 0 < farthest < self.blocks and self.local.data_input is not None:
+            return self.data[farthest - 1]
+        return self.known[farthest]
 
     def _compare(self, one: _Boundary, change: float, size: float) -> None:
         relative = 0.0 if change == 0 else float(np.sqrt(change / size)) if size > 0 else float("inf")

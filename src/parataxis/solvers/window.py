@@ -109,7 +109,7 @@ class Window:
             last = min(first + self.width - 1, self.lo)
             yield Load(np.arange(first, last + 1), self.states(first, last))
             slot = int(self.states(last, last)[0])
-            yield Settle(last, self.states(first, last), 0.0, (0, slot, slot), slot)
+            yield Settle(last, self.states(first, last), 0.0, slot)
         return 0
 
     def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:
@@ -299,10 +299,10 @@ class Window:
         self.spent += error
         last = self.hi - 1
         place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
-        sample = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else None
+        estimate = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else (last, *place)
         states = self.states(self.lo + 1, self.lo + count)
         self._advance = count
-        yield Settle(self.lo + count, states, self.spent, (last, *place), sample)
+        yield Settle(self.lo + count, states, self.spent, estimate)
         return 0
 
     def enter(self, *, roll: bool = True) -> Asking:
