@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 
 import pytest
@@ -253,6 +254,18 @@ def test_the_rule_that_ended_a_run_is_named():
     for broken in (lambda: px.stopping.rounds(0), lambda: px.stopping.error_below(0)):
         with pytest.raises(ValueError, match="must be"):
             broken()
+
+
+def test_one_rule_serves_many_solves_and_forgets_them():
+    network, noise, sampler = setting(2, 50)
+    for rule in (px.stopping.error_below(1e-3), px.stopping.preview_settled()):
+        first = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        again = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        assert [one.rounds for one in again] == [one.rounds for one in first]
+        flat = px.sample(lambda x, t: 0.1 * x, noise[:, :5], sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        assert flat.x.shape == (2, 5)
+        gc.collect()
+        assert not (rule._last if isinstance(rule, px.stopping.error_below) else rule._seen)
 
 
 def test_a_settled_preview_is_close_to_the_sample():
