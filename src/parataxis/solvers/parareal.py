@@ -62,6 +62,8 @@ class Parareal:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}.")
+        if not isinstance(self.pipelined, bool):
+            raise ValueError(f"pipelined must be True or False, got {self.pipelined!r}.")
         if self.coarse not in ("hop", "two-step"):
             raise ValueError(f"coarse must be 'hop' or 'two-step', got {self.coarse!r}.")
         if self.rule not in ("change", "srds", "none"):
