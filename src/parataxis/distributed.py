@@ -294,7 +294,7 @@ class Sharded:
         return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.u) else own.u), count)
 
     def _checked(self, rows: Rows) -> Tensor:
-        return expect(self._evaluate(rows), tuple(rows.u.shape), rows.u.dtype)
+        return expect(self._evaluate(rows), tuple(rows.u.shape), rows.u.dtype, rows.point.numpy())
 
 
 def sharded(evaluate: Callable[[Rows], Tensor], mesh: DeviceMesh | Ranks) -> Sharded:

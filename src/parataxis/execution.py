@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .samplers import Sampler
 from .solve import Rows
@@ -70,7 +71,8 @@ def pick(condition: Any, index: Tensor) -> Any:
     if isinstance(condition, dict):
         return {name: pick(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):
-        return type(condition)(pick(value, index) for value in condition)
+        parts = [pick(value, index) for value in condition]
+        return condition._make(parts) if hasattr(condition, "_make") else type(condition)(parts)
     return condition
 
 
@@ -84,12 +86,25 @@ def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
     if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
         given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
         raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
-    if len(noise) == 0:
-        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
+    if noise.numel() == 0:
+        raise ValueError(
+            f"noise holds no sample, or no number: all its dimensions {tuple(noise.shape)} must be at least 1."
+        )
+    if noise.layout != torch.strided or noise.is_meta:
+        raise ValueError(f"noise must be dense and hold numbers, got layout {noise.layout} on {noise.device}.")
+    if not bool(torch.isfinite(noise).all()):
+        raise ValueError("noise holds NaN or Inf: draw it standard normal, as by torch.randn.")
+    if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
+        raise ValueError(
+            f"condition must hold tensors ({len(noise)}, ...) of what each sample is told, got {condition!r}: make it "
+            "one, or let the network itself know what is the same for all samples."
+        )
     _check_condition(condition, len(noise))
 
 
 def _check_condition(condition: Any, batch: int) -> None:
+    if isinstance(condition, np.ndarray):
+        raise ValueError("condition holds a NumPy array, which no sample could be given its part of: make it a tensor.")
     if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
         raise ValueError(
             f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
