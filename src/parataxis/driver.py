@@ -155,7 +155,7 @@ def sample(
         long that was expected to take.
 
     Raises:
-        RankError: With a mesh, if a rank is lost, fails, or does other work than the others.
+        RankError: With a mesh, if a rank is lost, fails, was interrupted, or does other work than the others.
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
@@ -262,8 +262,11 @@ def sample(
         except KeyboardInterrupt:
             for run in runs:
                 run.end("interrupted")
-    if ranks is not None:
-        ranks.end()
+            if ranks is not None:
+                ranks.interrupted()
+        else:
+            if ranks is not None:
+                ranks.end()
     solutions = [run.solution for run in runs]
     return Solutions(solutions, max(one.rounds for one in solutions), time.perf_counter() - begun, planned)
 

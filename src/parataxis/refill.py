@@ -104,6 +104,8 @@ class Stream(Iterator[tuple[int, Solution]]):
     def interrupt(self) -> Iterator[tuple[int, Solution]]:
         """End the stream: yield what is finished, and the present estimates of the samples at work."""
         self._found.close()
+        if self._ranks is not None and self._open:
+            self._ranks.interrupted()
         for run in self._open.values():
             run.end("interrupted")
         yield from self._yielded(list(self._open))
