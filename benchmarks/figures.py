@@ -144,8 +144,8 @@ def own_end(rows: list[Row]) -> str:
 def write_readme(rows: list[Row]) -> None:
     """Put the tables of N = 100 on the shipped models between the marks in the README."""
     shown = [row for row in rows if row["steps"] == 100 and row["model"] in ("digits", "digits-flow")]
-    text = f"""`px.Secant(window=W)` with the default tolerance of 1e-2, which it keeps by its own estimate. N = 100: the sequential
-loop takes 100 rounds. Median (worst) of 16 seeds.
+    text = f"""`px.Secant(window=W)` with the default tolerance of 1e-2, which it keeps by its own estimate.
+N = 100: the sequential loop takes 100 rounds. Median (worst) of 16 seeds.
 
 {own_end(shown)}
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import parataxis as px
 from parataxis import pipelines
 from parataxis.denoisers import mixture
-from parataxis.distributed import Ranks, sharded
+from parataxis.distributed import RankError, Ranks, sharded
 
 NOISE = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 SAMPLER = px.SAMPLERS["ddpm"](steps=40)
@@ -120,6 +120,37 @@ def unequal(mesh):
     }
     found["afterwards"] = said(lambda: draw(mesh))
     return found
+
+
+def interrupted(mesh):
+    """Interrupt rank 1 in its network, between two rounds and in a stream, and draw once more."""
+    odd, ranks, calls = mesh.get_rank() == 1, Ranks(mesh, timeout=60.0), []
+
+    def network(u, t):
+        calls.append(u)
+        if odd and len(calls) == 4:
+            raise KeyboardInterrupt
+        return EXACT(u, t)
+
+    def between(runs):
+        if odd and runs[0].rounds == 3:
+            raise KeyboardInterrupt
+
+    def reasons(network=EXACT, **options):
+        calls.clear()
+        return [one.reason for one in draw(ranks, network, **options)]
+
+    found, begun = {}, time.monotonic()
+    for name, options in {
+        "network": {"network": network},
+        "between": {"on_round": between},
+        "stream": {"network": network, "rows": 5},
+    }.items():
+        try:
+            found[name] = reasons(**options)
+        except RankError as error:
+            found[name] = str(error)
+    return {**found, "afterwards": reasons(), "seconds": time.monotonic() - begun}
 
 
 class Net(torch.nn.Module):

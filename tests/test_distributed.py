@@ -111,6 +111,16 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert found["afterwards"] == "no error"
 
 
+def test_an_interrupted_rank_returns_its_estimates_and_the_others_end_at_once(tmp_path):
+    found = finished("interrupted", tmp_path, 2)
+    for name in ("network", "between", "stream"):
+        assert found[1][name] == ["interrupted"] * 2
+        assert found[0][name].startswith("rank 1 (")
+        assert found[0][name].endswith(") was interrupted")
+    assert all(one["afterwards"] == ["converged"] * 2 for one in found)
+    assert all(one["seconds"] < 30 for one in found)
+
+
 def test_the_network_may_be_sharded_along_another_dimension_of_the_mesh(tmp_path):
     found = finished("tensors", tmp_path, 4)
     assert all(torch.equal(one["x"], found[0]["x"]) for one in found)

@@ -11,6 +11,7 @@ import parataxis
 
 PACKAGE = Path(parataxis.__file__).parent
 ORDER = [
+    "checks",
     "schedules",
     "table",
     "samplers",

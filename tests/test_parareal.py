@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -104,6 +105,26 @@ def test_a_guess_replaces_the_first_sweep():
     assert px.sample(network, noise, sampler, px.Parareal(), keep=True).trajectory is None
 
 
+def test_an_early_end_returns_what_is_known_of_the_sample():
+    sampler, network = px.samplers.ddim(steps=50), mixture(64, 10, power=0.0).network(px.vp())
+    noise = problems.noise(2, shape=(64,))
+    expected = px.sample(network, noise, sampler, px.Sequential()).x
+    for unknown in (False, True):
+        if unknown:  # without data predictions the end of the farthest hop stands for the sample
+            sampler = dataclasses.replace(
+                sampler, local=dataclasses.replace(sampler.local, data_input=None, data_output=None)
+            )
+        errors = []
+        for most in (1, 4, 12, 16, 24):
+            ended = px.sample(network, noise, sampler, px.Parareal(), tolerance=0, stop=px.stopping.rounds(most))
+            assert all(one.rounds == most and one.error_estimate == math.inf for one in ended)
+            errors.append(problems.relative(ended.x, expected))
+        if not unknown:
+            assert errors[0] <= 1.05
+        assert errors[-2] < errors[0]
+        assert errors[-1] <= 0.05
+
+
 def test_what_parareal_refuses_is_said_with_the_reason():
     noise = problems.noise(1)
     for name, options, message in [
@@ -113,6 +134,7 @@ def test_what_parareal_refuses_is_said_with_the_reason():
         with pytest.raises(ValueError, match=message):
             px.sample(problems.network("power law", name), noise, problems.sampler(name, 25), px.Parareal(**options))
     for options, message in [
+        ({"pipelined": "no"}, "pipelined must be True or False, got 'no'"),
         ({"blocks": 0}, "blocks must be a whole number of at least 1, or None, got 0"),
         ({"width": 1.5}, "width must be"),
         ({"iterations": -1}, "iterations must be"),

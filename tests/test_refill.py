@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import weakref
+
 import pytest
 import torch
 
 import parataxis as px
+from parataxis import solve
 from parataxis.denoisers import mixture
 
 EXACT = mixture(64).network(px.vp())
@@ -104,9 +109,91 @@ def test_what_is_interrupted_is_returned_as_far_as_it_is():
         return network(u, t)
 
     found = px.sample(late, NOISE, sampler, px.Sequential(), rows=ROWS)
-    assert len(found) == 2 * ROWS  # 25 rounds for the first eight, and 15 for the next
-    assert {one.reason for one in found} == {"converged", "interrupted"}
+    # 25 rounds for the first eight, and 15 for the next.
+    reasons = [one.reason for one in found]
+    assert reasons == ["converged"] * ROWS + ["interrupted"] * ROWS + ["not started"] * (COUNT - 2 * ROWS)
+    assert all(one.error_estimate == math.inf for one in found[ROWS:])
     assert found.x.isfinite().all()
+    assert torch.equal(found.x[2 * ROWS :], NOISE[2 * ROWS :])
+    assert [one.rounds for one in found[2 * ROWS :]] == [0] * (COUNT - 2 * ROWS)
+
+
+def test_samples_that_are_finished_but_not_yet_yielded_come_with_an_interrupt():
+    stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows=8)
+    found = [next(stream) for _ in range(3)]
+    found += stream.interrupt()
+    assert [number for number, _ in found] == list(range(8))
+    assert all(solution.converged for _, solution in found)
+    assert list(stream) == []
+    assert stream.runs == ()
+
+
+def test_memory_is_made_anew_only_when_the_number_of_samples_doubles(monkeypatch):
+    sizes, grow = [], solve._Batch.grow
+
+    def counted(self, count):
+        sizes.append(count)
+        grow(self, count)
+
+    monkeypatch.setattr(solve._Batch, "grow", counted)
+    sampler = px.SAMPLERS["ddpm"](steps=5)
+    generators = [seeded(number) for number in range(COUNT)]
+    found = px.sample(EXACT, NOISE, sampler, px.Sequential(), generator=generators, rows=40)
+    assert sizes == [2, 4, 8, 16, 32, 40]
+    batch = px.sample(EXACT, NOISE, sampler, px.Sequential(), generator=[seeded(number) for number in range(COUNT)])
+    torch.testing.assert_close(found.x, batch.x, rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_of_a_sample_with_its_own_generator_is_drawn_when_it_begins():
+    generators = [seeded(number) for number in range(COUNT)]
+
+    def interrupted(u, t):
+        raise KeyboardInterrupt
+
+    px.sample(interrupted, NOISE, px.SAMPLERS["ddpm"](steps=5), px.Sequential(), generator=generators, rows=ROWS)
+    drawn = [not torch.equal(one.get_state(), seeded(number).get_state()) for number, one in enumerate(generators)]
+    assert drawn == [True] * ROWS + [False] * (COUNT - ROWS)
+
+
+def test_a_stream_that_has_ended_is_gone_with_its_memory():
+    gc.collect()
+    gc.disable()
+    try:
+        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows=4)
+        held = weakref.ref(stream)
+        assert len(list(stream)) == 8
+        del stream
+        assert held() is None
+        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows=4)
+        held = weakref.ref(stream)
+        next(stream)
+        assert len(list(stream.interrupt())) == 3
+        del stream
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_an_output_that_is_not_finite_is_named_by_its_job():
+    network = Counted()
+
+    def broken(u, t):
+        output = network(u, t)
+        if len(network.sizes) == 2 * STEPS + 4:
+            output[-1] = float("nan")
+        return output
+
+    with pytest.raises(px.OutputError, match=r"NaN or Inf at step 3 of 25, sample 11, round 4"):
+        list(px.stream(broken, NOISE, px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows=4))
+
+
+def test_tensors_of_the_cpu_are_there_whatever_the_default_device():
+    condition = {"shift": torch.linspace(0, 1, 8)}
+    sampler, solver = px.SAMPLERS["ddim"](steps=5), px.Sequential()
+    expected = px.sample(Counted(), NOISE[:8], sampler, solver, condition=condition)
+    with torch.device("meta"):
+        found = px.sample(Counted(), NOISE[:8], sampler, solver, condition=condition, rows=4)
+    torch.testing.assert_close(found.x, expected.x)
 
 
 def test_what_does_not_fit_is_named():
@@ -117,9 +204,9 @@ def test_what_does_not_fit_is_named():
         list(px.stream(EXACT, [NOISE[0], px.Job(NOISE[1], torch.ones(1))], sampler, solver, rows=2))
     with pytest.raises(ValueError, match="may differ in tensors only, got 'a'"):
         list(px.stream(Counted(), [px.Job(NOISE[0], "a"), px.Job(NOISE[1], "b")], sampler, solver, rows=2))
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got 0"):
         px.stream(EXACT, NOISE, sampler, solver, rows=0)
-    with pytest.raises(ValueError, match=r"need rows=.* got rows=None"):
+    with pytest.raises(ValueError, match=r"jobs, which need rows=.* got tuple_iterator and rows=None"):
         px.sample(EXACT, iter(NOISE), sampler, solver)
     with pytest.raises(ValueError, match="solver='auto'"):
         px.sample(EXACT, NOISE, sampler, "auto", rows=8)
@@ -133,3 +220,17 @@ def test_what_does_not_fit_is_named():
         px.sample(EXACT, [], sampler, solver, rows=8)
     with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got int"):
         list(px.stream(EXACT, [3], sampler, solver, rows=2))
+    with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got NoneType and rows=8"):
+        px.sample(EXACT, None, sampler, solver, rows=8)
+    with pytest.raises(TypeError, match="jobs must be an iterable of samples to be drawn, got 3"):
+        px.stream(EXACT, 3, sampler, solver, rows=2)
+    for named in ("secant", "auto"):
+        with pytest.raises(TypeError, match=f"solver must be a solver with its options, .* got '{named}'"):
+            px.stream(EXACT, NOISE, sampler, named, rows=2)
+    for rows in ("8", 1.5, True):
+        with pytest.raises(ValueError, match=r"rows must be a whole number of at least 1, got"):
+            px.sample(EXACT, NOISE, sampler, solver, rows=rows)
+    with pytest.raises(
+        TypeError, match=r"generator must be a torch.Generator, one for each sample, or None, got \[0\]"
+    ):
+        list(px.stream(EXACT, [px.Job(NOISE[0], None, 0)], sampler, solver, rows=2))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import gc
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +124,21 @@ def test_stop_ends_a_run_early_with_its_estimate():
     assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) < 0.5
 
 
+def test_a_multistep_table_without_data_predictions_has_an_estimate_too():
+    network, noise, sampler = setting(2, 25, "dpmpp_2m")
+    table = sampler.table(noise)
+    blind = px.Table(dataclasses.replace(table.local, data_input=None, data_output=None), table.start)
+    times = sampler.network_times(noise.dtype)
+    expected, errors = px.sample(network, noise, sampler, px.Sequential()).x, []
+    [run, _] = px.start(sampler, blind, px.Picard(window=4), tolerance=1e-6)
+    while not run.done:
+        run.answer(network(run.query.u, times[run.query.point]))
+        assert run.solution.error_estimate <= 1e-6 if run.done else run.solution.error_estimate == math.inf
+        errors.append(problems.relative(run.estimate[None], expected[:1]))
+    assert errors[-1] <= 1e-6
+    assert max(errors) <= errors[0]
+
+
 def test_interrupting_returns_the_last_estimate():
     network, noise, sampler = setting(2, 50)
     calls = []
@@ -130,6 +151,7 @@ def test_interrupting_returns_the_last_estimate():
 
     result = px.sample(interrupted, noise, sampler, px.Picard(), tolerance=1e-10)
     assert [one.reason for one in result] == ["interrupted"] * 2
+    assert [one.error_estimate for one in result] == [math.inf] * 2
     assert result[0].rounds == 4
     assert bool(torch.isfinite(result.x).all())
 
@@ -192,7 +214,29 @@ def test_progress_counts_settled_levels(capsys):
         ({"noise": torch.zeros(3, dtype=torch.int64)}, "noise must be a floating-point tensor"),
         ({"noise": torch.zeros(4)}, "at least 2 dimensions"),
         ({"noise": torch.zeros(0, 16)}, "holds no sample"),
+        ({"noise": torch.zeros(4, 0)}, r"noise holds no sample, or no number: all its dimensions \(4, 0\)"),
+        ({"noise": torch.ones(3, 4).to_sparse()}, "noise must be dense and hold numbers, got layout torch.sparse_coo"),
+        ({"noise": torch.zeros(3, 4, device="meta")}, "noise must be dense and hold numbers, .* on meta"),
+        ({"noise": torch.full((3, 4), torch.nan)}, "noise holds NaN or Inf"),
+        ({"noise": np.zeros((3, 4))}, "noise must be a floating-point tensor .* got ndarray and rows=None"),
+        ({"noise": [torch.zeros(4)]}, "noise must be a floating-point tensor .* got list and rows=None"),
+        ({"tolerance": None}, "tolerance must be"),
+        ({"tolerance": "a"}, "tolerance must be"),
+        ({"tolerance": float("inf")}, "tolerance must be"),
+        ({"tolerance": True}, "tolerance must be"),
         ({"max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
+        ({"max_rows": 1.5}, "max_rows must be a whole number of at least 1, got 1.5"),
+        ({"max_rows": True}, "max_rows must be a whole number of at least 1, got True"),
+        ({"buckets": 8}, r"buckets must be numbers of rows of at least 1, such as \(1, 2, 4, 8\), got 8"),
+        ({"buckets": (1, 2.5)}, "buckets must be numbers of rows"),
+        ({"frozen": 1.5}, "frozen must be a whole number of at least 0, got 1.5"),
+        ({"frozen": True}, "frozen must be a whole number of at least 0, got True"),
+        ({"guess": [1]}, r"guess must have the shape \(B, N \+ 1, \*shape\) = \(3, 26, 16\), got list"),
+        ({"condition": np.zeros((3, 2))}, r"condition must hold tensors \(3, \.\.\.\)"),
+        ({"condition": 3.0}, "condition must hold tensors .* got 3.0"),
+        ({"condition": {}}, "condition must hold tensors .* got {}"),
+        ({"condition": ["a", "b", "c"]}, "condition must hold tensors"),
+        ({"condition": {"label": torch.zeros(3), "text": np.zeros((3, 2))}}, "condition holds a NumPy array"),
         ({"sampler": px.samplers.ddpm(steps=5), "generator": [torch.Generator()]}, "3 samples, 1 generators"),
     ],
 )
@@ -201,6 +245,78 @@ def test_what_does_not_fit_together_is_said(change, message):
     given = {"noise": noise, "sampler": sampler, **change}
     with pytest.raises(ValueError, match=message):
         px.sample(network, given.pop("noise"), given.pop("sampler"), px.Picard(), **given)
+
+
+@pytest.mark.parametrize("generator", [0, [1, 2, 3], "abc"])
+def test_what_is_no_generator_is_said(generator):
+    network, noise, sampler = setting()
+    message = "generator must be a torch.Generator, one for each sample, or None, got"
+    for call in (
+        lambda: px.sample(network, noise, sampler, px.Picard(), generator=generator),
+        lambda: px.sample(network, noise, sampler, px.Picard(), generator=generator, rows=8),
+        lambda: px.floor(network, noise, sampler, generator=generator),
+        lambda: px.start(sampler, sampler.table(noise), px.Picard(), generator=generator),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_a_network_that_cannot_be_called_is_told_from_one_that_fails():
+    _, noise, sampler = setting()
+
+    class Net(torch.nn.Module):
+        def forward(self, x, t, label):
+            return x + label[:, None]
+
+    def fails(x, t):
+        return x + "a"
+
+    labels = torch.zeros(3)
+    for options in ({}, {"rows": 8}):
+        with pytest.raises(TypeError, match=r"called as denoise\(x, t\), as there is no condition=, .*'label'"):
+            px.sample(Net(), noise, sampler, px.Picard(), **options)
+        with pytest.raises(TypeError, match=r"called as denoise\(x, t, condition\), as there is a condition="):
+            px.sample(lambda x, t: x, noise, sampler, px.Picard(), condition=labels, **options)
+        with pytest.raises(TypeError, match=r"^unsupported operand"):
+            px.sample(fails, noise, sampler, px.Picard(), **options)
+        with pytest.raises(TypeError, match=r"denoise must be a network that can be called .* got None"):
+            px.sample(None, noise, sampler, px.Picard(), **options)
+
+
+def test_a_condition_may_be_a_named_tuple_with_leaves_that_all_samples_share():
+    _, noise, sampler = setting()
+    Told = collections.namedtuple("Told", ["shift", "scale"])
+
+    def network(x, t, told):
+        return told.scale * x + told.shift[:, None]
+
+    condition = Told(torch.arange(3.0), 0.1)
+    found = px.sample(network, noise, sampler, px.Picard(window=4), condition=condition)
+    streamed = px.sample(network, noise, sampler, px.Picard(window=4), condition=condition, rows=5)
+    torch.testing.assert_close(found.x, streamed.x)
+
+
+def test_networks_may_have_parameters_that_want_gradients():
+    _, noise, sampler = setting(2, 10)
+    net = torch.nn.Linear(problems.DIM, problems.DIM, dtype=noise.dtype)
+    [run, _] = runs = px.start(sampler, sampler.table(noise.clone().requires_grad_()), px.Secant())
+    while not run.done:
+        run.answer(net(run.query.u))
+    for _ in px.together(runs, lambda rows: net(rows.u)):
+        pass
+    expected = px.sample(lambda x, t: net(x), noise, sampler, px.Secant())
+    torch.testing.assert_close(torch.stack([one.solution.x for one in runs]), expected.x)
+    assert not run.solution.x.requires_grad
+
+
+def test_runs_of_several_calls_are_not_driven_together():
+    _, noise, sampler = setting(1, 10)
+    runs = [
+        *px.start(sampler, sampler.table(noise), px.Picard()),
+        *px.start(sampler, sampler.table(noise), px.Picard()),
+    ]
+    with pytest.raises(ValueError, match="must be of one call of start"):
+        next(px.together(runs, lambda rows: rows.u))
 
 
 def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
@@ -234,6 +350,18 @@ def test_the_rule_that_ended_a_run_is_named():
     for broken in (lambda: px.stopping.rounds(0), lambda: px.stopping.error_below(0)):
         with pytest.raises(ValueError, match="must be"):
             broken()
+
+
+def test_one_rule_serves_many_solves_and_forgets_them():
+    network, noise, sampler = setting(2, 50)
+    for rule in (px.stopping.error_below(1e-3), px.stopping.preview_settled()):
+        first = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        again = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        assert [one.rounds for one in again] == [one.rounds for one in first]
+        flat = px.sample(lambda x, t: 0.1 * x, noise[:, :5], sampler, px.Picard(), tolerance=1e-9, stop=rule)
+        assert flat.x.shape == (2, 5)
+        gc.collect()
+        assert not (rule._last if isinstance(rule, px.stopping.error_below) else rule._seen)
 
 
 def test_a_settled_preview_is_close_to_the_sample():
@@ -317,6 +445,8 @@ def test_the_floor_is_what_the_network_makes_of_its_batch_and_no_tolerance_goes_
         for make in (lambda x, t: network(x, t) * (1 + 1e-5), lambda x, t: network(x, t) * (1 + 8e-5))
     )
     assert found == pytest.approx(problems.relative(among, sequential), rel=1e-3)
+    with pytest.raises(ValueError, match=r"rows must be a whole number of at least 2, got 2\.5"):
+        px.floor(rough, noise, sampler, rows=2.5)
     with pytest.raises(ValueError, match=r"tolerance 1e-05 is below the floor \d\.\d+e-05 of this network"):
         px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, floor=found)
     assert px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-2, floor=found).converged

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from . import models
+from .checks import is_finite
 from .driver import Solutions, sample
 from .planning import Plan, plan
 from .samplers import SAMPLERS, Sampler, options
-from .schedules import is_finite
 from .solve import OutputError, Run, Solver
 from .solvers import LAW_EXACT, SOLVERS, Sequential
 

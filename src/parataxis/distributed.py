@@ -19,7 +19,8 @@ import socket
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,6 +81,7 @@ class Ranks:
             self._members, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
         )
         self._round = 0
+        self._open = True  # nothing has been said that is not answered, so this rank can still say that it ends
         self.names: list[str] = []
         self.names = self._every(f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})")
 
@@ -151,7 +153,7 @@ class Ranks:
             evaluate: The share.
 
         Raises:
-            RankError: If another rank failed, is lost, or was asked something else.
+            RankError: If another rank failed, was interrupted, is lost, or was asked something else.
         """
         failure: BaseException | None = None
         try:
@@ -161,10 +163,11 @@ class Ranks:
         self._round += 1
         heard = self._meet([self._round, zlib.crc32(asked), failure is not None])
         if any(failed for _, _, failed in heard):
-            reasons = self._every("" if failure is None else f"{type(failure).__name__}: {failure}")
+            reasons = self._every(_reason(failure))
+            self._open = False
             if failure is not None:
                 raise failure
-            told = [f"{name} failed: {reason}" for name, reason in zip(self.names, reasons, strict=True) if reason]
+            told = [f"{name} {reason}" for name, reason in zip(self.names, reasons, strict=True) if reason]
             raise RankError("; ".join(told))
         odd = _odd([one[:2] for one in heard])
         if odd:
@@ -178,6 +181,18 @@ class Ranks:
     def end(self) -> None:
         """See that all ranks are at the end of a solve; raises as :meth:`work` does."""
         self.work(b"end", lambda: None)
+
+    def interrupted(self) -> None:
+        """Tell the others that this rank was interrupted, unless they know or wait for something else from it."""
+        if self._open:
+            with suppress(KeyboardInterrupt, RankError):
+                self.work(b"", _interrupt)
+
+    @contextmanager
+    def _saying(self) -> Iterator[None]:
+        self._open = False
+        yield
+        self._open = True
 
     def rows(self, own: Tensor, count: int) -> Tensor:
         """Return all ``count`` rows, (count, *shape), from the shares (R, *shape) of all ranks, in their order."""
@@ -227,7 +242,8 @@ class Ranks:
         padded = own if len(own) == most else torch.cat([own, own.new_zeros(most - len(own))])
         every = [torch.empty_like(padded) for _ in range(self.size)]
         try:
-            dist.all_gather(every, padded, group=self._group)
+            with self._saying():
+                dist.all_gather(every, padded, group=self._group)
         except RuntimeError as error:
             self._meet([self._round, 0, 0])  # who is lost does not come
             raise RankError(f"outputs could not be gathered: {error}") from error
@@ -235,16 +251,17 @@ class Ranks:
 
     def _meet(self, told: Sequence[int]) -> list[tuple[int, ...]]:
         """Tell every rank a few numbers, and return what each told."""
-        own = torch.tensor([int(one) for one in told])
+        own = torch.tensor([int(one) for one in told], device="cpu")
         heard = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
         others = [rank for rank in range(self.size) if rank != self.rank]
         ends = time.monotonic() + self.timeout
         coming: list[tuple[int, Any]] = []
-        for way, calls in ((dist.irecv, heard), (dist.isend, [own] * self.size)):
-            for rank in others:
-                coming.append((rank, self._lost(rank, way, calls[rank], self._members[rank], group=self._control)))
-        for rank, work in coming:
-            self._lost(rank, work.wait, timedelta(seconds=max(ends - time.monotonic(), 0.01)))
+        with self._saying():
+            for way, calls in ((dist.irecv, heard), (dist.isend, [own] * self.size)):
+                for rank in others:
+                    coming.append((rank, self._lost(rank, way, calls[rank], self._members[rank], group=self._control)))
+            for rank, work in coming:
+                self._lost(rank, work.wait, timedelta(seconds=max(ends - time.monotonic(), 0.01)))
         return [tuple(one.tolist()) for one in heard]
 
     def _lost(self, rank: int, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -261,7 +278,8 @@ class Ranks:
         """Return what every rank told, in their order."""
         told: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(told, value, group=self._control)
+            with self._saying():
+                dist.all_gather_object(told, value, group=self._control)
         except RuntimeError as error:
             if self.names:
                 self._meet([self._round, 0, 0])
@@ -290,11 +308,11 @@ class Sharded:
             ranks.compare(states=rows.u)
             one = Rows(*(part[-1:] for part in rows))  # at pure noise networks differ least
             ranks.agree(ranks.work(asked, lambda: self._checked(one)))
-        own = rows.take(torch.arange(count)[ranks.share(count)])
+        own = rows.take(torch.arange(count, device="cpu")[ranks.share(count)])
         return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.u) else own.u), count)
 
     def _checked(self, rows: Rows) -> Tensor:
-        return expect(self._evaluate(rows), tuple(rows.u.shape), rows.u.dtype)
+        return expect(self._evaluate(rows), tuple(rows.u.shape), rows.u.dtype, rows.point.numpy())
 
 
 def sharded(evaluate: Callable[[Rows], Tensor], mesh: DeviceMesh | Ranks) -> Sharded:
@@ -350,6 +368,19 @@ def _bits(leaf: Tensor) -> Tensor:
 
 def _bytes(leaf: Any) -> int:
     return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
+def _reason(failure: BaseException | None) -> str:
+    """Return what the other ranks are told of a failure."""
+    if failure is None:
+        return ""
+    if isinstance(failure, KeyboardInterrupt):
+        return "was interrupted"
+    return f"failed: {type(failure).__name__}: {failure}"
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _odd(values: Sequence[Any]) -> list[int]:

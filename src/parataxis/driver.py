@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import called, check_generators, check_rows, check_tolerance, check_whole
 from .execution import Executor, Network, check, duration, pick, ranks_of
 from .planning import Plan, plan
 from .refill import Job, Stream, stream
@@ -112,7 +113,10 @@ def sample(
     Args:
         denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
             of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
-            samples and must not influence one another.
+            samples: each output must be a function of its own row, whatever stands beside it, and the same in every
+            call. Nothing checks that; a network that mixes its rows (a mean over the batch, batch norm that is
+            trained) or draws random numbers (dropout) gives wrong samples, so call ``eval()``. Rounding may depend on
+            the number of rows: :func:`parataxis.floor` measures by how much.
         noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
             the noise is. With ``rows`` also an iterator of :class:`parataxis.Job`, drawn in its order.
         sampler: The equation, from :mod:`parataxis.samplers`.
@@ -123,7 +127,7 @@ def sample(
         tolerance: Relative error allowed in each final sample, compared with the sequential loop's; without meaning
             for law-exact solvers.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
-            the network row by row.
+            the network row by row. Leaves that are no tensors are the same for all samples.
         rows: Rows of a round: not all samples at once, but as many as keep that many rows busy, the next one entering
             where another leaves; see :func:`parataxis.stream`, which yields samples as they are finished. Default:
             whatever all samples ask for.
@@ -146,56 +150,68 @@ def sample(
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
-        ``interrupted``. Printed, it says what was done and, for ``auto``, how long that was expected to take.
+        ``interrupted``; with ``rows``, samples of a batch that had not begun are their noise, marked ``not started``,
+        and jobs of an iterator that had not begun are left out. Printed, it says what was done and, for ``auto``, how
+        long that was expected to take.
 
     Raises:
-        RankError: With a mesh, if a rank is lost, fails, or does other work than the others.
+        RankError: With a mesh, if a rank is lost, fails, was interrupted, or does other work than the others.
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
-        TypeError: If ``sampler`` or ``solver`` is not one.
+        TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
+    network = called(denoise)
+    check_tolerance(tolerance)
+    check_rows(max_rows, buckets)
     if 0 < tolerance < floor:
         raise ValueError(
             f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself differs "
             "between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
+    if isinstance(noise, Tensor):
+        check(noise, sampler, condition)
+        check_generators(generator, len(noise))
     if rows is not None or not isinstance(noise, Tensor):
-        if rows is None or isinstance(solver, str):
+        if rows is None or not isinstance(noise, Iterable):
             raise ValueError(
-                "samples that come and go need rows=, the rows of a round, and a solver by name: got "
-                f"rows={rows!r} and solver={solver!r}."
+                "noise must be a floating-point tensor (B, *shape), or an iterable of jobs, which need rows=, the rows "
+                f"of a round: got {type(noise).__name__} and rows={rows!r}."
             )
+        if solver == "auto":
+            raise ValueError("solver='auto' plans for a batch that is solved at once: with rows=, choose a solver.")
         if guess is not None or frozen or on_round is not None or stop is not None:
             raise ValueError("samples that come and go (rows=) admit none of guess, frozen, on_round and stop.")
         if not isinstance(noise, Tensor) and (condition is not None or generator is not None):
             raise ValueError(
                 "jobs bring their own: give condition and generator with each, Job(noise, condition, generator)."
             )
-        jobs = _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise
-        with tqdm(total=len(noise) if isinstance(noise, Tensor) else None, disable=not progress) as bar:
-            return _gathered(
-                stream(
-                    denoise,
-                    jobs,
-                    sampler,
-                    solver,
-                    rows=rows,
-                    tolerance=tolerance,
-                    keep=keep,
-                    max_rows=max_rows,
-                    buckets=buckets,
-                    mesh=mesh,
-                ),
-                bar,
-            )
-    check(noise, sampler, condition)
+        found = stream(
+            denoise,
+            _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise,
+            sampler,
+            solver,
+            rows=rows,
+            tolerance=tolerance,
+            keep=keep,
+            max_rows=max_rows,
+            buckets=buckets,
+            mesh=mesh,
+        )
+        begun, batch = time.perf_counter(), noise if isinstance(noise, Tensor) else None
+        with tqdm(total=None if batch is None else len(batch), disable=not progress) as bar:
+            every = _gathered(found, bar)
+        if batch is not None and (left := [number for number in range(len(batch)) if number not in every]):
+            every.update(zip(left, _not_started(batch[left], sampler, solver, tolerance), strict=True))
+        if not every:
+            raise ValueError("there is no sample to draw: the jobs are empty.")
+        return Solutions([every[number] for number in sorted(every)], found.rounds, time.perf_counter() - begun)
     ranks = ranks_of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":
         if guess is not None or frozen:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: name a solver.")
         planned = plan(
-            denoise,
+            network,
             noise,
             sampler,
             tolerance=tolerance,
@@ -207,8 +223,7 @@ def sample(
         planned = planned if ranks is None else ranks.first(planned)
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
-    state = torch.promote_types(noise.dtype, torch.float32)
-    table = sampler.table(noise.to(state), generator, noise.dtype)
+    table = sampler.table(_states(noise), generator, noise.dtype)
     runs = start(
         sampler,
         table,
@@ -220,8 +235,9 @@ def sample(
         frozen=frozen,
         generator=generator,
     )
-    network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    evaluate: Callable[[Rows], Tensor] = Executor(network, max_rows=max_rows, buckets=buckets)
+    evaluate: Callable[[Rows], Tensor] = Executor(
+        Network(network, sampler.network_times(noise.dtype), condition), max_rows=max_rows, buckets=buckets
+    )
     if ranks is not None:
         from .distributed import Sharded
 
@@ -246,8 +262,11 @@ def sample(
         except KeyboardInterrupt:
             for run in runs:
                 run.end("interrupted")
-    if ranks is not None:
-        ranks.end()
+            if ranks is not None:
+                ranks.interrupted()
+        else:
+            if ranks is not None:
+                ranks.end()
     solutions = [run.solution for run in runs]
     return Solutions(solutions, max(one.rounds for one in solutions), time.perf_counter() - begun, planned)
 
@@ -258,19 +277,18 @@ def _jobs(
     condition: Any,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[Job]:
-    """Yield the samples of a batch; what steps add to them is drawn at once, in the order of the batch's own loop."""
-    check(noise, sampler, condition)
-    table = sampler.table(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
-    several = generator if isinstance(generator, Sequence) else [generator] * len(noise)
+    """Yield the samples of a batch; with one generator, what steps add is drawn at once, in the order of its loop."""
+    table = None if isinstance(generator, Sequence) else sampler.table(_states(noise), generator, noise.dtype)
     for b in range(len(noise)):
-        added = None if table.noise is None else table.noise[b : b + 1]
-        told = pick(condition, torch.tensor(b))
-        yield Job(noise[b], told, several[b], Table(table.local, table.start[b : b + 1], added))
+        own, drawn = generator[b] if isinstance(generator, Sequence) else generator, None
+        if table is not None:
+            added = None if table.noise is None else table.noise[b : b + 1]
+            drawn = Table(table.local, table.start[b : b + 1], added)
+        yield Job(noise[b], pick(condition, torch.tensor(b, device="cpu")), own, drawn)
 
 
-def _gathered(found: Stream, bar: Any) -> Solutions:
-    """Return all samples of a stream, in the order of their jobs."""
-    begun = time.perf_counter()
+def _gathered(found: Stream, bar: Any) -> dict[int, Solution]:
+    """Return the samples of a stream by the numbers of their jobs; after Ctrl-C, of those that have begun."""
     solutions: dict[int, Solution] = {}
     try:
         for number, solution in found:
@@ -278,9 +296,20 @@ def _gathered(found: Stream, bar: Any) -> Solutions:
             bar.update()
     except KeyboardInterrupt:
         solutions.update(found.interrupt())
-    if not solutions:
-        raise ValueError("there is no sample to draw: the jobs are empty.")
-    return Solutions([solutions[number] for number in sorted(solutions)], found.rounds, time.perf_counter() - begun)
+    return solutions
+
+
+def _not_started(noise: Tensor, sampler: Sampler, solver: Solver, tolerance: float) -> list[Solution]:
+    """Return what is known of samples that have not begun."""
+    table = Table(sampler.local, _states(noise) * sampler.start_scale)
+    runs = start(sampler, table, solver, tolerance=tolerance, dtype=noise.dtype)
+    for run in runs:
+        run.end("not started")
+    return [run.solution for run in runs]
+
+
+def _states(noise: Tensor) -> Tensor:
+    return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 
 def floor(
@@ -309,12 +338,10 @@ def floor(
         The floor, 0 for networks whose rows do not depend on their number; for ``floor=`` of :func:`parataxis.sample`.
     """
     check(noise, sampler, condition)
-    if rows < 2:
-        raise ValueError(
-            f"rows must be at least 2, got {rows!r}: the floor compares calls of one row with larger ones."
-        )
-    table = sampler.table(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
-    network = Network(denoise, sampler.network_times(noise.dtype), condition)
+    check_generators(generator, len(noise))
+    check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
+    table = sampler.table(_states(noise), generator, noise.dtype)
+    network = Network(called(denoise), sampler.network_times(noise.dtype), condition)
 
     def samples(count: int) -> Tensor:
         def repeated(row: Rows) -> Tensor:

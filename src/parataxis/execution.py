@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from .checks import check_rows
 from .samplers import Sampler
 from .solve import Rows, expect
 from .table import upload
@@ -28,7 +30,6 @@ __all__ = [
     "Network",
     "agree",
     "check",
-    "check_whole",
     "duration",
     "latency",
     "out_of_memory",
@@ -72,7 +73,8 @@ def pick(condition: Any, index: Tensor) -> Any:
     if isinstance(condition, dict):
         return {name: pick(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):
-        return type(condition)(pick(value, index) for value in condition)
+        parts = [pick(value, index) for value in condition]
+        return condition._make(parts) if hasattr(condition, "_make") else type(condition)(parts)
     return condition
 
 
@@ -86,12 +88,25 @@ def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
     if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
         given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
         raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
-    if len(noise) == 0:
-        raise ValueError("noise holds no sample: its first dimension, the batch, must be at least 1.")
+    if noise.numel() == 0:
+        raise ValueError(
+            f"noise holds no sample, or no number: all its dimensions {tuple(noise.shape)} must be at least 1."
+        )
+    if noise.layout != torch.strided or noise.is_meta:
+        raise ValueError(f"noise must be dense and hold numbers, got layout {noise.layout} on {noise.device}.")
+    if not bool(torch.isfinite(noise).all()):
+        raise ValueError("noise holds NaN or Inf: draw it standard normal, as by torch.randn.")
+    if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
+        raise ValueError(
+            f"condition must hold tensors ({len(noise)}, ...) of what each sample is told, got {condition!r}: make it "
+            "one, or let the network itself know what is the same for all samples."
+        )
     _check_condition(condition, len(noise))
 
 
 def _check_condition(condition: Any, batch: int) -> None:
+    if isinstance(condition, np.ndarray):
+        raise ValueError("condition holds a NumPy array, which no sample could be given its part of: make it a tensor.")
     if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
         raise ValueError(
             f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
@@ -128,10 +143,7 @@ class Executor:
         max_rows: int | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        if max_rows is not None:
-            check_whole("max_rows", max_rows)
-        if buckets is not None and not (buckets and all(map(_is_whole, buckets))):
-            raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
+        check_rows(max_rows, buckets)
         self.buckets = sorted(set(buckets or ()))
         limits = [limit for limit in (max_rows, *self.buckets[-1:]) if limit is not None]
         self.limit = min(limits, default=None)
@@ -152,7 +164,7 @@ class Executor:
                     raise
                 self._back_off(size, rows.u, error)
             else:
-                outputs = expect(outputs, tuple(part.u.shape), part.u.dtype)[:own]
+                outputs = expect(outputs, tuple(part.u.shape), part.u.dtype, part.point.numpy())[:own]
                 if own == count:
                     return outputs
                 if first == 0:
@@ -181,16 +193,6 @@ def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
     if size == own:
         return Rows(*(one[first : first + own] for one in rows))
     return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + own - 1))
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless a number is a whole one of at least 1."""
-    if not _is_whole(value):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from .checks import is_finite
 from .execution import Executor
 from .loops import Report, checked, solved
 from .passes import Loop, Randomness, reachable, replaced
 from .recording import Refused
 from .samplers import Sampler
-from .schedules import is_finite
 from .solve import OutputError, Rows, Solver, start, together
 from .table import LocalForm, Table, upload
 

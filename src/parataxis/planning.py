@@ -29,9 +29,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .execution import Executor, Latency, Network, agree, check, check_whole, duration, latency, seconds_of
+from .checks import check_tolerance, check_whole
+from .execution import Executor, Latency, Network, agree, check, duration, latency, seconds_of
 from .samplers import Sampler
-from .schedules import is_finite
 from .solve import OutputError, Rows, Solution, Solver, start, together
 from .solvers import SOLVERS, Sequential
 from .solvers.window import check_window
@@ -244,8 +244,7 @@ def plan(
     """
     begun = time.perf_counter()
     check(noise, sampler, condition)
-    if not (is_finite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    check_tolerance(tolerance)
     check_whole("devices", devices)
     check_whole("rows_per_level", rows_per_level)
     if not (isinstance(measured, Sequence) and all(isinstance(one, Solution) for one in measured)):

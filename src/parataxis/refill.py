@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .checks import called, check_generators, check_rows, check_solver, check_tolerance, check_whole
 from .execution import Executor, check, ranks_of
 from .samplers import Sampler
 from .solve import Pool, Rows, Run, Solution, Solver, start
@@ -39,6 +40,24 @@ class Job(NamedTuple):
     table: Table | None = None
 
 
+class _Network:
+    """The user's callable, with the conditions of the samples at work by their places."""
+
+    def __init__(self, denoise: Callable[..., Tensor], sampler: Sampler) -> None:
+        self.conditions: dict[int, Any] = {}
+        self._denoise, self._sampler = denoise, sampler
+        self._times: Tensor | None = None
+
+    def __call__(self, rows: Rows) -> Tensor:
+        if self._times is None:
+            self._times = self._sampler.network_times(rows.u.dtype)
+        t = upload(self._times[rows.point], rows.u.device)
+        told = [self.conditions[place] for place in rows.sample.tolist()]
+        if told[0] is None:
+            return self._denoise(rows.u, t)
+        return self._denoise(rows.u, t, tree_map(_stacked, *told))
+
+
 class Stream(Iterator[tuple[int, Solution]]):
     """The samples of jobs, as they are finished: (number of the job, its solution); made by :func:`stream`.
 
@@ -61,45 +80,50 @@ class Stream(Iterator[tuple[int, Solution]]):
         ranks: Ranks | None = None,
     ) -> None:
         """Take what :func:`stream` makes of its arguments; nothing runs yet."""
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, got {rows!r}.")
         self.rounds = self.rows = 0
-        self._denoise, self._entries, self._sampler, self._ranks = denoise, enumerate(entries), sampler, ranks
-        self._evaluate: Callable[[Rows], Tensor] = Executor(self._call, max_rows=max_rows, buckets=buckets)
+        self._entries, self._ranks = enumerate(entries), ranks
+        self._network = _Network(denoise, sampler)
+        self._evaluate: Callable[[Rows], Tensor] = Executor(self._network, max_rows=max_rows, buckets=buckets)
         if ranks is not None:
             from .distributed import Sharded
 
             self._evaluate = Sharded(self._evaluate, ranks)
-        self._times: Tensor | None = None
-        self._pool = Pool(begin)
-        self._jobs: dict[Run, int] = {}
-        self._told: dict[int, Any] = {}  # conditions by the place of their sample
-        self._found = self._drive(rows)
+        self._pool = Pool(begin, rows)
+        self._open: dict[int, Run] = {}  # by the numbers of their jobs, those that have not been yielded
+        self._found = self._drive()
 
     @property
     def runs(self) -> Sequence[Run]:
         """The runs at work."""
-        return tuple(self._pool.runs)
+        return tuple(run for run in self._pool.runs if not run.done)
 
     def __next__(self) -> tuple[int, Solution]:
         """Go on until a sample is finished."""
         return next(self._found)
 
     def interrupt(self) -> Iterator[tuple[int, Solution]]:
-        """End the samples at work, and yield their present estimates."""
-        for run in self.runs:
+        """End the stream: yield what is finished, and the present estimates of the samples at work."""
+        self._found.close()
+        if self._ranks is not None and self._open:
+            self._ranks.interrupted()
+        for run in self._open.values():
             run.end("interrupted")
-            yield self._jobs[run], run.solution
+        yield from self._yielded(list(self._open))
 
-    def _drive(self, rows: int) -> Iterator[tuple[int, Solution]]:
-        rounds = self._pool.rounds(self._round, rows, self._admit)
+    def _yielded(self, numbers: Iterable[int]) -> Iterator[tuple[int, Solution]]:
+        for number in numbers:
+            solution = self._open[number].solution
+            del self._open[number]
+            yield number, solution
+
+    def _drive(self) -> Generator[tuple[int, Solution], None, None]:
+        rounds = self._pool.rounds(self._round, self._admit)
         while True:
             with torch.no_grad():  # not while the caller has its turn
                 ended = next(rounds, None)
             if ended is None:
                 break
-            for run in ended:
-                yield self._jobs.pop(run), run.solution
+            yield from self._yielded(run.number for run in ended)
         if self._ranks is not None and self.rounds:
             self._ranks.end()
 
@@ -111,23 +135,14 @@ class Stream(Iterator[tuple[int, Solution]]):
         table, condition, generator = entry
         if self._ranks is not None:
             self._ranks.compare(job=number, noise=table.start, added=table.noise, condition=condition)
-        run = self._pool.enter(table, generator)
-        self._jobs[run], self._told[run.index] = number, condition
+        run = self._pool.enter(number, table, generator)
+        self._open[number], self._network.conditions[run.index] = run, condition
         return True
 
     def _round(self, rows: Rows) -> Tensor:
         self.rounds += 1
         self.rows += len(rows.u)
         return self._evaluate(rows)
-
-    def _call(self, rows: Rows) -> Tensor:
-        if self._times is None:
-            self._times = self._sampler.network_times(rows.u.dtype)
-        t = upload(self._times[rows.point], rows.u.device)
-        told = [self._told[place] for place in rows.sample.tolist()]
-        if told[0] is None:
-            return self._denoise(rows.u, t)
-        return self._denoise(rows.u, t, tree_map(_stacked, *told))
 
 
 def stream(
@@ -167,15 +182,24 @@ def stream(
         An iterator over (number of the job, solution), in the order in which they are finished.
 
     Raises:
+        TypeError: If ``denoise`` or ``solver`` is not one.
         ValueError: Also on the way, for a job that does not fit: what was given and what was expected.
         OutputError: On the way, if the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
     """
+    network = called(denoise)
+    check_whole("rows", rows)
+    check_rows(max_rows, buckets)
+    check_solver(solver)
+    check_tolerance(tolerance)
+    if not isinstance(jobs, Iterable):
+        raise TypeError(f"jobs must be an iterable of samples to be drawn, got {jobs!r}.")
     first: list[Job] = []
 
     def entries() -> Iterator[tuple[Table, Any, torch.Generator | None]]:
         for number, given in enumerate(jobs):
             job = given if isinstance(given, Job) else Job(given)
             check(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
+            check_generators(None if job.generator is None else [job.generator], 1)
             _check_alike(number, job, first[0] if first else job)
             first[:] = first or [job]
             state = job.noise.to(torch.promote_types(job.noise.dtype, torch.float32))
@@ -185,7 +209,7 @@ def stream(
     def begin(table: Table) -> Run:
         return start(sampler, table, solver, tolerance=tolerance, dtype=first[0].noise.dtype, keep=keep)[0]
 
-    return Stream(denoise, entries(), begin, sampler, rows, max_rows=max_rows, buckets=buckets, ranks=ranks_of(mesh))
+    return Stream(network, entries(), begin, sampler, rows, max_rows=max_rows, buckets=buckets, ranks=ranks_of(mesh))
 
 
 def _check_alike(number: int, job: Job, like: Job) -> None:

@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .schedules import Grid, Schedule, Spacing, Variance, flow, is_finite, karras_sigmas, vp
+from .checks import is_finite
+from .schedules import Grid, Schedule, Spacing, Variance, flow, karras_sigmas, vp
 from .table import LocalForm, Table, upload
 
 __all__ = [

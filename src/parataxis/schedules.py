@@ -16,13 +16,13 @@ Everything here is float64 numpy on the CPU; nothing depends on a network or a d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .checks import is_finite, is_whole
 
 __all__ = ["Flow", "Grid", "Karras", "Schedule", "Spacing", "Variance", "cosine", "flow", "karras", "vp"]
 
@@ -57,13 +57,8 @@ class Schedule(Protocol):
         ...
 
 
-def is_finite(value: Any) -> bool:
-    """Return whether this is a number, and a finite one; flags are none."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
 def _check_steps(steps: int, limit: int | None = None) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+    if not is_whole(steps):
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}: ask for one step or more.")
     if limit is not None and steps > limit:
         raise ValueError(

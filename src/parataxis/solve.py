@@ -38,6 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checks import check_generators, check_solver, check_tolerance, check_whole
 from .samplers import Sampler
 from .table import Answering, LocalForm, Part, Read, Response, Slots, Steps, Table, upload, uploads
 
@@ -159,15 +160,14 @@ class Settle(NamedTuple):
         front: The new front.
         states: Slots of the states behind the old front, up to the new one.
         error: Estimated relative error of the final sample that has been accepted so far.
-        last: (point, state slot, output slot) of the farthest evaluation, for previews.
-        sample: Slot of the present guess of the sample, where there is one.
+        estimate: Slot of the present guess of the sample; where there is none, (point, state slot, output slot) of the
+            farthest evaluation, which predicts it.
     """
 
     front: int
     states: Slots
     error: float
-    last: tuple[int, int, int]
-    sample: int | None
+    estimate: int | tuple[int, int, int]
 
 
 Request = Memory | Load | Combine | Inner | Distance | Draw | Query | Response | Settle
@@ -217,7 +217,7 @@ class Solver(Protocol):
 
 
 class Round(NamedTuple):
-    """One round of one run: the front before it, its width, and the error accepted so far."""
+    """One round of one run: the front before it, its width, and the error accepted so far, inf where it is unknown."""
 
     front: int
     width: int
@@ -243,16 +243,17 @@ class Solution:
     Attributes:
         x: (*shape) the sample, or the best guess of it if the run ended early.
         converged: Whether the solver's own test was passed.
-        reason: Why the run ended: ``converged``, ``interrupted``, or ``stopped:`` with the rule that ended it.
+        reason: Why the run ended: ``converged``, ``interrupted``, ``stopped:`` with the rule that ended it, or ``not
+            started``, if it was interrupted before it began.
         rounds: Network calls that waited for one another.
         evaluations: Levels evaluated.
         steps: N.
         solver: How it was solved.
         problem: What was solved.
         peak_width: Most levels of this sample in one round.
-        error_estimate: Estimated relative error of ``x`` to the sequential sample. Solvers of
-            :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the sequential loop's samples, but it is
-            another sample than the loop's from the same noise.
+        error_estimate: Estimated relative error of ``x`` to the sequential sample; inf unless converged, as nothing is
+            known of the error then. Solvers of :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the
+            sequential loop's samples, but it is another sample than the loop's from the same noise.
         history: One entry a round.
         trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True``, if converged, and from
             solvers that settle every state (not parareal).
@@ -293,7 +294,7 @@ class _Batch:
         self.noise = table.noise  # the caller's: replaced by a copy before it is changed
         self.streams: dict[int, np.random.Generator] = {}
         self.shape = tuple(table.start.shape[1:])
-        self.start = table.start.reshape(len(table.start), -1)
+        self.start = table.start.detach().reshape(len(table.start), -1)
         self.guess = None if guess is None else guess.reshape(-1, self.start.shape[1])
         self.stride = 0
         self.rows = self.start[:0]
@@ -313,23 +314,24 @@ class _Batch:
         self.table = replace(self.table, start=self.start.view(-1, *self.shape), noise=noise)
         self.noise = None
 
+    def grow(self, count: int) -> None:
+        """Make room for so many samples."""
+        start, noise, rows = self.start, self.table.noise, self.rows
+        self.start = torch.cat([start, start.new_empty(count - len(start), start.shape[1])])
+        if noise is not None:
+            noise = torch.cat([noise, noise.new_empty(count - len(noise), *noise.shape[1:])])
+        self.table = replace(self.table, start=self.start.view(-1, *self.shape), noise=noise)
+        self.rows = rows.new_zeros(count * self.stride + 1, rows.shape[1])
+        self.rows[: len(rows)] = rows
+
     def enter(self, place: int, table: Table, generator: torch.Generator | None) -> None:
-        """Put the sample of a table of its own into a place that is free, or behind the last one."""
-        count = len(self.start)
-        if place == count:
-            start, noise, rows = self.start, self.table.noise, self.rows
-            self.start = torch.cat([start, start[:1]])
-            if noise is not None:
-                noise = torch.cat([noise, noise[:1]])
-            self.table = replace(self.table, start=self.start.view(-1, *self.shape), noise=noise)
-            self.rows = rows.new_zeros((count + 1) * self.stride + 1, rows.shape[1])
-            self.rows[: count * self.stride] = rows[: count * self.stride]
+        """Put the sample of a table of its own into a place that is free."""
         self.rows[place * self.stride : (place + 1) * self.stride] = 0
         self.start[place] = table.start[0].flatten()
         if self.table.noise is not None and table.noise is not None:
             self.table.noise[place] = table.noise[0]
         self.streams.pop(place, None)
-        self.generator = {**self.generator, place: generator}
+        self.generator[place] = generator
 
     def gather(self, slots: Tensor) -> Tensor:
         return self.rows.index_select(0, slots)
@@ -378,7 +380,8 @@ class Run:
 
     def __init__(self, batch: _Batch, index: int, solver: Solver, problem: Problem, *, keep: bool = False) -> None:
         """Start the solver; see :func:`start`."""
-        self.index = index
+        self.index = index  # the place in its batch
+        self.number = index  # of the sample, or of the job
         self.problem = problem
         self.solver = solver
         self.front = 0
@@ -424,23 +427,29 @@ class Run:
 
     @property
     def estimate(self) -> Tensor:
-        """(*shape) the present guess of the sample: its row if the window reaches it, else the data prediction."""
+        """(*shape) the present guess of the sample: its row if the window reaches it, else the data prediction.
+
+        Where that is unknown, it is one hop from the farthest evaluation, and in multistep tables the state there.
+        """
         batch, table = self._batch, self._batch.table
+        found = None if self._settle is None else self._settle.estimate
         if self._slot is not None:
             row = batch.rows[self._offset + self._slot]
-        elif self._settle is None:
+        elif found is None:
             row = batch.start[self.index]
-        elif self._settle.sample is not None:
-            row = batch.rows[self._offset + self._settle.sample]
+        elif isinstance(found, int):
+            row = batch.rows[self._offset + found]
         else:
-            point, state, output = self._settle.last
+            point, state, output = found
             u, f = batch.rows[self._offset + state], batch.rows[self._offset + output]
             local = table.local
-            if local.data_input is None or local.data_output is None:
+            if local.data_input is not None and local.data_output is not None:
+                row = local.data_input[point] * u + local.data_output[point] * f
+            elif local.lags:
+                row = u
+            else:
                 one = Table(local, u[None], None if table.noise is None else table.noise[self.index, None].flatten(2))
                 row = one.hop(point, local.steps, u[None], f[None])[0]
-            else:
-                row = local.data_input[point] * u + local.data_output[point] * f
         return row.view(batch.shape).clone()
 
     @property
@@ -460,7 +469,7 @@ class Run:
             solver=self.solver,
             problem=self.problem,
             peak_width=self.peak_width,
-            error_estimate=self.error,
+            error_estimate=self.error if converged else float("inf"),
             history=tuple(self.history),
             trajectory=trajectory,
         )
@@ -527,22 +536,20 @@ def start(
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that cannot work on
             this table (with the reason).
     """
-    if isinstance(solver, type) or not hasattr(solver, "refuses"):
-        raise TypeError(
-            f"solver must be a solver with its options, such as parataxis.Picard(window=8), got {solver!r}: "
-            "parataxis.SOLVERS has them by name."
-        )
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    check_solver(solver)
+    check_tolerance(tolerance)
+    check_generators(generator, len(table.start))
+    check_whole("frozen", frozen, 0)
     refusal = solver.refuses(table.local)
     if refusal is not None:
         raise ValueError(f"{solver!r} cannot solve this sampler: {refusal}")
     states = table.start
     if guess is not None:
         expected = (len(states), table.local.steps + 1, *states.shape[1:])
-        if tuple(guess.shape) != expected:
+        given = tuple(guess.shape) if isinstance(guess, Tensor) else type(guess).__name__
+        if given != expected:
             raise ValueError(
-                f"guess must have the shape (B, N + 1, *shape) = {expected}, got {tuple(guess.shape)}: pass the "
+                f"guess must have the shape (B, N + 1, *shape) = {expected}, got {given}: pass the "
                 "`trajectory` of a run with the same steps and shape, made with keep=True."
             )
         guess = guess.to(states).clone()
@@ -550,8 +557,6 @@ def start(
         if not bool(torch.isfinite(guess).all()):
             raise ValueError("guess holds NaN or Inf: pass a trajectory whose states are all finite.")
     dtype = dtype or states.dtype
-    if not (generator is None or isinstance(generator, torch.Generator)) and len(generator) != len(states):
-        raise ValueError(f"pass one generator a sample: {len(states)} samples, {len(generator)} generators.")
     batch = _Batch(sampler, table, guess, dtype, generator)
     if frozen and (guess is None or not 0 < frozen < table.local.steps):
         raise ValueError(
@@ -800,6 +805,11 @@ def _shares(runs: Sequence[Run], rows: int | None = None) -> list[_Share]:
     return found
 
 
+def _asked(runs: Sequence[Run]) -> int:
+    """Return how many rows are left of the pending queries of runs."""
+    return sum(share.own.stop - share.own.start for share in _shares(runs))
+
+
 def _merge(shares: Sequence[_Share]) -> Rows:
     """Return all rows, in their order; the runs share one batch."""
     batch, runs = shares[0].run._batch, [share.run for share in shares]
@@ -810,17 +820,21 @@ def _merge(shares: Sequence[_Share]) -> Rows:
     return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
 
 
-def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return what the network returned, or raise an :class:`OutputError` unless it has this shape and dtype."""
+def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Slots) -> Tensor:
+    """Return what the network returned for points, or raise an :class:`OutputError` unless it is of this form."""
+    first, last = int(point.min()), int(point.max())
+    where = f"at step {first}" if first == last else f"at steps {first} to {last}"
     if not isinstance(outputs, Tensor):
         raise OutputError(
-            f"the network returned {type(outputs).__name__}, expected a tensor of shape {shape}: "
+            f"the network returned {type(outputs).__name__}, expected a tensor of shape {shape}, {where}: "
             "return the prediction itself (for a diffusers model, its `.sample`)."
         )
     if tuple(outputs.shape) != shape:
-        raise OutputError(f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}.")
+        raise OutputError(
+            f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}, {where}."
+        )
     if outputs.dtype != dtype:
-        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}: convert it.")
+        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}, {where}: convert it.")
     return outputs
 
 
@@ -829,7 +843,7 @@ def _keep(shares: Sequence[_Share], outputs: Any) -> Answering[Read]:
     batch, runs = shares[0].run._batch, [share.run for share in shares]
     point = np.concatenate([share.point for share in shares])
     expected = (len(point), *batch.shape)
-    outputs = expect(outputs, expected, batch.dtype).to(batch.rows)
+    outputs = expect(outputs, expected, batch.dtype, point).detach().to(batch.rows)
     transform = None if batch.sampler is None else batch.sampler.transform
     slots = [[share.outputs for share in shares]]
     if transform is not None:
@@ -875,7 +889,7 @@ def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
     if not finite[: ask.settled].all():
         step = int(ask.point[int(np.argmin(finite))])
         raise OutputError(
-            f"the network returned NaN or Inf at step {step} of {run.problem.steps}, sample {run.index}, round "
+            f"the network returned NaN or Inf at step {step} of {run.problem.steps}, sample {run.number}, round "
             f"{run.rounds}, for an input that is final, so the sequential loop meets it too: check the network at that "
             "time, its dtype and its conditioning."
         )
@@ -904,7 +918,13 @@ def together(
 
     Yields:
         The number of rounds so far, after each round.
+
+    Raises:
+        ValueError: For runs of several calls.
+        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
     """
+    if any(run._batch is not runs[0]._batch for run in runs):
+        raise ValueError("runs that are driven together must be of one call of start: make one table of all samples.")
     rounds = 0
     _advance(runs)
     while active := [run for run in runs if not run.done]:
@@ -925,16 +945,17 @@ class Pool:
 
     Args:
         begin: Starts the first run for the one sample of a table, as :func:`start` does.
+        rows: Most rows of a round; there are never more runs, as each asks for one at least.
     """
 
-    def __init__(self, begin: Callable[[Table], Run]) -> None:
+    def __init__(self, begin: Callable[[Table], Run], rows: int) -> None:
         self.runs: list[Run] = []
-        self._begin = begin
+        self._begin, self._rows = begin, rows
         self._free: list[int] = []
         self._places = 0
         self._last: Run | None = None
 
-    def enter(self, table: Table, generator: torch.Generator | None = None) -> Run:
+    def enter(self, number: int, table: Table, generator: torch.Generator | None = None) -> Run:
         """Start a run for the one sample of a table; ``generator`` seeds its random stream, if its solver draws."""
         if self._last is None:
             run = self._begin(table)
@@ -943,21 +964,23 @@ class Pool:
         else:
             batch, place = self._last._batch, self._free.pop() if self._free else self._places
             self._places = max(self._places, place + 1)
+            if place == len(batch.start):
+                batch.grow(min(2 * place, self._rows))
             batch.enter(place, table, generator)
             run = Run(batch, place, self._last.solver, self._last.problem, keep=self._last.keep)
+        run.number = number
         self._last = run
         self.runs.append(run)
         return run
 
-    def rounds(self, evaluate: Callable[[Rows], Tensor], rows: int, admit: Callable[[], bool]) -> Iterator[list[Run]]:
-        """Drive the runs: one call of ``evaluate`` a round, of ``rows`` rows as long as there is so much to do.
+    def rounds(self, evaluate: Callable[[Rows], Tensor], admit: Callable[[], bool]) -> Iterator[list[Run]]:
+        """Drive the runs: one call of ``evaluate`` a round, with all its rows as long as there is so much to do.
 
         The oldest runs are served first. What does not fit of a run's query waits for the next round; where there is
         room, ``admit`` is asked to :meth:`enter` another run.
 
         Args:
             evaluate: The network.
-            rows: Most rows of a round.
             admit: Enters a run, or returns that there is none left.
 
         Yields:
@@ -970,10 +993,14 @@ class Pool:
             self.runs = [run for run in self.runs if not run.done]
             yield ended
             self._free += [run.index for run in ended]
-            while more and sum(share.own.stop - share.own.start for share in _shares(self.runs)) < rows:
+            room = self._rows - _asked(self.runs)
+            while more and room > 0:
+                before = len(self.runs)
                 more = admit()
-                _advance(self.runs)
+                entered = self.runs[before:]
+                _advance(entered)
+                room -= _asked(entered)
             if not self.runs:
                 return
-            shares = _shares(self.runs, rows)
+            shares = _shares(self.runs, self._rows)
             _answer(shares, evaluate(_merge(shares)))

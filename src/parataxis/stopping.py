@@ -6,10 +6,10 @@ and its name. What comes back is the present estimate: close to the sample, not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from .solve import Run
@@ -37,7 +37,7 @@ class error_below:
     """Stop when the sample would change by less than this, relative, between two rounds: |x_r - x_{r-1}| / |x_r|."""
 
     bound: float
-    _last: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _last: MutableMapping[Run, Tensor] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
@@ -46,8 +46,8 @@ class error_below:
     def __call__(self, run: Run) -> bool:
         """Return whether the estimate of the sample has come to rest."""
         estimate = run.estimate
-        before = self._last.get(id(run))
-        self._last[id(run)] = estimate
+        before = self._last.get(run)
+        self._last[run] = estimate
         return before is not None and float((estimate - before).norm()) <= self.bound * float(estimate.norm())
 
 
@@ -67,18 +67,20 @@ class preview_settled:
     decode: Callable[[Tensor], Tensor] = lambda x: x
     psnr: float = 40.0
     peak: float = 2.0
-    _seen: dict[int, tuple[Tensor, Tensor, float, int]] = field(default_factory=dict, repr=False, compare=False)
+    _seen: MutableMapping[Run, tuple[Tensor, Tensor, float, int]] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
 
     def __call__(self, run: Run) -> bool:
         """Return whether the preview has come to rest."""
         estimate = run.estimate
         preview = self.decode(estimate).float()
         change, streak = float("inf"), 0
-        if id(run) in self._seen:
-            last, picture, previous, streak = self._seen[id(run)]
+        if run in self._seen:
+            last, picture, previous, streak = self._seen[run]
             change = float((estimate - last).norm())
             error = float((preview - picture).square().mean())
-            quiet = error == 0 or 10 * torch.log10(torch.tensor(self.peak**2 / error)) >= self.psnr
+            quiet = error <= self.peak**2 * 10 ** (-self.psnr / 10)
             streak = streak + 1 if quiet and change <= previous else 0
-        self._seen[id(run)] = (estimate, preview, change, streak)
+        self._seen[run] = (estimate, preview, change, streak)
         return streak >= 2

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import is_finite
 from ..denoisers import guided
 from ..samplers import SAMPLERS, Prediction, Sampler
-from ..schedules import Schedule, Variance, cosine, flow, is_finite, vp
+from ..schedules import Schedule, Variance, cosine, flow, vp
 
 if TYPE_CHECKING:
     from collections.abc import Callable

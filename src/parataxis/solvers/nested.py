@@ -34,8 +34,9 @@ class Nested:
     def __post_init__(self) -> None:
         if not hasattr(self.inner, "window"):
             raise ValueError(f"inner must be a solver with a window (picard, anderson, secant), got {self.inner!r}.")
-        if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in self.strides):
-            raise ValueError(f"strides must be whole numbers of at least 1, got {self.strides!r}.")
+        whole = [isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in self.strides]
+        if not whole or not all(whole):
+            raise ValueError(f"strides must be whole numbers of at least 1, one at least, got {self.strides!r}.")
 
     @property
     def window(self) -> int | None:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import is_whole
 from ..solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..table import LocalForm
 
@@ -60,8 +61,10 @@ class Parareal:
     def __post_init__(self) -> None:
         for name in ("blocks", "width", "iterations"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_whole(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}.")
+        if not isinstance(self.pipelined, bool):
+            raise ValueError(f"pipelined must be True or False, got {self.pipelined!r}.")
         if self.coarse not in ("hop", "two-step"):
             raise ValueError(f"coarse must be 'hop' or 'two-step', got {self.coarse!r}.")
         if self.rule not in ("change", "srds", "none"):
@@ -356,11 +359,16 @@ class _Pipeline:
             if one.p == self.blocks:
                 self.error = 0.0
         self._retire()
-        sample = self.known.get(self.blocks)
-        error = self.error if np.isfinite(self.error) else 0.0
         place = self.bounds[self.front] if finished < 0 else self.problem.steps
-        yield Settle(place, np.zeros(0, np.int64), error, (0, self.known[0], self.zero), sample)
+        yield Settle(place, np.zeros(0, np.int64), self.error, self._estimate())
         return finished
+
+    def _estimate(self) -> int:
+        """Return the slot of the present guess of the sample: itself, or what the farthest hop held, or its end."""
+        farthest = max(self.known)
+        if 0 < farthest < self.blocks and self.local.data_input is not None:
+            return self.data[farthest - 1]
+        return self.known[farthest]
 
     def _compare(self, one: _Boundary, change: float, size: float) -> None:
         relative = 0.0 if change == 0 else float(np.sqrt(change / size)) if size > 0 else float("inf")

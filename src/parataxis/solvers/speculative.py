@@ -221,8 +221,8 @@ class _Proposals:
         self._front = self.lo + count
         point = self.hi - 1
         place = int(self._states[point - self.lo]), int(self._outputs[point - self.lo])
-        sample = int(self._next[0]) if self._front == self.steps else None
-        yield Settle(self._front, np.append(self._states[1:count], self._next[:1]), 0.0, (point, *place), sample)
+        estimate = int(self._next[0]) if self._front == self.steps else (point, *place)
+        yield Settle(self._front, np.append(self._states[1:count], self._next[:1]), 0.0, estimate)
         return 0
 
     def propose(self, held: int, *, alone: bool) -> Asking:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import is_whole
 from ..solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..table import Response, Slots
 
@@ -33,7 +34,7 @@ UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remai
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    if window is not None and not is_whole(window):
         raise ValueError(f"window must be a whole number of levels, at least 1, or None for all, got {window!r}.")
 
 
@@ -113,7 +114,7 @@ class Window:
             last = min(first + self.width - 1, self.lo)
             yield Load(np.arange(first, last + 1), self.states(first, last))
             slot = int(self.states(last, last)[0])
-            yield Settle(last, self.states(first, last), 0.0, (0, slot, slot), slot)
+            yield Settle(last, self.states(first, last), 0.0, slot)
         return 0
 
     def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:
@@ -309,10 +310,10 @@ class Window:
         self.spent += error
         last = self.hi - 1
         place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
-        sample = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else None
+        estimate = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else (last, *place)
         states = self.states(self.lo + 1, self.lo + count)
         self._advance = count
-        yield Settle(self.lo + count, states, self.spent, (last, *place), sample)
+        yield Settle(self.lo + count, states, self.spent, estimate)
         return 0
 
     def enter(self, *, roll: bool = True) -> Asking:
