@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import threading
 import warnings
 
 import numpy as np
@@ -895,6 +896,62 @@ def test_one_parallel_loop_within_another_is_refused():
     with pytest.raises(RuntimeError, match="cannot run within another"):
         parallel(lambda net: inner(net) + ddim(net), denoisers=[net])(net)
     assert "_compiled_call_impl" not in net.__dict__
+
+
+def test_another_thread_calls_the_network_itself():
+    net, calling, called, found = Net(), threading.Event(), threading.Event(), []
+
+    def call():
+        calling.wait()
+        found.append(net(torch.ones(2, DIM), 500.0))
+        called.set()
+
+    def loop(net):
+        def predict(net, x, t):
+            if t == 499:  # in the middle of every pass
+                calling.set()
+                called.wait()
+            return net(x, t)
+
+        return ddim(net, predict=predict)
+
+    expected = net(torch.ones(2, DIM), 500.0)
+    thread = threading.Thread(target=call)
+    thread.start()
+    parallel(loop, denoisers=[net])(net)
+    thread.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_a_second_thread_with_the_same_module_is_refused_and_no_stub_stays():
+    net, encoder, errors = Net(), Net(), []
+
+    def beside(run):
+        try:
+            run()
+        except RuntimeError as error:
+            errors.append(error)
+
+    def second():
+        return ddim(other, predict=lambda net, x, t: net(x, t, encoder(torch.ones(2, DIM), 0)))
+
+    other = Net()
+    runs = [lambda: parallel(ddim, denoisers=[net])(net), parallel(second, denoisers=[other])]
+
+    def loop():
+        def predict(net, x, t):
+            if t == 499 and len(errors) < len(runs):
+                thread = threading.Thread(target=beside, args=(runs[len(errors)],))
+                thread.start()
+                thread.join()
+            return net(x, t, encoder(torch.ones(2, DIM), 0))
+
+        return ddim(net, predict=predict)
+
+    assert parallel(loop, denoisers=[net])().isfinite().all()
+    assert len(errors) == 2
+    assert all("beside it in a second thread" in str(error) for error in errors)
+    assert not any("_compiled_call_impl" in one.__dict__ for one in (net, other, encoder))
 
 
 def test_a_shared_denoiser_serves_another_loop_between_calls():

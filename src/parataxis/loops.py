@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .execution import ranks_of
 from .merge import Ask, WholeCalls, equal
-from .passes import Loop, Passes, reachable, replaced
+from .passes import Loop, Passes, reachable
 from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
 from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
@@ -214,10 +214,6 @@ def solved(
     loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
 ) -> Any:
     """Run a loop once, in parallel if it can be, and fill in the report."""
-    if any(replaced(module) for module in loop.denoisers):
-        raise RuntimeError(
-            "this denoiser is being solved for another loop: one parallel loop cannot run within another."
-        )
     report.__init__(tolerance=tolerance)  # type: ignore[misc]
     why = loop.refuses()
     if isinstance(solver, Sequential):

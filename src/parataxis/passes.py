@@ -9,10 +9,12 @@ what it is for ends by a private exception.
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,14 @@ from .recording import Changed, Ended, Refused, Stage, Structure, drawn
 if TYPE_CHECKING:
     from .distributed import Ranks
 
-__all__ = ["Loop", "Passes", "Randomness", "reachable"]
+__all__ = ["Loop", "Nested", "Passes", "Randomness", "reachable", "replaced"]
 
 _MISSING = object()
+_REPLACING = threading.Lock()
+
+
+class Nested(RuntimeError):
+    """A denoiser's calls are replaced for another loop."""
 
 
 @dataclass(eq=False)
@@ -194,7 +201,8 @@ class Passes:
         self._randomness = Randomness(reachable(loop.run, args, kwargs))
         self._memory: dict[int, list[_Memory]] = {}
         self._originals: list[Any] = []
-        self._inside = 0
+        self.inside = 0  # real modules that are running
+        self.thread = threading.get_ident()
         self._call = 0
         self._made: dict[int, tuple[Tensor, int, int]] = {}
         self._loud = False
@@ -203,30 +211,43 @@ class Passes:
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Replace the networks' calls by stubs, and put everything back as it was."""
+        """Replace the networks' calls by stubs, and put everything back as it was.
+
+        Raises:
+            Nested: If the calls of a denoiser are replaced already, or those of another module in another thread.
+        """
+        loop = self.loop
         before: list[tuple[dict[str, Any], str, Any]] = []
 
-        def put(owner: Any, name: str, stub: Any) -> None:
+        def put(owner: Any, name: str, original: Callable[..., Any], answer: Callable[[Any, Any], Any]) -> None:
             # Through __dict__: wrapped modules send ordinary assignments on to what they wrap.
             before.append((owner.__dict__, name, owner.__dict__.get(name, _MISSING)))
-            owner.__dict__[name] = stub
+            owner.__dict__[name] = _Stub(self, original, answer)
 
+        remembered = [(owner, "_compiled_call_impl" if name == "__call__" else name) for owner, name in loop.remembered]
         try:
-            for number, module in enumerate(self.loop.denoisers):
-                self._originals.append(_original(module))
-                put(module, "_compiled_call_impl", _Stub(self, number))
-            for number, (owner, name) in enumerate(self.loop.remembered):
-                if name == "__call__":
-                    put(owner, "_compiled_call_impl", _Remembering(self, number, _original(owner)))
-                else:
-                    put(owner, name, _Remembering(self, number, getattr(owner, name)))
+            with _REPLACING:
+                others = [stub for owner, name in remembered if (stub := _stub(owner, name)) is not None]
+                beside = any(stub.passes.thread != self.thread for stub in others)
+                if beside or any(replaced(module) for module in loop.denoisers):
+                    raise Nested(
+                        "another parallel loop is calling a module of this one: it cannot run within another, nor "
+                        "beside it in a second thread."
+                    )
+                for number, module in enumerate(loop.denoisers):
+                    self._originals.append(_original(module))
+                    put(module, "_compiled_call_impl", self._originals[-1], partial(self.called, number))
+                for number, (owner, name) in enumerate(remembered):
+                    original = _original(owner) if name == "_compiled_call_impl" else getattr(owner, name)
+                    put(owner, name, original, partial(self.remembering, number, original))
             yield
         finally:
-            for place, name, value in reversed(before):
-                if value is _MISSING:
-                    del place[name]
-                else:
-                    place[name] = value
+            with _REPLACING:
+                for place, name, value in reversed(before):
+                    if value is _MISSING:
+                        del place[name]
+                    else:
+                        place[name] = value
 
     def _look(self) -> _Before:
         return _Before([*self.loop.denoisers, *(owner for owner, _ in self.loop.remembered)])
@@ -239,12 +260,12 @@ class Passes:
     @contextmanager
     def _real(self) -> Iterator[None]:
         """Run real modules: no stub answers, and nothing watches their torch calls."""
-        self._inside += 1
+        self.inside += 1
         try:
             with self._unwatched():
                 yield
         finally:
-            self._inside -= 1
+            self.inside -= 1
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
@@ -305,8 +326,6 @@ class Passes:
 
     def called(self, module: int, args: Any, kwargs: Any) -> Any:
         """Answer a call of a denoiser."""
-        if self._inside:
-            return self._originals[module](*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             raise Refused("the loop takes gradients through the denoiser.")
@@ -379,8 +398,6 @@ class Passes:
 
     def remembering(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answer a call of another module: from memory, or by running it, if its inputs are the loop's own."""
-        if self._inside:
-            return original(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         entries = self._memory.setdefault(number, [])
         for entry in entries:
@@ -459,24 +476,25 @@ def _held(value: Any) -> bool:
 
 
 class _Stub:
-    def __init__(self, passes: Passes, number: int) -> None:
-        self.passes, self.number = passes, number
+    """In the place of a call: a pass answers the loop; real modules, and other threads, make the call itself."""
+
+    def __init__(self, passes: Passes, original: Callable[..., Any], answer: Callable[[Any, Any], Any]) -> None:
+        self.passes, self.original, self.answer = passes, original, answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.passes.called(self.number, args, kwargs)
+        if self.passes.inside or threading.get_ident() != self.passes.thread:
+            return self.original(*args, **kwargs)
+        return self.answer(args, kwargs)
 
 
-class _Remembering:
-    def __init__(self, passes: Passes, number: int, original: Callable[..., Any]) -> None:
-        self.passes, self.number, self.original = passes, number, original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.passes.remembering(self.number, self.original, args, kwargs)
+def _stub(owner: Any, name: str) -> _Stub | None:
+    stub = owner.__dict__.get(name)
+    return stub if isinstance(stub, _Stub) else None
 
 
 def replaced(module: nn.Module) -> bool:
     """Return whether a module's call is a stub at the moment."""
-    return isinstance(module.__dict__.get("_compiled_call_impl"), (_Stub, _Remembering))
+    return _stub(module, "_compiled_call_impl") is not None
 
 
 @contextmanager
