@@ -762,6 +762,16 @@ def adaptive(net):
     return x
 
 
+def checked(net):
+    def predict(net, x, t):
+        f = net(x, t)
+        if torch.cosine_similarity(x, f).min() < 0.4:
+            raise ValueError("the network diverged")
+        return f
+
+    return ddim(net, predict=predict)
+
+
 def infinite(net):
     x = torch.randn(2, DIM)
     for t, a, s, b, r in steps(20):
@@ -786,6 +796,7 @@ REFUSED = {
     "random numbers": (Dropping, ddim, r"draws random numbers.*eval\(\)"),
     "gradients": (Net, with_gradients, "gradients through the denoiser"),
     "adaptive steps": (Net, adaptive, "depends on"),
+    "outputs at random": (Net, checked, r"raised ValueError\('the network diverged'\) on trial outputs"),
     "an infinite step": (Net, infinite, "not finite although every output was"),
 }
 

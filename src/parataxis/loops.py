@@ -215,9 +215,8 @@ def solved(
 ) -> Any:
     """Run a loop once, in parallel if it can be, and fill in the report."""
     report.__init__(tolerance=tolerance)  # type: ignore[misc]
-    why = loop.refuses()
-    if isinstance(solver, Sequential):
-        why = "the solver is Sequential."
+    why = "the solver is Sequential." if isinstance(solver, Sequential) else loop.refuses()
+    tried = False
     passes = Passes(loop, args, kwargs)
     if why is None:
         try:
@@ -226,13 +225,17 @@ def solved(
                 report.passes = passes.count
                 return value
         except Refused as refusal:
-            why = str(refusal)
+            why, tried = str(refusal), refusal.__cause__ is not None
         finally:
             loop.limit = passes.merger.limit
             _count(passes, report)
-    if not isinstance(solver, Sequential) and not why.startswith("the loop has only"):
-        warnings.warn(f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
-    value = passes.sequential()
+    told = not isinstance(solver, Sequential) and not why.startswith("the loop has only")
+    warn = partial(warnings.warn, f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
+    if told and not tried:
+        warn()
+    value = passes.sequential()  # raises what the loop raises by itself
+    if told and tried:
+        warn()
     report.mode, report.reason, report.converged, report.passes = "sequential", why, True, passes.count
     report.certificate, report.rounds = 0.0, 0
     return value

@@ -204,6 +204,8 @@ class Passes:
         self.inside = 0  # real modules that are running
         self.thread = threading.get_ident()
         self._call = 0
+        self._answered = False  # the loop has been given an output
+        self.stubbed: Exception | None = None  # raised within a stub: by a network, a solver
         self._made: dict[int, tuple[Tensor, int, int]] = {}
         self._loud = False
         self._work: Callable[[], bool] | None = None
@@ -300,6 +302,7 @@ class Passes:
         self._work = work
         self.seed, self.certify, self._loud = seed, certify, loud
         self.recorded, self.ending, self._call, self._made = [], None, 0, {}
+        self._answered, self.stubbed = False, None
         for stage in self.stages:
             stage.begin()
         self._randomness.restore()
@@ -312,11 +315,21 @@ class Passes:
                 value = self.loop.run(self.args, self.kwargs, not (loud or self.always))
                 self.called_out = False
                 self._leave(tree_leaves(value))
-        except Ended:
+        except BaseException as error:
             assert self._before is not None
             self._before.restore()
-            return False, None
+            if isinstance(error, Ended):
+                return False, None
+            if isinstance(error, Exception) and self._answered and not loud and not self._stays(error):
+                raise Refused(f"it raised {error!r} on trial outputs.") from error
+            raise
+        finally:
+            self.certify = self._work = self.stubbed = None  # they hold what holds the pass
         return not self.recorded, value
+
+    def _stays(self, error: Exception) -> bool:
+        """Return whether an error is none of the loop's own, or says nothing about the outputs that it was given."""
+        return error is self.stubbed or isinstance(error, (Nested, MemoryError, torch.OutOfMemoryError))
 
     def sequential(self) -> Any:
         """Run the loop as it is, from the random state at the beginning."""
@@ -333,11 +346,15 @@ class Passes:
             work, self._work = self._work, None
             # Passes within the work end at what this one has set up; the first of them looks.
             before, self._before = self._before, None
-            with self._unwatched(), _autocast({kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}):
-                going_on = work()
-            self._before = before
+            plain = {kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}
+            try:
+                with self._unwatched(), _autocast(plain):
+                    going_on = work()
+            finally:
+                self._before = before
             if not going_on:
                 raise Ended
+        self._answered = True
         with self._real(), torch.no_grad():
             index, self._call = self._call, self._call + 1
             for stage in self.stages:
@@ -484,7 +501,11 @@ class _Stub:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.passes.inside or threading.get_ident() != self.passes.thread:
             return self.original(*args, **kwargs)
-        return self.answer(args, kwargs)
+        try:
+            return self.answer(args, kwargs)
+        except Exception as error:
+            self.passes.stubbed = error
+            raise
 
 
 def _stub(owner: Any, name: str) -> _Stub | None:
