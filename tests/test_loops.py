@@ -151,9 +151,9 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert report.mode == "replay"
     assert report.rounds == report.levels
     assert report.certificate == 0
-    # Every call once as it was, one for each form of a call to see what it returns, one level's again for the floor:
+    # Every call once as it was, two for each form of a call to see what it returns, one level's again for the floor:
     # none by the loop itself.
-    forms, called = len(run._loop.outputs), len(net.rows) - report.calls
+    forms, called = 2 * len(run._loop.outputs), len(net.rows) - report.calls
     assert report.calls == called + forms + called // report.levels
     assert sorted(net.rows[called + forms :][:called]) == sorted(net.rows[:called])
     assert run._loop.layouts == {}
@@ -814,6 +814,163 @@ def test_what_cannot_be_solved_in_parallel_runs_sequentially_and_says_why(name):
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
     assert run.report.mode == "sequential"
     assert "_compiled_call_impl" not in net.__dict__
+
+
+class EverySecond(Net):
+    """Answers every second call with what it said before, as feature caches do."""
+
+    count, before = 0, None
+
+    def forward(self, x, t):
+        if self.count % 2 == 0 or self.before.shape != x.shape:
+            self.before = super().forward(x, t)
+        self.count += 1
+        return self.before
+
+
+class Written(Net):
+    """Likewise, with a buffer."""
+
+    count = 0
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("before", torch.zeros(2, DIM))
+
+    def forward(self, x, t):
+        if self.count % 2 == 0:
+            self.before.copy_(super().forward(x, t))
+        self.count += 1
+        return self.before.clone()
+
+
+class Growing(Net):
+    """Counts its calls, and answers by their number."""
+
+    count = 0
+
+    def forward(self, x, t):
+        self.count += 1
+        return super().forward(x, t) * (1 + 0.05 * (self.count % 30))
+
+
+class Momentum(Net):
+    last = 0
+
+    def forward(self, x, t):
+        self.last = super().forward(x, t) + 0.3 * self.last
+        return self.last
+
+
+class Noisy(Net):
+    def __init__(self):
+        super().__init__()
+        self.source = torch.Generator()
+
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        return output + 0.3 * torch.randn(output.shape, generator=self.source)
+
+
+class Hidden(Noisy):
+    """Likewise, where nobody looks."""
+
+    def __init__(self):
+        super().__init__()
+        generator = self.__dict__.pop("source")
+        self.draw = lambda output: torch.randn(output.shape, generator=generator)
+
+    def forward(self, x, t):
+        output = Net.forward(self, x, t)
+        return output + 0.3 * self.draw(output)
+
+
+@pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
+def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was_in(make):
+    torch.manual_seed(0)
+    expected = ddim(make())
+    run = parallel(ddim, denoisers=[net := make()])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="hidden state|draws random numbers"):
+        assert torch.equal(run(net), expected)
+
+
+def test_a_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
+    with pytest.warns(RuntimeWarning, match="answers the same input in different ways"):
+        parallel(ddim, denoisers=[net := Hidden()])(net)
+
+
+def test_large_tensors_that_a_network_has_written_to_are_told_of():
+    class Adding(Net):
+        def __init__(self):
+            super().__init__()
+            self.memory = torch.zeros(1 << 17)
+
+        def forward(self, x, t):
+            self.memory.add_(1)
+            return super().forward(x, t)
+
+    net = Adding()
+    with pytest.warns(RuntimeWarning, match="hidden state.*written to large tensors, so the result may differ"):
+        parallel(ddim, denoisers=[net])(net)
+
+
+def test_tables_that_fill_in_on_the_first_call_are_no_state():
+    class Filling(Net):
+        table = None
+
+        def forward(self, x, t):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, DIM)
+            return super().forward(x, t) + self.table
+
+    expected, result, run = both(ddim, Filling())
+    assert relative(result, expected) <= 1e-2
+    assert run.report.mode == "table"
+
+
+def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
+    device = torch.Generator()  # stands for a device's own
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+
+    class Sampling(Net):
+        def forward(self, x, t):
+            return super().forward(x, t) + torch.randn(x.shape, generator=device)
+
+    net, encoder = Net(), Sampling()
+
+    def loop():
+        condition = encoder(torch.ones(2, DIM), 0)
+        x = ddim(net, predict=lambda net, x, t: net(x, t, condition))
+        return x + torch.randn(x.shape, generator=device)
+
+    def both(run):
+        torch.manual_seed(0)
+        device.manual_seed(0)
+        return run(), device.get_state()
+
+    expected, after = both(loop)
+    run = parallel(loop, denoisers=[net], tolerance=1e-4)
+    for _ in range(2):
+        result, state = both(run)
+        assert relative(result, expected) <= 1e-4
+        assert torch.equal(state, after)
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        parallel(ddim, denoisers=[encoder])(encoder)
+
+
+def test_a_network_put_in_training_mode_later_is_tried_again():
+    class Dropout(Net):
+        def forward(self, x, t):
+            return torch.dropout(super().forward(x, t), 0.1, self.training)
+
+    net = Dropout().eval()
+    run = parallel(ddim, denoisers=[net])
+    run(net)
+    assert run.report.mode == "table"
+    net.train()
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        run(net)
 
 
 def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():

@@ -77,7 +77,8 @@ class Loop:
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
         leaves, spec = tree_flatten((args, kwargs))
-        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state())
+        training = tuple(denoiser.training for denoiser in self.denoisers)
+        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state()), training
 
 
 def _trait(leaf: Any) -> Any:
@@ -127,17 +128,29 @@ def _library(value: Any) -> bool:
     return getattr(type(value), "__module__", "").split(".")[0] in ("torch", "numpy", "builtins")
 
 
+def _states(generators: Iterable[torch.Generator] = ()) -> list[tuple[torch.Generator, Tensor]]:
+    """Return these generators and the default ones of all devices in use, with their states."""
+    found = [torch.default_generator, *torch.cuda.default_generators, *torch.xpu.default_generators, *generators]
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return [(generator, generator.get_state()) for generator in found]
+
+
+def _advanced(states: Sequence[tuple[torch.Generator, Tensor]]) -> list[tuple[torch.Generator, Tensor]]:
+    """Return the generators that have drawn since, with their states as they are now."""
+    now = [(generator, generator.get_state()) for generator, _ in states]
+    return [new for new, (_, old) in zip(now, states, strict=True) if not torch.equal(new[1], old)]
+
+
 class Randomness(TorchFunctionMode):
     """The random state that a loop starts from: of torch, numpy, Python, and of every generator that it uses."""
 
     def __init__(self, seen: Iterable[Any]) -> None:
         """Take the present state; ``seen`` are objects that may be generators, of torch, numpy or Python."""
         super().__init__()
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         self._numpy = np.random.get_state()  # noqa: NPY002  # what the loop may use
         self._python = random.getstate()
-        self._torch: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._torch = {id(generator): (generator, state) for generator, state in _states()}
         self._others: list[tuple[Any, Any]] = []
         for value in seen:
             if isinstance(value, np.random.Generator):
@@ -157,9 +170,6 @@ class Randomness(TorchFunctionMode):
 
     def restore(self) -> None:
         """Bring everything back to the state at the beginning."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)  # noqa: NPY002
         random.setstate(self._python)
         for generator, state in self._torch.values():
@@ -176,7 +186,7 @@ class _Memory:
     spec: TreeSpec
     leaves: list[Any]
     result: Any
-    after: Tensor | None  # random state that it left behind, if it drew
+    after: list[tuple[torch.Generator, Tensor]]  # the generators that it drew from, as it left them
 
 
 class Passes:
@@ -372,7 +382,7 @@ class Passes:
         kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
         autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         call = Call(module, spec, kept, feeds, autocast, Output(spec, []))
-        name = call.signature()
+        name = self.loop.denoisers[module].training, call.signature()
         if name not in self.loop.outputs:
             self.loop.outputs[name] = self._try(call)
         call.output = self.loop.outputs[name]
@@ -385,33 +395,53 @@ class Passes:
         return call.output.tree(made)
 
     def _try(self, call: Call) -> Output:
-        """Call the network for the form of its output, and see that it keeps nothing to itself."""
-        module = self.loop.denoisers[call.module]
-        rows = next((len(leaf) for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
-        for attempt in range(2):
-            copies = [keep(leaf, None) for leaf in call.leaves]
-            args, kwargs = call.arguments(copies)
-            before, noise = _inner(module, call.leaves), torch.get_rng_state()
-            with call.context():
-                result = self._originals[call.module](*args, **kwargs)
-            self.merger.calls, self.merger.rows = self.merger.calls + 1, self.merger.rows + rows
-            if not torch.equal(noise, torch.get_rng_state()):
-                raise Refused("the denoiser draws random numbers: put it in evaluation mode, with eval().")
-            written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-            if written - {id(leaf) for leaf in copies}:
-                raise Refused("the denoiser writes into its arguments, which the loop hands on (a KV cache).")
-            # What fills in on the first call only (tables of positions) is no state.
-            after = _inner(module, call.leaves)
-            if [(id(one), version) for one, version in after] == [(id(one), version) for one, version in before]:
-                break
-            if attempt:
-                raise Refused("the denoiser has hidden state: what it keeps changes with every call (a cache).")
-        leaves, spec = tree_flatten(result)
+        """Call the network for the form of its output, and see that it answers by its arguments alone."""
+        kept = _Kept(self.loop.denoisers[call.module], call.leaves)
+        try:
+            leaves, spec = tree_flatten(self._lone(call, kept))
+        except Refused as refusal:
+            if kept.restore():
+                raise
+            raise Refused(f"{refusal} It has written to large tensors, so the result may differ.") from None
         if self.loop.ranks is not None:
             self.loop.ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
             self.loop.ranks.agree(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return Output(spec, forms)
+
+    def _lone(self, call: Call, kept: _Kept) -> Any:
+        """Return what the network answers, asked twice or three times, or refuse."""
+        leaves = call.leaves
+        result = one = self._ask(call, leaves, kept)
+        after = kept.again()
+        if not after.holds(kept):
+            # Tables that fill in on the first call are no state; what was computed of one input and answers another is.
+            leaves = _another(leaves, result)
+            one = self._ask(call, leaves, kept)
+            if not kept.again().holds(after):
+                raise Refused("the denoiser has hidden state: what it keeps changes with every call (a cache).")
+            kept.restore()
+        if _away(one, self._ask(call, leaves, kept)):
+            raise Refused(
+                "the denoiser has hidden state: it answers the same input in different ways (a cache, a counter, a "
+                "random generator of its own)."
+            )
+        return result
+
+    def _ask(self, call: Call, leaves: Sequence[Any], kept: _Kept) -> Any:
+        copies = [keep(leaf, None) for leaf in leaves]
+        args, kwargs = call.arguments(copies)
+        before = _states(generator for generator, _ in kept.generators)
+        with call.context():
+            result = self._originals[call.module](*args, **kwargs)
+        rows = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+        self.merger.calls, self.merger.rows = self.merger.calls + 1, self.merger.rows + rows
+        if _advanced(before):
+            raise Refused("the denoiser draws random numbers: put it in evaluation mode, with eval().")
+        written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if written - {id(leaf) for leaf in copies}:
+            raise Refused("the denoiser writes into its arguments, which the loop hands on (a KV cache).")
+        return result
 
     def remembering(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answer a call of another module: from memory, or by running it, if its inputs are the loop's own."""
@@ -419,20 +449,18 @@ class Passes:
         entries = self._memory.setdefault(number, [])
         for entry in entries:
             if entry.spec == spec and all(map(equal, entry.leaves, leaves)):
-                if entry.after is not None:
-                    torch.set_rng_state(entry.after)
+                for generator, state in entry.after:
+                    generator.set_state(state)
                 return tree_map(_copy, entry.result)
         inside = bool(self.stages) and self._call < self.stages[-1].stop
         if self._call and not inside and not any(_alike(leaves, one) for one in self.constant):
             self.called_out = True
             self._leave(leaves)
         kept = [keep(leaf, None) for leaf in leaves]
-        before = torch.get_rng_state()
+        before = _states(leaf for leaf in leaves if isinstance(leaf, torch.Generator))
         with self._real():
             result = original(*args, **kwargs)
-        after = torch.get_rng_state()
-        drew = None if torch.equal(before, after) else after
-        entries.append(_Memory(spec, kept, tree_map(_copy, result), drew))
+        entries.append(_Memory(spec, kept, tree_map(_copy, result), _advanced(before)))
         return result
 
     def _leave(self, leaves: list[Any] | None) -> None:
@@ -485,6 +513,9 @@ class _Before:
 
 
 PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))
+APART = frozenset({"_parameters", "_modules", "_compiled_call_impl"})  # of a module, no state
+SMALL = 1 << 16  # elements of tensors that are copied
+SAME = 5e-3  # by which answers to the same input may differ, relative
 USUAL = frozenset({bool, dict, int, list, tuple, type(None), OrderedDict})  # most of what modules hold
 
 
@@ -549,21 +580,86 @@ def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _inner(module: nn.Module, leaves: Sequence[Any]) -> list[tuple[Tensor, int]]:
-    """Return the tensors that a module and the objects among its arguments hold, besides parameters, with versions."""
-    marks: list[tuple[Tensor, int]] = []
-    plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-    holders: list[Any] = [one.__dict__ for one in module.modules()]
-    holders += [getattr(leaf, "__dict__", None) for leaf in leaves if not isinstance(leaf, plain)]
-    for holder in holders:
-        stack = [] if holder is None else [(v, 0) for k, v in holder.items() if k not in ("_parameters", "_modules")]
+def _another(leaves: Sequence[Any], result: Any) -> list[Any]:
+    """Return leaves with another state: a tensor of the output's shape, else the first one, turned round."""
+    states = [i for i, leaf in enumerate(leaves) if _floating(leaf) and leaf.numel() > 1]
+    shapes = [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    chosen = next((i for i in states if leaves[i].shape in shapes), next(iter(states), None))
+    return [leaf.flip(tuple(range(leaf.ndim))) if i == chosen else leaf for i, leaf in enumerate(leaves)]
+
+
+def _away(one: Any, two: Any) -> bool:
+    """Return whether outputs differ by more than rounding."""
+    for left, right in zip(tree_leaves(one), tree_leaves(two), strict=True):
+        if _floating(left):
+            bound = max(SAME, 4 * torch.finfo(left.dtype).eps)
+            if float((left.float() - right.float()).norm()) > bound * float(left.float().norm()):
+                return True
+    return False
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+class _Kept:
+    """What a module and the objects among its arguments hold besides parameters: values, tensors, generators."""
+
+    def __init__(self, module: nn.Module, leaves: Sequence[Any]) -> None:
+        self._module, self._leaves = module, leaves
+        self.generators: list[tuple[torch.Generator, Tensor]] = []  # with their states
+        self._tensors: list[tuple[Tensor, int, Tensor | None]] = []  # with their versions, and copies of small ones
+        self._places: list[tuple[Any, Any]] = []  # dicts and lists, and what was in them
+        plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+        stack: list[tuple[Any, int]] = [(one.__dict__, -1) for one in module.modules()]
+        for leaf in leaves:
+            own = leaf if isinstance(leaf, torch.Generator) else getattr(leaf, "__dict__", None)
+            stack += [] if own is None or isinstance(leaf, plain) else [(own, -1)]
         while stack:
             value, depth = stack.pop()
             if isinstance(value, Tensor):
-                marks.append((value, 0 if value.is_inference() else value._version))
+                small = value.numel() <= SMALL and not value.is_inference()
+                self._tensors.append((value, _version(value), value.detach().clone() if small else None))
+            elif isinstance(value, torch.Generator):
+                self.generators.append((value, value.get_state()))
             elif isinstance(value, (list, tuple, dict)) and depth < 3:
-                items = value.values() if isinstance(value, dict) else value
-                stack += [(item, depth + 1) for item in items]
+                held = {k: v for k, v in value.items() if k not in APART} if isinstance(value, dict) else list(value)
+                self._places += [] if isinstance(value, tuple) else [(value, held)]
+                stack += [(item, depth + 1) for item in (held.values() if isinstance(held, dict) else held)]
             elif not isinstance(value, (*plain, nn.Module, type, FunctionType)) and depth < 2 and not _library(value):
-                stack += [(item, depth + 1) for item in getattr(value, "__dict__", {}).values()]
-    return marks
+                stack += [(getattr(value, "__dict__", None), depth)]
+
+    def again(self) -> _Kept:
+        """Return what they hold now."""
+        return _Kept(self._module, self._leaves)
+
+    def holds(self, other: _Kept) -> bool:
+        """Return whether the tensors are those of another time, and nothing was written to them."""
+        mine, others = ([(id(tensor), version) for tensor, version, _ in one._tensors] for one in (self, other))
+        return mine == others
+
+    def restore(self) -> bool:
+        """Put back all but what has moved to another device; return whether all that was written to is as it was."""
+        for place, held in self._places:
+            if isinstance(place, list):
+                place[:] = held
+                continue
+            for name in place.keys() - held.keys() - APART:
+                del place[name]
+            for name, value in held.items():
+                now = place.get(name, _MISSING)
+                moved = isinstance(value, Tensor) and isinstance(now, Tensor) and value.device != now.device
+                if now is not value and not moved:
+                    place[name] = value
+        for generator, state in self.generators:
+            generator.set_state(state)
+        whole = True
+        for tensor, version, copy in self._tensors:
+            if copy is not None and _version(tensor) != version:
+                tensor.data.copy_(copy)
+            whole &= copy is not None or _version(tensor) == version
+        return whole
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
