@@ -994,6 +994,75 @@ def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
             assert torch.equal(run(net), expected)
 
 
+def test_a_loop_whose_network_makes_it_longer_says_so():
+    def loop(net):
+        x, i = torch.randn(2, DIM), 0
+        while i < 40:
+            f = net(x, 500)
+            x = x - 0.05 * f
+            i += 1 + int(torch.cosine_similarity(x, f).min() < 0.4)  # with outputs at random
+
+    run = parallel(loop, denoisers=[net := Net()])
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="number of calls of the denoiser changes .* what it returns"):
+            run(net)
+
+
+def test_a_loop_that_does_not_call_its_denoiser_says_so():
+    net, other = Net(), nn.Linear(2, 2)
+    torch.manual_seed(0)
+    expected = ddim(net)
+    run = parallel(lambda: ddim(net), denoisers=[other])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=r"calls none of its denoisers \(Linear\): name those"):
+        assert torch.equal(run(), expected)
+
+
+def test_nothing_is_claimed_below_a_floor_above_the_tolerance():
+    class Rough(Net):
+        """Its output depends on what lies below the rounding of its input."""
+
+        def forward(self, x, t):
+            return super().forward(x, t) * (1 + 0.02 * torch.sin(x * 1e7))
+
+    _, _, run = both(ddim, Rough())
+    assert run.report.certificate >= run.report.floor > 1e-2
+    assert "moves the result by more than the tolerance" in str(run.report)
+
+
+def test_a_loop_remembers_its_latest_calls_only():
+    run = parallel(lambda net, seed: ddim(net, count=9), denoisers=[net := Net()])
+    for seed in range(20):
+        run(net, seed)
+    assert len(run._loop.learned) == 16
+    run(net, 4)
+    assert run.report.passes == 2
+    run(net, 3)
+    assert run.report.passes == 5
+
+
+def test_the_default_device_is_not_where_the_library_draws():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return 0.7 * x + torch.tanh(x.roll(1, 1))
+
+    def loop(net):
+        x = torch.linspace(-1, 1, 2 * DIM, device="cpu").view(2, DIM)
+        for _ in range(20):
+            x = 0.95 * x + 0.05 * net(x)
+        return x
+
+    net = Plain()
+    expected = loop(net)
+    torch.set_default_device("meta")  # stands for a device of another kind than the loop's
+    try:
+        run = parallel(loop, px.Secant(window=1), denoisers=[net])
+        assert torch.equal(run(net), expected)
+        assert run.report.mode == "replay"
+    finally:
+        torch.set_default_device(None)
+
+
 def test_a_loop_of_more_steps_every_time_runs_sequentially():
     counts = itertools.count(20)
     run = parallel(lambda net: ddim(net, count=next(counts)), denoisers=[net := Net()])

@@ -51,6 +51,7 @@ PROOF = 48  # elements of a level to fit its coefficients to; smaller loops are 
 MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+LEARNED = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
 FLOORS = 4  # the floor is measured once, at random: an anchored solution need not be nearer
 MARGINS = 2, 4  # by which errors may exceed the solver's estimate: of an equation, of a loop that answers by itself
@@ -73,7 +74,8 @@ class Report:
         peak_width: Most levels of one sample in a round.
         peak_rows: Most rows of one call.
         passes: Runs of the loop's Python.
-        certificate: Estimate of the relative error of the result to the sequential loop's, with a margin.
+        certificate: Estimate of the relative error of the result to the sequential loop's, with a margin; at least the
+            floor, where that is above the tolerance.
         floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
             and what the network makes of one in the last place of its input.
         tolerance: As asked for.
@@ -284,12 +286,28 @@ class _Solving:
                 break
             else:
                 self.solve(self.record())
+        if not passes.stages:
+            names = ", ".join(type(module).__name__ for module in self.loop.denoisers)
+            raise Refused(f"it calls none of its denoisers ({names}): name those that it calls with denoisers=[...].")
         self.loop.learned[passes.key] = passes.stages[0].structure
+        if len(self.loop.learned) > LEARNED:
+            del self.loop.learned[next(iter(self.loop.learned))]
         if passes.always:
             self.report.reason = "a callback changes what the loop does, so it runs in every pass."
-        elif self.loop.calls_back(passes.kwargs):
+        self.certificate_above_the_floor()
+        if not passes.always and self.loop.calls_back(passes.kwargs):
             return self.call_back()
         return value
+
+    def certificate_above_the_floor(self) -> None:
+        """Claim nothing below what rounding does to the loop's result, where that is more than the tolerance."""
+        stages = [stage.structure for stage in self.passes.stages]
+        floors = [one.floor for one in stages if one.floor > max(self.tolerance, ROUNDING * torch.finfo(one.dtype).eps)]
+        if floors:
+            report = self.report
+            report.certificate = max(report.certificate, *floors)
+            above = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
+            report.reason = f"{report.reason} {above}".lstrip()
 
     def call_back(self) -> Any:
         """Replay once more, with callbacks; if they change what the loop does, solve it with them in every pass."""
@@ -323,8 +341,6 @@ class _Solving:
         """Find the structure of the calls that the latest pass has recorded, by more passes with random outputs."""
         passes = self.passes
         first = passes.stages[-1].stop if passes.stages else 0
-        if not passes.recorded:
-            raise Refused("the loop calls none of its denoisers.")
         if not first and len(passes.recorded) <= SHORT:
             raise Refused(f"the loop has only {len(passes.recorded)} levels.")
         recordings, endings, called = [passes.recorded], [passes.ending], passes.called_out
@@ -419,7 +435,7 @@ class _Solving:
         given = stage.anchors[level]
         if given is None or not stage.known[level].all():
             return unit
-        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(THIRD)).to(given)
+        noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(THIRD), device="cpu").to(given)
         near = given + unit * given.square().mean(1, keepdim=True).sqrt() * noise
         sites = [(call, structure.sites[call]) for call in structure.levels[level]]
         asks = [

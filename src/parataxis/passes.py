@@ -214,6 +214,7 @@ class Passes:
         self.inside = 0  # real modules that are running
         self.thread = threading.get_ident()
         self._call = 0
+        self._further = False  # a call of a denoiser follows the last stage at once
         self._answered = False  # the loop has been given an output
         self.stubbed: Exception | None = None  # raised within a stub: by a network, a solver
         self._made: dict[int, tuple[Tensor, int, int]] = {}
@@ -472,11 +473,15 @@ class Passes:
             return
         if not self.stages or self.stages[-1].settled:
             return
-        stage = self.stages[-1]
-        if self._call - (leaves is None) < stage.stop:
+        stage, further = self.stages[-1], leaves is None
+        if stage.mode == "wander":
+            self._further = further
+        if self._call - further < stage.stop or further > self._further:
             if self._loud:
                 return  # a callback ended the loop, as it may
-            raise Changed("the number of calls of the denoiser changes from pass to pass.")
+            raise Changed(
+                "the number of calls of the denoiser changes from pass to pass: it depends on what it returns."
+            )
         stage.finish(leaves)
         if self.certify is None or not self.certify(stage):
             raise Ended
