@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 import parataxis as px
+from parataxis import loops
 from parataxis.loops import parallel
+from parataxis.passes import Passes
 
 DIM = 48
 LEVELS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
@@ -994,13 +997,15 @@ def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
             assert torch.equal(run(net), expected)
 
 
-def test_a_loop_whose_network_makes_it_longer_says_so():
+@pytest.mark.parametrize("large", [False, True])
+def test_a_loop_whose_network_makes_it_longer_says_so(large):
     def loop(net):
         x, i = torch.randn(2, DIM), 0
         while i < 40:
             f = net(x, 500)
             x = x - 0.05 * f
-            i += 1 + int(torch.cosine_similarity(x, f).min() < 0.4)  # with outputs at random
+            # Outputs at random are faster: whatever they are, or where they are not small.
+            i += 1 + int(f.abs().max() > 1.5 if large else torch.cosine_similarity(x, f).min() < 0.4)
 
     run = parallel(loop, denoisers=[net := Net()])
     for _ in range(2):
@@ -1098,8 +1103,31 @@ def test_wrong_options_are_named():
         parallel(3)
     with pytest.raises(TypeError, match="solver must be a solver"):
         parallel(ddim, px.Secant)
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        parallel(ddim, tolerance=-1)
+    for wrong in (-1, None, "a", float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"finite and at least 0, got {wrong!r}"):
+            parallel(ddim, tolerance=wrong)
+    for wrong, given in (
+        ([], r"\[\]"),
+        (nn.Linear(2, 2), "Linear"),
+        ("unet", "str"),
+        (["unet"], r"\[str\]"),
+        ([ddim], r"\[function\]"),
+    ):
+        with pytest.raises(TypeError, match=f"list of the modules that the loop calls, such as .unet., got {given}"):
+            parallel(ddim, denoisers=wrong)
+
+
+def test_a_result_without_the_gradients_that_the_loop_itself_has_is_told_of():
+    net = Net().requires_grad_()
+    assert ddim(net).requires_grad
+    run = parallel(ddim, denoisers=[net])
+    with pytest.warns(RuntimeWarning, match=r"a parallel loop carries none: call it within torch\.no_grad"):
+        assert not run(net).requires_grad
+    assert run.report.mode == "table"
+    with torch.no_grad():
+        run(net)
+    with torch.inference_mode():
+        run(net)
 
 
 # --- what is left behind ------------------------------------------------------------------------------------------
@@ -1199,6 +1227,30 @@ def test_a_shared_denoiser_serves_another_loop_between_calls():
     for run in (one, two, one, lambda net: ddim(net), two):
         torch.manual_seed(0)
         assert relative(run(net), expected) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["ddim", "clipped", "a loop that is refused"])
+def test_what_a_call_holds_is_let_go_without_the_garbage_collector(name, monkeypatch):
+    passes = []
+
+    class Watched(Passes):
+        def __init__(self, *args):
+            super().__init__(*args)
+            passes.append(weakref.ref(self))
+
+    monkeypatch.setattr(loops, "Passes", Watched)
+    loop = LOOPS.get(name, with_gradients)
+    run = parallel(loop, denoisers=[net := Net()])
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run(net)
+            run(net)
+        assert [ref() for ref in passes] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_twenty_calls_leak_neither_memory_nor_hooks():

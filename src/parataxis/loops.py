@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from .distributed import Ranks
 
-__all__ = ["Parallel", "Report", "checked", "parallel", "solved"]
+__all__ = ["Parallel", "Report", "checked", "named", "parallel", "solved"]
 
 Array = NDArray[np.float64]
 SHORT = 8  # levels: shorter loops run sequentially
@@ -54,6 +55,10 @@ ROUNDING = 64  # units of the states' own rounding below which nothing is claime
 LEARNED = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
 FLOORS = 4  # the floor is measured once, at random: an anchored solution need not be nearer
+GRADIENTS = (
+    "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
+    "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
+)
 MARGINS = 2, 4  # by which errors may exceed the solver's estimate: of an equation, of a loop that answers by itself
 
 
@@ -136,8 +141,8 @@ def parallel(
         manager: within ``with parallel(pipe) as report``, calls of ``pipe`` itself run in parallel.
 
     Raises:
-        TypeError: If the target is neither.
-        ValueError: If the denoisers cannot be found, or for a negative tolerance.
+        TypeError: If the target is neither, or the denoisers are no modules.
+        ValueError: If the denoisers cannot be found, or for a tolerance that is negative or infinite.
     """
     if hasattr(target, "components") and hasattr(target, "register_modules"):
         from . import pipelines
@@ -145,20 +150,31 @@ def parallel(
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), denoisers, ranks_of(mesh))
+    return Parallel(target, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
 
 
-def checked(solver: Solver | None, tolerance: float) -> tuple[Solver, float]:
+def named(denoisers: Sequence[nn.Module] | None) -> tuple[nn.Module, ...] | None:
+    """Return the denoisers that were named, or None for none, or raise."""
+    if denoisers is None:
+        return None
+    found = tuple(denoisers) if isinstance(denoisers, (list, tuple)) else None
+    if not found or not all(isinstance(one, nn.Module) for one in found):
+        given = type(denoisers).__name__ if found is None else f"[{', '.join(type(one).__name__ for one in found)}]"
+        raise TypeError(f"denoisers must be a list of the modules that the loop calls, such as [unet], got {given}.")
+    return found
+
+
+def checked(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
     """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    if not isinstance(tolerance, Real) or not 0 <= float(tolerance) < np.inf:
+        raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
     solver = Secant(window=8) if solver is None else solver
     if isinstance(solver, type) or not hasattr(solver, "refuses"):
         raise TypeError(
             f"solver must be a solver with its options, such as parataxis.Secant(window=8), got {solver!r}: "
             "parataxis.SOLVERS has them by name."
         )
-    return solver, tolerance
+    return solver, float(tolerance)
 
 
 class Parallel:
@@ -169,14 +185,14 @@ class Parallel:
         function: Callable[..., Any],
         solver: Solver,
         tolerance: float,
-        denoisers: Sequence[nn.Module] | None = None,
+        denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """See :func:`parallel`."""
         functools.update_wrapper(self, function, updated=())
         self.function, self.solver, self.tolerance = function, solver, tolerance
         self.report = Report()
-        self._denoisers = None if denoisers is None else tuple(denoisers)
+        self._denoisers = denoisers
         self._ranks = ranks
         self._loop: Loop | None = None
 
@@ -220,17 +236,19 @@ def solved(
     why = "the solver is Sequential." if isinstance(solver, Sequential) else loop.refuses()
     tried = False
     passes = Passes(loop, args, kwargs)
-    if why is None:
-        try:
+    try:
+        if why is None:
             with passes.replaced():
                 value = _Solving(passes, solver, tolerance, report).run()
-                report.passes = passes.count
-                return value
-        except Refused as refusal:
-            why, tried = str(refusal), refusal.__cause__ is not None
-        finally:
-            loop.limit = passes.merger.limit
-            _count(passes, report)
+            if passes.trainable:
+                warnings.warn(GRADIENTS, RuntimeWarning, stacklevel=3)
+            return value
+    except Refused as refusal:
+        why, tried = str(refusal), refusal.__cause__ is not None
+    finally:
+        loop.limit = passes.merger.limit
+        _count(passes, report)
+        passes.close()
     told = not isinstance(solver, Sequential) and not why.startswith("the loop has only")
     warn = partial(warnings.warn, f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
     if told and not tried:
@@ -327,6 +345,7 @@ class _Solving:
         """Solve the first stage with what an earlier call has learned: one pass tells what the loop adds."""
         passes = self.passes
         self.repeated = True
+        passes.further = None
         stage = Stage(structure, 0, [None] * len(structure.sites))
         passes.stages.append(stage)
         try:
@@ -364,6 +383,7 @@ class _Solving:
         if not first and count == len(recordings[0]) and structure.steps <= SHORT:
             raise Refused(f"the loop has only {structure.steps} levels.")
         stage = Stage(structure, first, list(recordings[0][:count]))
+        passes.further = count < len(recordings[0])
         passes.stages.append(stage)
         self.wander(stage)
         if structure.linear and not stage.proved():

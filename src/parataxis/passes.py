@@ -214,7 +214,8 @@ class Passes:
         self.inside = 0  # real modules that are running
         self.thread = threading.get_ident()
         self._call = 0
-        self._further = False  # a call of a denoiser follows the last stage at once
+        self.trainable = False  # by itself the loop's result would require gradients
+        self.further: bool | None = None  # a call of a denoiser follows the last stage at once, if that is known
         self._answered = False  # the loop has been given an output
         self.stubbed: Exception | None = None  # raised within a stub: by a network, a solver
         self._made: dict[int, tuple[Tensor, int, int]] = {}
@@ -342,6 +343,12 @@ class Passes:
         """Return whether an error is none of the loop's own, or says nothing about the outputs that it was given."""
         return error is self.stubbed or isinstance(error, (Nested, MemoryError, torch.OutOfMemoryError))
 
+    def close(self) -> None:
+        """Let go of what the passes have learned: a cycle would keep it until the garbage collector runs."""
+        del self.merger  # it calls :meth:`evaluate`
+        self.stages, self.recorded, self.ending, self.constant = [], [], None, []
+        self._memory, self._made = {}, {}
+
     def sequential(self) -> Any:
         """Run the loop as it is, from the random state at the beginning."""
         self.count += 1
@@ -351,8 +358,13 @@ class Passes:
     def called(self, module: int, args: Any, kwargs: Any) -> Any:
         """Answer a call of a denoiser."""
         leaves, spec = tree_flatten((args, kwargs))
-        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            raise Refused("the loop takes gradients through the denoiser.")
+        if torch.is_grad_enabled():
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+                raise Refused(
+                    "the loop takes gradients through the denoiser: if that is not meant, call it in torch.no_grad()."
+                )
+            if self.count == 1 and not self._answered:
+                self.trainable |= any(one.requires_grad for one in self.loop.denoisers[module].parameters())
         if self._work is not None and self._call == self.stages[-1].first:
             work, self._work = self._work, None
             # Passes within the work end at what this one has set up; the first of them looks.
@@ -474,9 +486,8 @@ class Passes:
         if not self.stages or self.stages[-1].settled:
             return
         stage, further = self.stages[-1], leaves is None
-        if stage.mode == "wander":
-            self._further = further
-        if self._call - further < stage.stop or further > self._further:
+        self.further = further if self.further is None else self.further
+        if self._call - further < stage.stop or further > self.further:
             if self._loud:
                 return  # a callback ended the loop, as it may
             raise Changed(
