@@ -626,11 +626,11 @@ class _Kept:
         self.generators: list[tuple[torch.Generator, Tensor]] = []  # with their states
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []  # with their versions, and copies of small ones
         self._places: list[tuple[Any, Any]] = []  # dicts and lists, and what was in them
-        plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+        plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
         stack: list[tuple[Any, int]] = [(one.__dict__, -1) for one in module.modules()]
         for leaf in leaves:
             own = leaf if isinstance(leaf, torch.Generator) else getattr(leaf, "__dict__", None)
-            stack += [] if own is None or isinstance(leaf, plain) else [(own, -1)]
+            stack += [] if own is None or isinstance(leaf, (Tensor, *plain)) else [(own, -1)]
         while stack:
             value, depth = stack.pop()
             if isinstance(value, Tensor):
@@ -641,9 +641,10 @@ class _Kept:
             elif isinstance(value, (list, tuple, dict)) and depth < 3:
                 held = {k: v for k, v in value.items() if k not in APART} if isinstance(value, dict) else list(value)
                 self._places += [] if isinstance(value, tuple) else [(value, held)]
-                stack += [(item, depth + 1) for item in (held.values() if isinstance(held, dict) else held)]
-            elif not isinstance(value, (*plain, nn.Module, type, FunctionType)) and depth < 2 and not _library(value):
-                stack += [(getattr(value, "__dict__", None), depth)]
+                items = held.values() if isinstance(held, dict) else held
+                stack += [(item, depth + 1) for item in items if not isinstance(item, plain)]
+            elif not isinstance(value, (nn.Module, type, FunctionType)) and depth < 2 and not _library(value):
+                stack += [(getattr(value, "__dict__", ()), depth)]
 
     def again(self) -> _Kept:
         """Return what they hold now."""
