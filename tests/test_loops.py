@@ -898,6 +898,21 @@ def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was
         assert torch.equal(run(net), expected)
 
 
+def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentially():
+    net = Net()
+    net.activation = torch.tanh
+
+    def loop(net):
+        before, net.activation = net.activation, torch.sin
+        x = adaptive(net)
+        net.activation = before
+        return x
+
+    with pytest.warns(RuntimeWarning, match="runs sequentially"):
+        parallel(loop, denoisers=[net])(net)
+    assert net.activation is torch.tanh
+
+
 def test_a_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
     with pytest.warns(RuntimeWarning, match="answers the same input in different ways"):
         parallel(ddim, denoisers=[net := Hidden()])(net)

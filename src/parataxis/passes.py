@@ -606,11 +606,13 @@ def _another(leaves: Sequence[Any], result: Any) -> list[Any]:
 
 def _away(one: Any, two: Any) -> bool:
     """Return whether outputs differ by more than rounding."""
-    for left, right in zip(tree_leaves(one), tree_leaves(two), strict=True):
-        if _floating(left):
-            bound = max(SAME, 4 * torch.finfo(left.dtype).eps)
-            if float((left.float() - right.float()).norm()) > bound * float(left.float().norm()):
-                return True
+    lefts, rights = ([leaf for leaf in tree_leaves(output) if _floating(leaf)] for output in (one, two))
+    if [left.shape for left in lefts] != [right.shape for right in rights]:
+        return True
+    for left, right in zip(lefts, rights, strict=True):
+        bound = max(SAME, 4 * torch.finfo(left.dtype).eps)
+        if float((left.float() - right.float()).norm()) > bound * float(left.float().norm()):
+            return True
     return False
 
 
