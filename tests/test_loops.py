@@ -904,7 +904,7 @@ def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentia
 
     def loop(net):
         before, net.activation = net.activation, torch.sin
-        x = adaptive(net)
+        x = with_gradients(net)
         net.activation = before
         return x
 
