@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ import torch
 from torch import nn
 
 import parataxis as px
+from parataxis import loops
 from parataxis.loops import parallel
+from parataxis.passes import Passes
 
 DIM = 48
 LEVELS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
@@ -150,9 +154,9 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert report.mode == "replay"
     assert report.rounds == report.levels
     assert report.certificate == 0
-    # Every call once as it was, one for each form of a call to see what it returns, one level's again for the floor:
+    # Every call once as it was, two for each form of a call to see what it returns, one level's again for the floor:
     # none by the loop itself.
-    forms, called = len(run._loop.outputs), len(net.rows) - report.calls
+    forms, called = 2 * len(run._loop.outputs), len(net.rows) - report.calls
     assert report.calls == called + forms + called // report.levels
     assert sorted(net.rows[called + forms :][:called]) == sorted(net.rows[:called])
     assert run._loop.layouts == {}
@@ -968,6 +972,16 @@ def adaptive(net):
     return x
 
 
+def checked(net):
+    def predict(net, x, t):
+        f = net(x, t)
+        if torch.cosine_similarity(x, f).min() < 0.4:
+            raise ValueError("the network diverged")
+        return f
+
+    return ddim(net, predict=predict)
+
+
 def infinite(net):
     x = torch.randn(2, DIM)
     for t, a, s, b, r in steps(20):
@@ -992,6 +1006,7 @@ REFUSED = {
     "random numbers": (Dropping, ddim, r"draws random numbers.*eval\(\)"),
     "gradients": (Net, with_gradients, "gradients through the denoiser"),
     "adaptive steps": (Net, adaptive, "depends on"),
+    "outputs at random": (Net, checked, r"raised ValueError\('the network diverged'\) on trial outputs"),
     "an infinite step": (Net, infinite, "not finite although every output was"),
 }
 
@@ -1009,6 +1024,178 @@ def test_what_cannot_be_solved_in_parallel_runs_sequentially_and_says_why(name):
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
     assert run.report.mode == "sequential"
     assert "_compiled_call_impl" not in net.__dict__
+
+
+class EverySecond(Net):
+    """Answers every second call with what it said before, as feature caches do."""
+
+    count, before = 0, None
+
+    def forward(self, x, t):
+        if self.count % 2 == 0 or self.before.shape != x.shape:
+            self.before = super().forward(x, t)
+        self.count += 1
+        return self.before
+
+
+class Written(Net):
+    """Likewise, with a buffer."""
+
+    count = 0
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("before", torch.zeros(2, DIM))
+
+    def forward(self, x, t):
+        if self.count % 2 == 0:
+            self.before.copy_(super().forward(x, t))
+        self.count += 1
+        return self.before.clone()
+
+
+class Growing(Net):
+    """Counts its calls, and answers by their number."""
+
+    count = 0
+
+    def forward(self, x, t):
+        self.count += 1
+        return super().forward(x, t) * (1 + 0.05 * (self.count % 30))
+
+
+class Momentum(Net):
+    last = 0
+
+    def forward(self, x, t):
+        self.last = super().forward(x, t) + 0.3 * self.last
+        return self.last
+
+
+class Noisy(Net):
+    def __init__(self):
+        super().__init__()
+        self.source = torch.Generator()
+
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        return output + 0.3 * torch.randn(output.shape, generator=self.source)
+
+
+class Hidden(Noisy):
+    """Likewise, where nobody looks."""
+
+    def __init__(self):
+        super().__init__()
+        generator = self.__dict__.pop("source")
+        self.draw = lambda output: torch.randn(output.shape, generator=generator)
+
+    def forward(self, x, t):
+        output = Net.forward(self, x, t)
+        return output + 0.3 * self.draw(output)
+
+
+@pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
+def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was_in(make):
+    torch.manual_seed(0)
+    expected = ddim(make())
+    run = parallel(ddim, denoisers=[net := make()])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="hidden state|draws random numbers"):
+        assert torch.equal(run(net), expected)
+
+
+def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentially():
+    net = Net()
+    net.activation = torch.tanh
+
+    def loop(net):
+        before, net.activation = net.activation, torch.sin
+        x = with_gradients(net)
+        net.activation = before
+        return x
+
+    with pytest.warns(RuntimeWarning, match="runs sequentially"):
+        parallel(loop, denoisers=[net])(net)
+    assert net.activation is torch.tanh
+
+
+def test_a_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
+    with pytest.warns(RuntimeWarning, match="answers the same input in different ways"):
+        parallel(ddim, denoisers=[net := Hidden()])(net)
+
+
+def test_large_tensors_that_a_network_has_written_to_are_told_of():
+    class Adding(Net):
+        def __init__(self):
+            super().__init__()
+            self.memory = torch.zeros(1 << 17)
+
+        def forward(self, x, t):
+            self.memory.add_(1)
+            return super().forward(x, t)
+
+    net = Adding()
+    with pytest.warns(RuntimeWarning, match="hidden state.*written to large tensors, so the result may differ"):
+        parallel(ddim, denoisers=[net])(net)
+
+
+def test_tables_that_fill_in_on_the_first_call_are_no_state():
+    class Filling(Net):
+        table = None
+
+        def forward(self, x, t):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, DIM)
+            return super().forward(x, t) + self.table
+
+    expected, result, run = both(ddim, Filling())
+    assert relative(result, expected) <= 1e-2
+    assert run.report.mode == "table"
+
+
+def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
+    device = torch.Generator()  # stands for a device's own
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+
+    class Sampling(Net):
+        def forward(self, x, t):
+            return super().forward(x, t) + torch.randn(x.shape, generator=device)
+
+    net, encoder = Net(), Sampling()
+
+    def loop():
+        condition = encoder(torch.ones(2, DIM), 0)
+        x = ddim(net, predict=lambda net, x, t: net(x, t, condition))
+        return x + torch.randn(x.shape, generator=device)
+
+    def both(run):
+        torch.manual_seed(0)
+        device.manual_seed(0)
+        return run(), device.get_state()
+
+    expected, after = both(loop)
+    run = parallel(loop, denoisers=[net], tolerance=1e-4)
+    for _ in range(2):
+        result, state = both(run)
+        assert relative(result, expected) <= 1e-4
+        assert torch.equal(state, after)
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        parallel(ddim, denoisers=[encoder])(encoder)
+
+
+def test_a_network_put_in_training_mode_later_is_tried_again():
+    class Dropout(Net):
+        def forward(self, x, t):
+            return torch.dropout(super().forward(x, t), 0.1, self.training)
+
+    net = Dropout().eval()
+    run = parallel(ddim, denoisers=[net])
+    run(net)
+    assert run.report.mode == "table"
+    net.train()
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        run(net)
 
 
 def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
@@ -1030,6 +1217,77 @@ def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
         torch.manual_seed(0)
         with pytest.warns(RuntimeWarning, match="number of calls of the denoiser changes from pass to pass"):
             assert torch.equal(run(net), expected)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_loop_whose_network_makes_it_longer_says_so(large):
+    def loop(net):
+        x, i = torch.randn(2, DIM), 0
+        while i < 40:
+            f = net(x, 500)
+            x = x - 0.05 * f
+            # Outputs at random are faster: whatever they are, or where they are not small.
+            i += 1 + int(f.abs().max() > 1.5 if large else torch.cosine_similarity(x, f).min() < 0.4)
+
+    run = parallel(loop, denoisers=[net := Net()])
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="number of calls of the denoiser changes .* what it returns"):
+            run(net)
+
+
+def test_a_loop_that_does_not_call_its_denoiser_says_so():
+    net, other = Net(), nn.Linear(2, 2)
+    torch.manual_seed(0)
+    expected = ddim(net)
+    run = parallel(lambda: ddim(net), denoisers=[other])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=r"calls none of its denoisers \(Linear\): name those"):
+        assert torch.equal(run(), expected)
+
+
+def test_nothing_is_claimed_below_a_floor_above_the_tolerance():
+    class Rough(Net):
+        """Its output depends on what lies below the rounding of its input."""
+
+        def forward(self, x, t):
+            return super().forward(x, t) * (1 + 0.02 * torch.sin(x * 1e7))
+
+    _, _, run = both(ddim, Rough())
+    assert run.report.certificate >= run.report.floor > 1e-2
+    assert "moves the result by more than the tolerance" in str(run.report)
+
+
+def test_a_loop_remembers_its_latest_calls_only():
+    run = parallel(lambda net, seed: ddim(net, count=9), denoisers=[net := Net()])
+    for seed in range(20):
+        run(net, seed)
+    assert len(run._loop.learned) == 16
+    run(net, 4)
+    assert run.report.passes == 2
+    run(net, 3)
+    assert run.report.passes == 5
+
+
+def test_the_default_device_is_not_where_the_library_draws():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return 0.7 * x + torch.tanh(x.roll(1, 1))
+
+    def loop(net):
+        x = torch.linspace(-1, 1, 2 * DIM, device="cpu").view(2, DIM)
+        for _ in range(20):
+            x = 0.95 * x + 0.05 * net(x)
+        return x
+
+    net = Plain()
+    expected = loop(net)
+    torch.set_default_device("meta")  # stands for a device of another kind than the loop's
+    try:
+        run = parallel(loop, px.Secant(window=1), denoisers=[net])
+        assert torch.equal(run(net), expected)
+        assert run.report.mode == "replay"
+    finally:
+        torch.set_default_device(None)
 
 
 def test_a_loop_of_more_steps_every_time_runs_sequentially():
@@ -1067,8 +1325,31 @@ def test_wrong_options_are_named():
         parallel(3)
     with pytest.raises(TypeError, match="solver must be a solver"):
         parallel(ddim, px.Secant)
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        parallel(ddim, tolerance=-1)
+    for wrong in (-1, None, "a", float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"finite and at least 0, got {wrong!r}"):
+            parallel(ddim, tolerance=wrong)
+    for wrong, given in (
+        ([], r"\[\]"),
+        (nn.Linear(2, 2), "Linear"),
+        ("unet", "str"),
+        (["unet"], r"\[str\]"),
+        ([ddim], r"\[function\]"),
+    ):
+        with pytest.raises(TypeError, match=f"list of the modules that the loop calls, such as .unet., got {given}"):
+            parallel(ddim, denoisers=wrong)
+
+
+def test_a_result_without_the_gradients_that_the_loop_itself_has_is_told_of():
+    net = Net().requires_grad_()
+    assert ddim(net).requires_grad
+    run = parallel(ddim, denoisers=[net])
+    with pytest.warns(RuntimeWarning, match=r"a parallel loop carries none: call it within torch\.no_grad"):
+        assert not run(net).requires_grad
+    assert run.report.mode == "table"
+    with torch.no_grad():
+        run(net)
+    with torch.inference_mode():
+        run(net)
 
 
 # --- what is left behind ------------------------------------------------------------------------------------------
@@ -1104,6 +1385,62 @@ def test_one_parallel_loop_within_another_is_refused():
     assert "_compiled_call_impl" not in net.__dict__
 
 
+def test_another_thread_calls_the_network_itself():
+    net, calling, called, found = Net(), threading.Event(), threading.Event(), []
+
+    def call():
+        calling.wait()
+        found.append(net(torch.ones(2, DIM), 500.0))
+        called.set()
+
+    def loop(net):
+        def predict(net, x, t):
+            if t == 499:  # in the middle of every pass
+                calling.set()
+                called.wait()
+            return net(x, t)
+
+        return ddim(net, predict=predict)
+
+    expected = net(torch.ones(2, DIM), 500.0)
+    thread = threading.Thread(target=call)
+    thread.start()
+    parallel(loop, denoisers=[net])(net)
+    thread.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_a_second_thread_with_the_same_module_is_refused_and_no_stub_stays():
+    net, encoder, errors = Net(), Net(), []
+
+    def beside(run):
+        try:
+            run()
+        except RuntimeError as error:
+            errors.append(error)
+
+    def second():
+        return ddim(other, predict=lambda net, x, t: net(x, t, encoder(torch.ones(2, DIM), 0)))
+
+    other = Net()
+    runs = [lambda: parallel(ddim, denoisers=[net])(net), parallel(second, denoisers=[other])]
+
+    def loop():
+        def predict(net, x, t):
+            if t == 499 and len(errors) < len(runs):
+                thread = threading.Thread(target=beside, args=(runs[len(errors)],))
+                thread.start()
+                thread.join()
+            return net(x, t, encoder(torch.ones(2, DIM), 0))
+
+        return ddim(net, predict=predict)
+
+    assert parallel(loop, denoisers=[net])().isfinite().all()
+    assert len(errors) == 2
+    assert all("beside it in a second thread" in str(error) for error in errors)
+    assert not any("_compiled_call_impl" in one.__dict__ for one in (net, other, encoder))
+
+
 def test_a_shared_denoiser_serves_another_loop_between_calls():
     net = Net()
     torch.manual_seed(0)
@@ -1112,6 +1449,30 @@ def test_a_shared_denoiser_serves_another_loop_between_calls():
     for run in (one, two, one, lambda net: ddim(net), two):
         torch.manual_seed(0)
         assert relative(run(net), expected) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["ddim", "clipped", "a loop that is refused"])
+def test_what_a_call_holds_is_let_go_without_the_garbage_collector(name, monkeypatch):
+    passes = []
+
+    class Watched(Passes):
+        def __init__(self, *args):
+            super().__init__(*args)
+            passes.append(weakref.ref(self))
+
+    monkeypatch.setattr(loops, "Passes", Watched)
+    loop = LOOPS.get(name, with_gradients)
+    run = parallel(loop, denoisers=[net := Net()])
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run(net)
+            run(net)
+        assert [ref() for ref in passes] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_twenty_calls_leak_neither_memory_nor_hooks():

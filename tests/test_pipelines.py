@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from functools import cache
@@ -343,6 +344,31 @@ def test_a_parallel_call_from_a_callback_of_another_is_refused_and_leaves_nothin
         picture(px.parallel(pipe), callback_on_step_end=again)
     assert "_compiled_call_impl" not in pipe.unet.__dict__
     assert torch.equal(picture(pipe), expected)
+
+
+def test_a_copy_of_an_enabled_pipeline_runs_its_own_network():
+    pipe, other = made("stable diffusion"), stable_diffusion()
+    for value in other.unet.parameters():
+        value.data.mul_(0.9)
+    expected = picture(other)
+    with px.parallel(pipe) as report:
+        two = copy.copy(pipe)
+        two.unet = other.unet
+        assert torch.equal(picture(two), expected)
+        assert report.mode == "none"
+        with pytest.raises(RuntimeError, match="is not enabled"):
+            pipelines.disable(two)
+        with px.parallel(two) as second:
+            assert relative(picture(two), expected) <= 1e-2
+            assert second.mode == "table"
+    assert torch.equal(picture(two), expected)
+
+
+def test_what_is_no_pipeline_is_named():
+    with pytest.raises(TypeError, match="a diffusers pipeline, got 3"):
+        pipelines.enable(3)
+    with pytest.raises(TypeError, match=r"got \[\]"):
+        pipelines.enable(made("stable diffusion"), denoisers=[])
 
 
 def test_rows_of_one_sample_that_the_pipeline_mixes_stay_together():

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from .execution import ranks_of
 from .merge import Ask, WholeCalls, equal
-from .passes import Loop, Passes, reachable, replaced
+from .passes import Loop, Passes, reachable
 from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
 from .solve import Rows, Solver, start, together
 from .solvers import Secant, Sequential
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from .distributed import Ranks
 
-__all__ = ["Parallel", "Report", "checked", "parallel", "solved"]
+__all__ = ["Parallel", "Report", "checked", "named", "parallel", "solved"]
 
 Array = NDArray[np.float64]
 SHORT = 8  # levels: shorter loops run sequentially
@@ -51,8 +52,13 @@ PROOF = 48  # elements of a level to fit its coefficients to; smaller loops are 
 MORE = 16  # recordings at most, besides two
 THIRD = 99  # seed of the pass that tells what the loop adds
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+LEARNED = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
 FLOORS = 4  # the floor is measured once, at random: an anchored solution need not be nearer
+GRADIENTS = (
+    "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
+    "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
+)
 MARGINS = 2, 4  # by which errors may exceed the solver's estimate: of an equation, of a loop that answers by itself
 
 
@@ -73,7 +79,8 @@ class Report:
         peak_width: Most levels of one sample in a round.
         peak_rows: Most rows of one call.
         passes: Runs of the loop's Python.
-        certificate: Estimate of the relative error of the result to the sequential loop's, with a margin.
+        certificate: Estimate of the relative error of the result to the sequential loop's, with a margin; at least the
+            floor, where that is above the tolerance.
         floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
             and what the network makes of one in the last place of its input.
         tolerance: As asked for.
@@ -134,8 +141,8 @@ def parallel(
         manager: within ``with parallel(pipe) as report``, calls of ``pipe`` itself run in parallel.
 
     Raises:
-        TypeError: If the target is neither.
-        ValueError: If the denoisers cannot be found, or for a negative tolerance.
+        TypeError: If the target is neither, or the denoisers are no modules.
+        ValueError: If the denoisers cannot be found, or for a tolerance that is negative or infinite.
     """
     if hasattr(target, "components") and hasattr(target, "register_modules"):
         from . import pipelines
@@ -143,20 +150,31 @@ def parallel(
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), denoisers, ranks_of(mesh))
+    return Parallel(target, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
 
 
-def checked(solver: Solver | None, tolerance: float) -> tuple[Solver, float]:
+def named(denoisers: Sequence[nn.Module] | None) -> tuple[nn.Module, ...] | None:
+    """Return the denoisers that were named, or None for none, or raise."""
+    if denoisers is None:
+        return None
+    found = tuple(denoisers) if isinstance(denoisers, (list, tuple)) else None
+    if not found or not all(isinstance(one, nn.Module) for one in found):
+        given = type(denoisers).__name__ if found is None else f"[{', '.join(type(one).__name__ for one in found)}]"
+        raise TypeError(f"denoisers must be a list of the modules that the loop calls, such as [unet], got {given}.")
+    return found
+
+
+def checked(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
     """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+    if not isinstance(tolerance, Real) or not 0 <= float(tolerance) < np.inf:
+        raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
     solver = Secant(window=8) if solver is None else solver
     if isinstance(solver, type) or not hasattr(solver, "refuses"):
         raise TypeError(
             f"solver must be a solver with its options, such as parataxis.Secant(window=8), got {solver!r}: "
             "parataxis.SOLVERS has them by name."
         )
-    return solver, tolerance
+    return solver, float(tolerance)
 
 
 class Parallel:
@@ -167,14 +185,14 @@ class Parallel:
         function: Callable[..., Any],
         solver: Solver,
         tolerance: float,
-        denoisers: Sequence[nn.Module] | None = None,
+        denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """See :func:`parallel`."""
         functools.update_wrapper(self, function, updated=())
         self.function, self.solver, self.tolerance = function, solver, tolerance
         self.report = Report()
-        self._denoisers = None if denoisers is None else tuple(denoisers)
+        self._denoisers = denoisers
         self._ranks = ranks
         self._loop: Loop | None = None
 
@@ -214,29 +232,30 @@ def solved(
     loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
 ) -> Any:
     """Run a loop once, in parallel if it can be, and fill in the report."""
-    if any(replaced(module) for module in loop.denoisers):
-        raise RuntimeError(
-            "this denoiser is being solved for another loop: one parallel loop cannot run within another."
-        )
     report.__init__(tolerance=tolerance)  # type: ignore[misc]
-    why = loop.refuses()
-    if isinstance(solver, Sequential):
-        why = "the solver is Sequential."
+    why = "the solver is Sequential." if isinstance(solver, Sequential) else loop.refuses()
+    tried = False
     passes = Passes(loop, args, kwargs)
-    if why is None:
-        try:
+    try:
+        if why is None:
             with passes.replaced():
                 value = _Solving(passes, solver, tolerance, report).run()
-                report.passes = passes.count
-                return value
-        except Refused as refusal:
-            why = str(refusal)
-        finally:
-            loop.limit = passes.merger.limit
-            _count(passes, report)
-    if not isinstance(solver, Sequential) and not why.startswith("the loop has only"):
-        warnings.warn(f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
-    value = passes.sequential()
+            if passes.trainable:
+                warnings.warn(GRADIENTS, RuntimeWarning, stacklevel=3)
+            return value
+    except Refused as refusal:
+        why, tried = str(refusal), refusal.__cause__ is not None
+    finally:
+        loop.limit = passes.merger.limit
+        _count(passes, report)
+        passes.close()
+    told = not isinstance(solver, Sequential) and not why.startswith("the loop has only")
+    warn = partial(warnings.warn, f"the loop runs sequentially: {why}", RuntimeWarning, stacklevel=3)
+    if told and not tried:
+        warn()
+    value = passes.sequential()  # raises what the loop raises by itself
+    if told and tried:
+        warn()
     report.mode, report.reason, report.converged, report.passes = "sequential", why, True, passes.count
     report.certificate, report.rounds = 0.0, 0
     return value
@@ -285,12 +304,28 @@ class _Solving:
                 break
             else:
                 self.solve(self.record())
+        if not passes.stages:
+            names = ", ".join(type(module).__name__ for module in self.loop.denoisers)
+            raise Refused(f"it calls none of its denoisers ({names}): name those that it calls with denoisers=[...].")
         self.loop.learned[passes.key] = passes.stages[0].structure
+        if len(self.loop.learned) > LEARNED:
+            del self.loop.learned[next(iter(self.loop.learned))]
         if passes.always:
             self.report.reason = "a callback changes what the loop does, so it runs in every pass."
-        elif self.loop.calls_back(passes.kwargs):
+        self.certificate_above_the_floor()
+        if not passes.always and self.loop.calls_back(passes.kwargs):
             return self.call_back()
         return value
+
+    def certificate_above_the_floor(self) -> None:
+        """Claim nothing below what rounding does to the loop's result, where that is more than the tolerance."""
+        stages = [stage.structure for stage in self.passes.stages]
+        floors = [one.floor for one in stages if one.floor > max(self.tolerance, ROUNDING * torch.finfo(one.dtype).eps)]
+        if floors:
+            report = self.report
+            report.certificate = max(report.certificate, *floors)
+            above = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
+            report.reason = f"{report.reason} {above}".lstrip()
 
     def call_back(self) -> Any:
         """Replay once more, with callbacks; if they change what the loop does, solve it with them in every pass."""
@@ -310,6 +345,7 @@ class _Solving:
         """Solve the first stage with what an earlier call has learned: one pass tells what the loop adds."""
         passes = self.passes
         self.repeated = True
+        passes.further = None
         stage = Stage(structure, 0, [None] * len(structure.sites))
         passes.stages.append(stage)
         try:
@@ -324,8 +360,6 @@ class _Solving:
         """Find the structure of the calls that the latest pass has recorded, by more passes with random outputs."""
         passes = self.passes
         first = passes.stages[-1].stop if passes.stages else 0
-        if not passes.recorded:
-            raise Refused("the loop calls none of its denoisers.")
         if not first and len(passes.recorded) <= SHORT:
             raise Refused(f"the loop has only {len(passes.recorded)} levels.")
         recordings, endings, called = [passes.recorded], [passes.ending], passes.called_out
@@ -349,6 +383,7 @@ class _Solving:
         if not first and count == len(recordings[0]) and structure.steps <= SHORT:
             raise Refused(f"the loop has only {structure.steps} levels.")
         stage = Stage(structure, first, list(recordings[0][:count]))
+        passes.further = count < len(recordings[0])
         passes.stages.append(stage)
         self.wander(stage)
         if structure.linear and not stage.proved():

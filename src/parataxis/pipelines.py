@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .execution import ranks_of
-from .loops import Report, checked, solved
+from .loops import Report, checked, named, solved
 from .passes import Loop
 from .solve import Solver
 
@@ -44,8 +44,14 @@ def parallel(
     """Run a pipeline parallel in time; see :func:`parataxis.parallel`.
 
     ``parallel(pipe)(...)`` is one call; within ``with parallel(pipe) as report``, calls of ``pipe`` itself are meant.
+
+    Raises:
+        TypeError: If ``pipe`` is no pipeline, or the denoisers are no modules.
+        ValueError: For a tolerance that is negative or infinite.
     """
-    return ParallelPipeline(pipe, *checked(solver, tolerance), denoisers, ranks_of(mesh))
+    if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}.")
+    return ParallelPipeline(pipe, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
 
 
 def enable(
@@ -56,13 +62,15 @@ def enable(
     denoisers: Sequence[nn.Module] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
 ) -> Report:
-    """Make every call of ``pipe`` parallel in time, until :func:`disable`.
+    """Make every call of ``pipe`` parallel in time, until :func:`disable`; a copy of it is what it was before.
 
     Returns:
         The report, filled in by each call.
 
     Raises:
         RuntimeError: If it is enabled already.
+        TypeError: See :func:`parallel`.
+        ValueError: Likewise.
     """
     return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh).__enter__()
 
@@ -86,13 +94,13 @@ class ParallelPipeline:
         pipe: Any,
         solver: Solver,
         tolerance: float,
-        denoisers: Sequence[nn.Module] | None = None,
+        denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """See :func:`parallel`."""
         self.pipe, self.solver, self.tolerance = pipe, solver, tolerance
         self.report = Report(tolerance=tolerance)
-        self._chosen = None if denoisers is None else tuple(denoisers)
+        self._chosen = denoisers
         self._ranks = ranks
         self._loop: Loop | None = None
 
@@ -109,6 +117,8 @@ class ParallelPipeline:
 
         @functools.wraps(plain.__call__)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self is not pipe:  # a copy, which nobody has enabled
+                return plain.__call__(self, *args, **kwargs)
             return parallelized(*args, **kwargs)
 
         pipe.__class__ = type(
@@ -164,7 +174,8 @@ class ParallelPipeline:
 
 
 def _enabled(pipe: Any) -> bool:
-    return "_parataxis" in type(pipe).__dict__
+    parallelized = type(pipe).__dict__.get("_parataxis")
+    return parallelized is not None and parallelized.pipe is pipe
 
 
 def _denoises(name: str, part: nn.Module) -> bool:
