@@ -289,7 +289,8 @@ def _sample(arguments: Sequence[str]) -> None:
         "peak_width": max(one.peak_width for one in result),
         "rows_per_level": 1 if given.guidance == 1 else 2,
         "converged": result.converged,
-        "error_estimate": max(one.error_estimate for one in result),
+        # None while it is not known, as JSON has no infinity
+        "error_estimate": max(one.error_estimate for one in result) if result.converged else None,
         "relative_error": None,
         "relative_error_worst": None,
         "seconds": result.seconds,
