@@ -216,7 +216,7 @@ def page(found: Iterable[Row]) -> str:
         "",
         f"Made by `benchmarks/pipelines.py` with diffusers {diffusers.__version__}: {len(pipelines)} pipelines with",
         f"tiny random weights, {zoo.STEPS} steps, {len(options)} options, each where a pipeline takes it, each against",
-        "its own sequential run; `results/pipelines.csv` has every row.",
+        "its own sequential run; `benchmarks/results/pipelines.csv` has every row.",
         "",
         "- *window 1* is the sequential run to the bit, and every network call is the library's own: every output that",
         "  the loop saw came through the stub;",
