@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -132,7 +133,7 @@ class LocalForm:
         """How many earlier outputs a step uses: 0 for one-step samplers."""
         return self.weight.shape[1] - 1
 
-    @property
+    @cached_property
     def size(self) -> Array:
         """(N + 1,) expected root mean square of every state for data of unit variance; ones if unknown."""
         if self.alpha is None or self.sigma is None or self.scale is None:
