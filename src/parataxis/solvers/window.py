@@ -27,7 +27,7 @@ SAFETY = 8.0  # in the misfit of a slope
 DIRECTIONS = 24.0  # in the growth behind a state,
 REACH = 1.5  # but no more than this over alpha: all that a state u can tell of the data is u / alpha
 FAR = 0.1  # of a state: a larger move does not tell the misfit of a slope at smaller ones
-BLIND = 16.0  # in the misfit, where the schedule is unknown, or outputs are clipped, and the three above do not hold
+BLIND = 16.0  # in the misfit, where the schedule is unknown, or slopes are not the network's as outputs are clipped
 SMALLEST = 0.1  # part of a move that may remain, at least
 UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
 
@@ -58,7 +58,6 @@ class Window:
         self._stride = 1
         self._begin()
         self._held = self.local.held_slopes()
-        self._known = self.local.alpha is not None and not problem.transformed
         ring, lags = self.width + 1, self.local.lags
         rings = max(2, history) + (history if history > 1 else 0)
         self._inputs = [ring * i for i in range(max(2, history))]
@@ -245,9 +244,9 @@ class Window:
 
         Points that are new in the window take the largest misfit of those before them; until there is one, eps_j is
         the whole move, and it is never less than a tenth of it. gain_j carries an error of state j to the sample: the
-        growth of the steps in the window, then the moment-matched one, times DIRECTIONS or up to REACH / alpha; where
-        the schedule is unknown or outputs are clipped it is at least the ratio of expected sizes, and SAFETY is BLIND.
-        v is the mean square of the data prediction.
+        growth of the steps in the window, then the moment-matched one, times DIRECTIONS or up to REACH / alpha. Where
+        the schedule is unknown, and where outputs are clipped, it is at least the ratio of expected sizes, and SAFETY
+        is BLIND. v is the mean square of the data prediction.
         """
         local, lo, hi = self.local, self.lo, self.hi
         if self.coarse:
@@ -256,13 +255,13 @@ class Window:
         behind = local.growth(local.moment_slopes(self.variance))[hi:]
         gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
         least = local.size[-1] / local.size[lo + 1 : hi + 1]
-        if self._known:
-            assert local.alpha is not None
+        safety = BLIND
+        if local.alpha is not None:
             reach = REACH * least / np.maximum(local.alpha[lo + 1 : hi + 1], np.finfo(np.float32).eps)
-            least = np.minimum(reach, DIRECTIONS * gain)
+            reach = np.minimum(reach, DIRECTIONS * gain)
+            least, safety = (np.maximum(least, reach), BLIND) if self.problem.transformed else (reach, SAFETY)
         gain = np.maximum(gain, least)
         moves = np.sqrt(norms[:, 0])
-        safety = SAFETY if self._known else BLIND
         left = np.clip(safety * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
         with np.errstate(invalid="ignore"):  # of an overflow nothing is known, whatever its gain
             errors = gain * left / np.sqrt(self.problem.dim * self.variance)
@@ -277,7 +276,7 @@ class Window:
             found = residuals[: old - lo] / before
         trusted = before > 10 * self.problem.rounding * self.local.size[lo:old] * np.sqrt(self.problem.dim)
         trusted &= np.isfinite(before) & np.isfinite(found)
-        if self._known:
+        if self.local.alpha is not None:
             trusted &= before < FAR * self.local.size[lo:old] * np.sqrt(self.problem.dim)
         self._misfit[lo:old] = np.where(trusted, found, self._misfit[lo:old])
         self._moved[lo + 1 : hi + 1] = moves
