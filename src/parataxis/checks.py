@@ -45,6 +45,8 @@ def check_rows(max_rows: Any, buckets: Any) -> None:
         check_whole("max_rows", max_rows)
     if buckets is not None and not (isinstance(buckets, Sequence) and buckets and all(map(is_whole, buckets))):
         raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
+    if buckets is not None and max_rows is not None and min(buckets) > max_rows:
+        raise ValueError(f"the smallest of buckets={buckets!r} must be at most max_rows={max_rows}: add a smaller one.")
 
 
 def check_tolerance(tolerance: Any) -> None:

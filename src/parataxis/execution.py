@@ -144,9 +144,8 @@ class Executor:
         buckets: Sequence[int] | None = None,
     ) -> None:
         check_rows(max_rows, buckets)
-        self.buckets = sorted(set(buckets or ()))
-        limits = [limit for limit in (max_rows, *self.buckets[-1:]) if limit is not None]
-        self.limit = min(limits, default=None)
+        self.buckets = [size for size in sorted(set(buckets or ())) if max_rows is None or size <= max_rows]
+        self.limit = self.buckets[-1] if self.buckets else max_rows
         self._evaluate = evaluate
 
     def __call__(self, rows: Rows) -> Tensor:

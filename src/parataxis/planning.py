@@ -288,7 +288,8 @@ def plan(
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
     example = Rows(noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count)))
     one_row = Rows(*(part[:1] for part in example))
-    one_call = partial(Executor(network, max_rows=max_rows, buckets=buckets), one_row)
+    execute = Executor(network, max_rows=max_rows, buckets=buckets)
+    buckets, one_call = execute.buckets or None, partial(execute, one_row)
     with torch.no_grad():
         if not torch.isfinite(one_call()).all():
             raise OutputError(
