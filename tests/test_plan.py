@@ -160,7 +160,7 @@ def test_once_its_rounds_are_known_a_solve_takes_as_long_as_planned(costing, tau
         [expected] = [one for one in plan.candidates if one.solver == solver]
         generators = problems.generators(count, seed=2000)
         result = px.sample(denoise, problems.noise(count, seed=100), sampler, solver, generator=generators)
-        assert result.seconds == pytest.approx(expected.seconds.middle, rel=0.15)
+        assert result.seconds == pytest.approx(expected.seconds.middle, rel=0.2)  # two rounds of some ten
         assert expected.seconds.low <= expected.seconds.middle <= expected.seconds.high
     assert plan.solver == min(plan.candidates, key=lambda one: one.seconds.middle).solver
     assert plan.speedup.middle == pytest.approx(50 * tau(count) / plan.seconds)
