@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .checks import check_solver, is_finite
 from .execution import ranks_of
 from .merge import Ask, WholeCalls, equal
 from .passes import Loop, Passes, reachable
@@ -166,14 +166,10 @@ def named(denoisers: Sequence[nn.Module] | None) -> tuple[nn.Module, ...] | None
 
 def checked(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
     """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
-    if not isinstance(tolerance, Real) or not 0 <= float(tolerance) < np.inf:
+    if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
     solver = Secant(window=8) if solver is None else solver
-    if isinstance(solver, type) or not hasattr(solver, "refuses"):
-        raise TypeError(
-            f"solver must be a solver with its options, such as parataxis.Secant(window=8), got {solver!r}: "
-            "parataxis.SOLVERS has them by name."
-        )
+    check_solver(solver)
     return solver, float(tolerance)
 
 

@@ -505,7 +505,7 @@ class Table:
         if len(chosen):
             step = _gather(step.view(batch * count, -1), index, batch)
         lags = self.local.lags
-        for chunk, carry in zip(_chunks(carries, lags), needed[len(finals) :], strict=False):
+        for chunk, carry in zip(_chunks(carries), needed[len(finals) :], strict=False):
             changed = residual.narrow(1, max(chunk.start - lags, 0), carry.shape[2])
             part = step.narrow(1, chunk.start, carry.shape[1])
             if chunk.stop == wanted:
@@ -597,7 +597,7 @@ def _carries(local: LocalForm, asks: Sequence[Response], spans: Sequence[int], s
     """
     batch, count = slopes.shape
     wanted = max(len(ask.into) for ask in asks)
-    if wanted < count or any(ask.order is not None or len(ask.into) < ask.span for ask in asks):
+    if any(ask.order is not None or len(ask.into) < ask.span for ask in asks):
         whole = np.zeros((batch, wanted, count))
         for carry, ask, span, slope in zip(whole, asks, spans, slopes, strict=True):
             spread = local.propagation(ask.start, span, slope[:span], ask.order)
@@ -616,7 +616,7 @@ def _carries(local: LocalForm, asks: Sequence[Response], spans: Sequence[int], s
     return found
 
 
-def _chunks(carries: Sequence[Array], lags: int) -> Iterator[slice]:
+def _chunks(carries: Sequence[Array]) -> Iterator[slice]:
     """Yield which states each of them is for."""
     first = 0
     for carry in carries:
@@ -636,7 +636,7 @@ def _norms(carries: Sequence[Array], lags: int, grams: Array, spans: Sequence[in
     before[:, :, 0] = 1
     products = before @ grams  # and their inner products with all residuals
     squares = []
-    for chunk, carry in zip(_chunks(carries, lags), carries, strict=True):
+    for chunk, carry in zip(_chunks(carries), carries, strict=True):
         own, known, size = slice(chunk.start + 1, chunk.stop + 1), before.shape[1], carry.shape[1]
         change = np.zeros((batch, size, known + size)) + np.eye(size, known + size, known)
         change[:, :, :-1] += carry
