@@ -1,17 +1,18 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
-from .driver import Solutions, floor, sample
-from .execution import Latency, latency
-from .loops import Report, parallel
+from .engine.latency import Latency, latency
+from .engine.solve import OutputError, Run, Solution, start, together
+from .loops.solving import Report
+from .parallel import parallel
 from .planning import Plan, plan
-from .refill import Job, stream
+from .sample import Job, Solutions, floor, sample, stream
 from .samplers import SAMPLERS, Sampler
-from .schedulers import read
-from .schedules import cosine, flow, karras, vp
-from .solve import OutputError, Run, Solution, start, together
+from .samplers.coefficients import LocalForm
+from .samplers.from_scheduler import read
+from .samplers.recurrence import Table
+from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential, Speculative
-from .table import LocalForm, Table
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from . import models
 from .checks import is_finite
-from .driver import Solutions, sample
+from .engine.solve import OutputError, Run, Solver
 from .planning import Plan, plan
-from .samplers import SAMPLERS, Sampler, options
-from .solve import OutputError, Run, Solver
-from .solvers import LAW_EXACT, SOLVERS, Sequential
+from .sample import Solutions, sample
+from .samplers import SAMPLERS, options
+from .samplers.sampler import Sampler
+from .solvers import LAW_EXACT, SOLVERS
+from .solvers.sequential import Sequential
 
 __all__ = ["main"]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .samplers.schedules import Schedule
 
 __all__ = ["Mixture", "empirical", "guided", "mixture"]
 

@@ -29,14 +29,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from .arrays import upload
 from .checks import is_finite
-from .execution import Executor
-from .loops import Report, checked, solved
-from .passes import Loop, Randomness, reachable, replaced
-from .recording import Refused
-from .samplers import Sampler
-from .solve import OutputError, Rows, Solver, start, together
-from .table import LocalForm, Table, upload
+from .engine.executor import Executor
+from .engine.solve import OutputError, Rows, Solver, start, together
+from .loops.merge import Refused
+from .loops.passes import Loop, Randomness, reachable, replaced
+from .loops.solving import Report, checked, solved
+from .samplers.coefficients import LocalForm
+from .samplers.recurrence import Table
+from .samplers.sampler import Sampler
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
 

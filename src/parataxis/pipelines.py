@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .execution import ranks_of
-from .loops import Report, checked, named, solved
-from .passes import Loop
-from .solve import Solver
+from .engine.executor import ranks_of
+from .engine.solve import Solver
+from .loops.passes import Loop
+from .loops.solving import Report, checked, named, solved
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .distributed import Ranks
+    from .engine.distributed.ranks import Ranks
 
 __all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
 

@@ -30,12 +30,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checks import check_tolerance, check_whole
-from .execution import Executor, Latency, Network, agree, check, duration, latency, seconds_of
-from .samplers import Sampler
-from .solve import OutputError, Rows, Solution, Solver, start, together
-from .solvers import SOLVERS, Sequential
+from .engine.executor import Executor, Network, check
+from .engine.latency import Latency, agree, duration, latency, seconds_of
+from .engine.solve import OutputError, Rows, Solution, Solver, start, together
+from .samplers.coefficients import LocalForm
+from .samplers.recurrence import Table
+from .samplers.sampler import Sampler
+from .solvers import SOLVERS
+from .solvers.sequential import Sequential
 from .solvers.window import check_window
-from .table import LocalForm, Table
 
 __all__ = ["Candidate", "Plan", "Range", "RoundsCurve", "plan"]
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .samplers import Sampler
+from .samplers.sampler import Sampler
 
 __all__ = ["load_trajectory", "save_trajectory"]
 

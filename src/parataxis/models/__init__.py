@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..checks import is_finite
 from ..denoisers import guided
-from ..samplers import SAMPLERS, Prediction, Sampler
-from ..schedules import Schedule, Variance, cosine, flow, vp
+from ..samplers import SAMPLERS
+from ..samplers.sampler import Prediction, Sampler
+from ..samplers.schedules import Schedule, Variance, cosine, flow, vp
 
 if TYPE_CHECKING:
     from collections.abc import Callable

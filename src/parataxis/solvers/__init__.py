@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..solve import Solver
+from ..engine.solve import Solver
 from .anderson import Anderson
 from .nested import Nested
 from .parareal import Parareal

@@ -28,8 +28,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Combine, Inner, Problem
-from ..table import LocalForm
+from ..engine.solve import Asking, Combine, Inner, Problem
+from ..samplers.coefficients import LocalForm
 from .picard import noise_variance
 from .window import Window, check_window
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..solve import Asking, Problem, Solver
-from ..table import LocalForm
+from ..engine.solve import Asking, Problem, Solver
+from ..samplers.coefficients import LocalForm
 from .secant import Secant
 
 __all__ = ["Nested"]

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import is_whole
-from ..solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
-from ..table import LocalForm
+from ..engine.solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
+from ..samplers.coefficients import LocalForm
 
 __all__ = ["Parareal"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Problem
-from ..table import LocalForm
+from ..engine.solve import Asking, Problem
+from ..samplers.coefficients import LocalForm
 from .window import Window, check_window
 
 __all__ = ["Picard", "noise_variance"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Inner, Problem
-from ..table import LocalForm
+from ..engine.solve import Asking, Inner, Problem
+from ..samplers.coefficients import LocalForm
 from .window import Window, check_window
 
 __all__ = ["Secant"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..solve import Asking, Problem
-from ..table import LocalForm
+from ..engine.solve import Asking, Problem
+from ..samplers.coefficients import LocalForm
 from .window import Window
 
 __all__ = ["Sequential"]

@@ -37,8 +37,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..solve import Asking, Combine, Draw, Inner, Load, Memory, Problem, Query, Settle
-from ..table import LocalForm, Response, Slots
+from ..arrays import Slots
+from ..engine.solve import Asking, Combine, Draw, Inner, Load, Memory, Problem, Query, Settle
+from ..samplers.coefficients import LocalForm
+from ..samplers.recurrence import Response
 from .window import check_window
 
 __all__ = ["Speculative"]

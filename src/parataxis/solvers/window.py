@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Slots
 from ..checks import is_whole
-from ..solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
-from ..table import Response, Slots
+from ..engine.solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
+from ..samplers.recurrence import Response
 
 __all__ = ["Window", "check_window"]
 

@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .samplers import OutputTransform, Sampler, data_prediction
-from .table import LocalForm
+from .coefficients import LocalForm
+from .sampler import OutputTransform, Sampler, data_prediction
 
 __all__ = ["read"]
 

@@ -18,7 +18,6 @@ the place of the networks (:mod:`parataxis.passes`), and the networks only where
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,35 +29,46 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .checks import check_solver, is_finite
-from .execution import ranks_of
-from .merge import Ask, WholeCalls, equal
-from .passes import Loop, Passes, reachable
-from .recording import Changed, Minded, Refused, Stage, Structure, analyse, linearise
-from .solve import Rows, Solver, start, together
-from .solvers import Secant, Sequential
-from .table import Answering, LocalForm, Part, Read, Steps, Table, upload
+from ..arrays import Answering, Read, upload
+from ..checks import check_solver, is_finite
+from ..engine.solve import Rows, Solver, start, together
+from ..samplers.coefficients import LocalForm
+from ..samplers.recurrence import Part, Steps, Table
+from ..solvers.secant import Secant
+from ..solvers.sequential import Sequential
+from .merge import Ask, Refused, WholeCalls, equal
+from .passes import Loop, Passes
+from .recording import Changed, Minded, Stage, Structure, analyse, linearise
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    pass
 
-    from .distributed import Ranks
+__all__ = ["Report", "checked", "named", "solved"]
 
-__all__ = ["Parallel", "Report", "checked", "named", "parallel", "solved"]
 
 Array = NDArray[np.float64]
+
 SHORT = 8  # levels: shorter loops run sequentially
+
 PROOF = 48  # elements of a level to fit its coefficients to; smaller loops are recorded more often
+
 MORE = 16  # recordings at most, besides two
+
 THIRD = 99  # seed of the pass that tells what the loop adds
+
 ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+
 LEARNED = 16  # keys of calls whose first stage a loop remembers, the latest ones
+
 ANCHORS = 2  # solves of the equation from the trajectory of a replay, at most
+
 FLOORS = 4  # the floor is measured once, at random: an anchored solution need not be nearer
+
 GRADIENTS = (
     "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
     "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
 )
+
 MARGINS = 2, 4  # by which errors may exceed the solver's estimate: of an equation, of a loop that answers by itself
 
 
@@ -117,42 +127,6 @@ class Report:
         )
 
 
-def parallel(
-    target: Any,
-    solver: Solver | None = None,
-    *,
-    tolerance: float = 1e-2,
-    denoisers: Sequence[nn.Module] | None = None,
-    mesh: DeviceMesh | Ranks | None = None,
-) -> Any:
-    """Run a sampling loop parallel in time: the same sample, in fewer rounds of network calls.
-
-    Args:
-        target: A function that runs a sampling loop, or a diffusers pipeline.
-        solver: Default ``Secant(window=8)``.
-        tolerance: Relative error allowed in each sample, compared with the loop as it is.
-        denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
-            function can see.
-        mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
-            see :func:`parataxis.distributed.sharded`. Levels are shared, as rows of one call belong together.
-
-    Returns:
-        For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context
-        manager: within ``with parallel(pipe) as report``, calls of ``pipe`` itself run in parallel.
-
-    Raises:
-        TypeError: If the target is neither, or the denoisers are no modules.
-        ValueError: If the denoisers cannot be found, or for a tolerance that is negative or infinite.
-    """
-    if hasattr(target, "components") and hasattr(target, "register_modules"):
-        from . import pipelines
-
-        return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
-    if not callable(target) or isinstance(target, nn.Module):
-        raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
-
-
 def named(denoisers: Sequence[nn.Module] | None) -> tuple[nn.Module, ...] | None:
     """Return the denoisers that were named, or None for none, or raise."""
     if denoisers is None:
@@ -171,57 +145,6 @@ def checked(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
     solver = Secant(window=8) if solver is None else solver
     check_solver(solver)
     return solver, float(tolerance)
-
-
-class Parallel:
-    """A function that runs a sampling loop, parallel in time; ``report`` says how the latest call went."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        solver: Solver,
-        tolerance: float,
-        denoisers: tuple[nn.Module, ...] | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        """See :func:`parallel`."""
-        functools.update_wrapper(self, function, updated=())
-        self.function, self.solver, self.tolerance = function, solver, tolerance
-        self.report = Report()
-        self._denoisers = denoisers
-        self._ranks = ranks
-        self._loop: Loop | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the loop."""
-        found = self._denoisers
-        modules = _modules(self.function, args, kwargs)
-        if found is None:
-            if len(modules) != 1:
-                raise ValueError(
-                    f"the loop {self.function!r} can see {len(modules)} modules, and which it calls level by level is "
-                    "not clear: name them with denoisers=[...]."
-                )
-            found = (modules[0],)
-        others = tuple((module, "__call__") for module in modules if not any(module is one for one in found))
-        loop = self._loop
-        if loop is None or loop.denoisers != found or loop.remembered != others:
-
-            def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
-                return self.function(*args, **kwargs)
-
-            loop = self._loop = Loop(run, found, others, ranks=self._ranks)
-        return solved(loop, args, kwargs, self.solver, self.tolerance, self.report)
-
-
-def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:
-    """Return the outermost modules that a function can see."""
-    found: list[nn.Module] = []
-    for value in reachable(function, args, kwargs):
-        if isinstance(value, nn.Module) and not any(value is one for one in found):
-            found.append(value)
-    inner = {id(part) for module in found for part in module.modules() if part is not module}
-    return [module for module in found if id(module) not in inner]
 
 
 def solved(

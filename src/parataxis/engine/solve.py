@@ -38,9 +38,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checks import check_generators, check_solver, check_tolerance, check_whole
-from .samplers import Sampler
-from .table import Answering, LocalForm, Part, Read, Response, Slots, Steps, Table, upload, uploads
+from ..arrays import Answering, Read, Slots, upload, uploads
+from ..checks import check_generators, check_solver, check_tolerance, check_whole
+from ..samplers.coefficients import LocalForm
+from ..samplers.recurrence import Part, Response, Steps, Table
+from ..samplers.sampler import Sampler
 
 __all__ = [
     "Combine",

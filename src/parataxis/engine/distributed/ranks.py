@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from .solve import Rows, expect
+from ..solve import Rows, expect
 
 __all__ = ["RankError", "Ranks", "Sharded", "fingerprint", "sharded"]
 

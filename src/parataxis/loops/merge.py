@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .execution import out_of_memory
-from .table import upload
+from ..arrays import upload
+from ..engine.executor import out_of_memory
 
 if TYPE_CHECKING:
-    from .distributed import Ranks
+    from ..engine.distributed.ranks import Ranks
 
 __all__ = ["Ask", "Call", "Calls", "Merger", "Output", "Piece", "Refused", "Site", "WholeCalls", "equal"]
 

@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import is_finite, is_whole
+from ..checks import is_finite, is_whole
 
 __all__ = ["Flow", "Grid", "Karras", "Schedule", "Spacing", "Variance", "cosine", "flow", "karras", "vp"]
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from .merge import Call, Merger, Output, equal
-from .recording import Changed, Ended, Refused, Stage, Structure, drawn
+from .merge import Call, Merger, Output, Refused, equal
+from .recording import Changed, Ended, Stage, Structure, drawn
 
 if TYPE_CHECKING:
-    from .distributed import Ranks
+    from ..engine.distributed.ranks import Ranks
 
 __all__ = ["Loop", "Nested", "Passes", "Randomness", "reachable", "replaced"]
 

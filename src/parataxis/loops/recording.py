@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from ..arrays import upload
+from ..samplers.coefficients import LocalForm
+from ..samplers.recurrence import Part
 from .merge import Call, Calls, Output, Piece, Refused, Site, equal
-from .table import LocalForm, Part, upload
 
 __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analyse", "drawn", "fit"]
 

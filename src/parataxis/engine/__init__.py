@@ -1,0 +1,1 @@
+"""The engine: carries out what solvers ask, in few calls of the network."""

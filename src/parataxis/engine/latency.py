@@ -1,0 +1,178 @@
+"""How long a call of the network takes, by its number of rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .executor import out_of_memory
+from .solve import Rows
+
+__all__ = ["Latency", "agree", "duration", "latency", "seconds_of"]
+
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a call of the network against its rows: tau(n), as measured.
+
+    Piecewise linear through the measured points, and behind the last one on with the slope of the last three: exact
+    for a cost that is flat and then linear, or linear above a constant, which a multiple of one row is not. Whatever
+    disturbs a measurement makes it longer, so a point counts as at most what a larger number of rows was measured at.
+
+    Attributes:
+        rows: The numbers of rows that were measured, increasing.
+        times: Median seconds of a call with each.
+        limit: Most rows of one call; more take several calls. None for no limit.
+        padded: Whether a call has one of these numbers of rows (buckets), others being padded to the next.
+    """
+
+    rows: tuple[int, ...]
+    times: tuple[float, ...]
+    limit: int | None = None
+    padded: bool = False
+
+    def seconds(self, rows: ArrayLike) -> Array:
+        """Return the seconds that so many rows take, in the same shape."""
+        count = np.asarray(rows, np.float64)
+        if self.limit is None:
+            return self._call(count)
+        calls, rest = np.divmod(count, self.limit)
+        return calls * self._call(np.float64(self.limit)) + np.where(rest > 0, self._call(rest), 0.0)
+
+    def _call(self, count: Any) -> Any:
+        sizes, times = np.array(self.rows, np.float64), self._times
+        if self.padded:
+            count = sizes[np.minimum(np.searchsorted(sizes, count), len(sizes) - 1)]
+        return np.interp(count, sizes, times) + self._slope * np.maximum(count - sizes[-1], 0.0)
+
+    @property
+    def _times(self) -> Array:
+        return np.minimum.accumulate(np.array(self.times)[::-1])[::-1]
+
+    @property
+    def _slope(self) -> float:
+        if len(self.rows) == 1:
+            return self.times[0] / self.rows[0]
+        first = max(len(self.rows) - 3, 0)
+        return float((self._times[-1] - self._times[first]) / (self.rows[-1] - self.rows[first]))
+
+    @property
+    def free(self) -> float:
+        """b*: rows a second in the best call, over rows a second one by one.
+
+        No solver is faster than the loop by more. For tau(n) = tau(1) max(1, n / b*) it is the number of rows that
+        cost as much as one. Calls may have as many rows as the limit allows, measured or not.
+        """
+        sizes = np.array([*self.rows, self.limit or self.rows[-1]])
+        best = float(np.max(sizes / self.seconds(sizes)))
+        if self.limit is None and _straight(self.rows, self._times):
+            best = max(best, 1 / self._slope)
+        return best * float(self.seconds(1))
+
+    def __str__(self) -> str:
+        """Return the measured points and b*, on one line."""
+        one = float(self.seconds(1))
+        points = [f"{rows} rows {float(self.seconds(rows)) / one:.1f}" for rows in self.rows if rows > 1]
+        multiples = f", times that: {', '.join(points)}" if points else ""
+        limit = "" if self.limit is None else f", at most {self.limit} rows a call"
+        return f"1 row {duration(one)}{multiples}; b* = {self.free:.1f}{limit}"
+
+
+def latency(
+    evaluate: Callable[[Rows], Tensor],
+    rows: Rows,
+    *,
+    most: int = 128,
+    buckets: Sequence[int] | None = None,
+    enough: Callable[[Latency], bool] = lambda known: False,
+) -> Latency:
+    """Measure the seconds of a call with 1, 2, 4, .. rows.
+
+    Of each, one call to warm up and the median of more, until the two shortest agree to a twentieth: at most five,
+    within a tenth of a second, at least one; the clock waits for the device. Ends at ``most`` rows, where memory runs
+    out, or where the cost has plainly become a straight line: by half more than the point before, and within a tenth of
+    where the two points before it lead.
+
+    Args:
+        evaluate: Rows to outputs, as a driver calls it; not an :class:`Executor`, which hides where memory ends.
+        rows: What to evaluate; repeated as often as needed.
+        most: Most rows of a call.
+        buckets: The numbers of rows to measure instead, all of them.
+        enough: Asked after every point whether larger calls still matter.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
+    """
+    sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(most.bit_length())), most})
+    times: list[float] = []
+    limit = sizes[-1] if buckets else None
+    with torch.no_grad():
+        for size in sizes:
+            try:
+                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.u))))
+            except (RuntimeError, MemoryError) as error:
+                if not times or not out_of_memory(error):
+                    raise
+                limit = sizes[len(times) - 1]
+                break
+            known = Latency(tuple(sizes[: len(times)]), tuple(times))
+            if not buckets and (_straight(known.rows, times) or enough(known)):
+                break
+    return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
+
+
+def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
+    def once() -> float:
+        return seconds_of(lambda: evaluate(rows), rows.u.device)
+
+    once()
+    taken = [once()]
+    while len(taken) < 5 and sum(taken) < 0.1 and not agree(taken, min(taken)):
+        taken.append(once())
+    return median(taken)
+
+
+def agree(taken: Iterable[float], size: float) -> bool:
+    """Return whether the two shortest times differ by less than a twentieth of a size: what disturbs is in neither."""
+    shortest = sorted(taken)[:2]
+    return len(shortest) == 2 and shortest[1] - shortest[0] < size / 20
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return how long a call takes until its work on the device is done."""
+    _wait(device)
+    begun = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until the work on a device is done, if it is of a kind that works on its own."""
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronize is not None:
+        synchronize(*(() if device.type == "mps" else (device,)))  # there is one MPS, which is not named
+
+
+def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:
+    if len(times) < 3:
+        return False
+    (a, b, c), (first, second, third) = sizes[-3:], times[-3:]
+    expected = second + (second - first) * (c - b) / (b - a)
+    return bool(third > 1.5 * second and abs(third - expected) < 0.1 * third)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person reads them."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

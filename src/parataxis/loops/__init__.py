@@ -1,0 +1,1 @@
+"""Somebody else's loop: recorded, solved and replayed, unmodified."""

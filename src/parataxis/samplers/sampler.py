@@ -1,0 +1,178 @@
+"""The sampler: its recurrence with the noise that it adds, and what becomes of an output before it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..arrays import upload
+from .coefficients import LocalForm
+from .recurrence import Table
+
+__all__ = ["OutputTransform", "Prediction", "Sampler", "data_prediction"]
+
+
+Array = NDArray[np.float64]
+
+Prediction = Literal["eps", "x0", "v", "flow", "edm"]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputTransform:
+    """What becomes of an output before it enters the table: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
+
+    Attributes:
+        data_input: (N,) p.
+        data_output: (N,) q.
+        gain: (N,) 1 where the table uses the clipped prediction alone.
+        clip: c in clipping to [-c, c], or None.
+        quantile: Dynamic thresholding instead (Imagen, 2205.11487): s = max(1, this quantile of |xhat|) of each sample,
+            clip to [-s, s] and divide by s; or None.
+        largest: Upper bound of s.
+    """
+
+    data_input: Array
+    data_output: Array
+    gain: Array
+    clip: float | None = None
+    quantile: float | None = None
+    largest: float = float("inf")
+
+    def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
+        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
+        chosen = np.stack([self.data_input, self.data_output, self.gain])[:, point.numpy()]
+        p, q, gain = upload(chosen, f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
+        data = (q * f).addcmul_(p, u)
+        if self.quantile is not None:
+            limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(1.0, self.largest)
+            limit = limit.view(-1, *(1,) * (f.ndim - 1))
+            clipped = torch.minimum(torch.maximum(data, -limit), limit) / limit
+        elif self.clip is not None:
+            clipped = data.clamp(-self.clip, self.clip)
+        else:
+            return data
+        return data + gain * (clipped - data)
+
+    def told(self, local: LocalForm) -> LocalForm:
+        """Return the local form without a data prediction if these outputs do not tell it, which takes a gain of 1."""
+        return local if (self.gain == 1).all() else replace(local, data_input=None, data_output=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A sampler with its grid: the equation that defines the sample.
+
+    Attributes:
+        name: Name of the function that made it.
+        times: (N,) what the network is told.
+        local: The coefficients.
+        start_scale: First state over standard normal noise, in the coordinates of the network's input.
+        transform: What becomes of an output before it enters the table, or None.
+        draws: The steps that each draw of noise enters and its factors there, in the loop's order; None for one draw
+            for each step that adds noise.
+        draw_dtype: What the loop draws noise in, or None for the dtype of its states.
+    """
+
+    name: str
+    times: Array
+    local: LocalForm
+    start_scale: float = 1.0
+    transform: OutputTransform | None = None
+    draws: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    draw_dtype: torch.dtype | None = None
+
+    @property
+    def steps(self) -> int:
+        """N, the number of network evaluations of the sequential loop."""
+        return self.local.steps
+
+    def network_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``times`` as the network is given them: int64 if all are whole, else of at least float32."""
+        times = torch.from_numpy(self.times.copy())
+        whole = bool((times == times.round()).all())
+        return times.long() if whole else times.to(torch.promote_types(dtype, torch.float32))
+
+    def table(
+        self,
+        noise: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Table:
+        """Draw the noise that the steps add and return the table of a batch.
+
+        Args:
+            noise: (B, *shape) standard normal; its dtype is the states'.
+            generator: One for the batch: each step draws (B, *shape) in the order of the loop, as diffusers does; or
+                one for each sample, which makes a sample independent of its batch.
+            dtype: Of the states of the loop whose draws are wanted; default that of ``noise``.
+
+        Raises:
+            ValueError: If there are not as many generators as samples.
+        """
+        drawn = None
+        if self.local.noise.any():
+            draws = self.draws
+            if draws is None:
+                draws = tuple(((int(i), float(self.local.noise[i])),) for i in np.flatnonzero(self.local.noise))
+            dtype = self.draw_dtype or dtype or noise.dtype
+            drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
+            sources: list[tuple[slice, torch.Generator | None]] = [(slice(None), None)]
+            if isinstance(generator, torch.Generator):
+                sources = [(slice(None), generator)]
+            elif generator is not None:
+                if len(generator) != len(noise):
+                    raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
+                sources = [(slice(b, b + 1), own) for b, own in enumerate(generator)]
+            for rows, source in sources:
+                for steps in draws:
+                    normal = _normal(noise[rows].shape, noise, source, dtype)
+                    for i, factor in steps:
+                        drawn[rows, i] += factor * normal
+        return Table(self.local, noise * self.start_scale, drawn)
+
+    def output(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
+        """Return what enters the table for the network's outputs f at inputs u; the driver applies it."""
+        return f if self.transform is None else self.transform(point, u, f)
+
+
+def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Draw where the generator lives, as diffusers does, and bring it to the states' device and dtype."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype).to(like)
+
+
+def data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:
+    """Return p and q of xhat = p x + q f at levels alpha and sigma, all (N,).
+
+    Args:
+        kind: A :data:`Prediction`.
+        alpha: Signal.
+        sigma: Noise.
+        sigma_data: Standard deviation of the data in EDM's preconditioning.
+
+    Raises:
+        ValueError: For an eps-prediction at alpha = 0, a flow with alpha + sigma != 1, or another kind.
+    """
+    size = np.sqrt(alpha**2 + sigma**2)
+    if kind == "eps":
+        if (alpha == 0).any():
+            raise ValueError("an eps-prediction says nothing where alpha = 0: use flow or v prediction there.")
+        return 1 / alpha, -sigma / alpha
+    if kind == "x0":
+        return np.zeros_like(alpha), np.ones_like(alpha)
+    if kind == "v":
+        return alpha / size**2, -sigma / size
+    if kind == "flow":
+        if not np.allclose(alpha + sigma, 1):
+            raise ValueError("flow prediction needs alpha + sigma = 1: use the schedule flow().")
+        return np.ones_like(alpha), -sigma
+    if kind == "edm":
+        total = sigma**2 + sigma_data**2
+        return sigma_data**2 / total, sigma * sigma_data / np.sqrt(total)
+    raise ValueError(f"prediction must be 'eps', 'x0', 'v', 'flow' or 'edm', got {kind!r}.")
