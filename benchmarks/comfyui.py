@@ -69,7 +69,7 @@ def main() -> None:
             for noise, extra, expected in cases:
                 x = run(model, noise, sigmas, extra, disable=True)
                 errors.append(float((x - expected).norm() / expected.norm()))
-                reports.append((run.report.rounds, run.report.calls, run.report.evaluations / run.report.levels))
+                reports.append((run.report.rounds, run.report.calls, run.report.evaluations / run.report.steps))
             rounds, calls, work = zip(*reports, strict=True)
             print(
                 f"| {loop.__name__} | {window or 'all'} | {statistics.median(rounds):g} ({max(rounds)}) | {calls[0]} "

@@ -208,15 +208,15 @@ def asked(solver: Any, steps: int = 64) -> list[tuple[Any, Any]]:
     sampler = px.samplers.ddim(steps=steps)
     network, times = mixture(64).network(px.vp()), sampler.network_times(torch.float64)
     noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    exact = px.sample(network, noise, sampler, px.Sequential(), keep=True).trajectory
+    exact = px.sample(network, noise, sampler, px.Sequential(), keep_trajectory=True).trajectory
     assert exact is not None
-    [run] = px.start(sampler, sampler.table(noise), solver, tolerance=1e-4)
+    [run] = px.start(sampler, sampler.recurrence(noise), solver, tolerance=1e-4)
     rounds = []
     while not run.done:
         query = run.query
-        away = (query.u - exact[0, query.point]).norm(dim=1) / exact[0, query.point].norm(dim=1)
-        rounds.append((query.point.numpy(), away.numpy()))
-        run.answer(network(query.u, times[query.point]))
+        away = (query.x - exact[0, query.step]).norm(dim=1) / exact[0, query.step].norm(dim=1)
+        rounds.append((query.step.numpy(), away.numpy()))
+        run.answer(network(query.x, times[query.step]))
     return rounds
 
 

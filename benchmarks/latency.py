@@ -27,18 +27,19 @@ from tqdm import tqdm
 import parataxis as px
 from meter import machine, write
 from parataxis import models
-from parataxis.execution import seconds_of
-from parataxis.solve import Rows, Solver
+from parataxis.engine.latency import seconds_of
+from parataxis.engine.rows import EvalBatch
+from parataxis.solvers import Solver
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = 64  # most that torch may keep of one network
 Denoise = Callable[..., Tensor]
 
 
-def plain_loop(denoise: Denoise, sampler: px.Sampler, table: px.Table, told: Any, dtype: torch.dtype) -> Tensor:
+def plain_loop(denoise: Denoise, sampler: px.Sampler, table: px.Recurrence, told: Any, dtype: torch.dtype) -> Tensor:
     """Return the sample of a loop with no more than two operations a step besides the network."""
-    x, local, times = table.start, sampler.local, sampler.network_times(dtype).to(table.start.device)
-    decay, weight = local.decay.tolist(), local.weight[:, 0].tolist()
+    x, local, times = table.start, sampler.coefficients, sampler.network_times(dtype).to(table.start.device)
+    decay, weight = local.state_weight.tolist(), local.output_weight[:, 0].tolist()
     with torch.no_grad():
         for i in range(sampler.steps):
             output = denoise(x.to(dtype), times[i, None], *told).to(x)
@@ -60,7 +61,7 @@ def methods(
 
     def loop(chosen: models.Model) -> Callable[[int], tuple[Tensor, int, int]]:
         def run(seed: int) -> tuple[Tensor, int, int]:
-            table = sampler.table(drawn(seed).float(), torch.Generator().manual_seed(seed), dtype)
+            table = sampler.recurrence(drawn(seed).float(), torch.Generator().manual_seed(seed), dtype)
             return plain_loop(chosen.denoiser(), sampler, table, label, dtype), steps, steps
 
         return run
@@ -154,10 +155,10 @@ def compare(
 def curve(name: str, call: Denoise, shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namespace) -> Any:
     """Return the seconds of a call against its rows."""
     u = torch.randn(1, *shape, device=options.device, dtype=dtype)
-    rows = Rows(u, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    rows = EvalBatch(u, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
-        found = px.latency(lambda asked: call(asked.u), rows, most=options.most)
-    about = {"model": name, "dtype": str(dtype)[6:], "free": round(found.free, 2)}
+        found = px.latency(lambda asked: call(asked.x), rows, most=options.most)
+    about = {"model": name, "dtype": str(dtype)[6:], "free": round(found.batch_headroom, 2)}
     return [
         {**about, "rows": count, "seconds": f"{seconds:.4g}"}
         for count, seconds in zip(found.rows, found.times, strict=True)

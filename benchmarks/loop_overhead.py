@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 OUT = Path(__file__).parent / "results" / "loop_overhead.csv"
 COLUMNS = ["loop", "call", "mode", "passes", "rounds", "sequential_seconds", "outside_seconds", "outside_share"]
 STEPS, LATER, SLEEP = 50, 5, 0.02
-LOOPS = {"table": {}, "replay": {"guidance_rescale": 0.7}}
+LOOPS = {"recurrence": {}, "replay": {"guidance_rescale": 0.7}}
 
 
 class Clock:

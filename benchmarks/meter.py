@@ -106,11 +106,11 @@ def measure(
 
     def solve(meter: Meter) -> tuple[int, float]:
         denoise = network(meter)
-        runs = px.start(sampler, sampler.table(noise), solver, tolerance=tolerance)
+        runs = px.start(sampler, sampler.recurrence(noise), solver, tolerance=tolerance)
         meter.operations = 0  # of rounds, not of drawing the noise
         synchronize()
         begun = time.perf_counter()
-        rounds = sum(1 for _ in px.together(runs, lambda rows: denoise(rows.u, times[rows.point.to(device)])))
+        rounds = sum(1 for _ in px.drive(runs, lambda rows: denoise(rows.x, times[rows.step.to(device)])))
         synchronize()
         return rounds, time.perf_counter() - begun - meter.seconds
 
@@ -125,7 +125,8 @@ def measure(
         "rounds": rounds,
         "operations_a_round": meter.operations / rounds,
         "milliseconds_a_round": 1e3 * seconds / rounds,
-        "windows": (meter.peak - (state * sampler.steps if sampler.local.noise.any() else 0)) / (state * width),
+        "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0))
+        / (state * width),
     }
 
 

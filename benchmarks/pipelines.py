@@ -111,13 +111,13 @@ class Case:
             floor = self.floor
         if not error <= max(check.bound, 2 * (floor or 0)):
             short.append("error")
-        if check.tolerance and not report.certificate <= max(check.tolerance, 2 * report.floor):
+        if check.tolerance and not report.error_estimate <= max(check.tolerance, 2 * report.floor):
             short.append("certificate")
         if not report.converged and check.tolerance:
             short.append("not converged")
         if report.mode != "sequential" and calls != report.calls:
             short.append("calls that are not counted")
-        if report.mode == "replay" and check.solver == CHECKS["window 1"].solver and report.rounds != report.levels:
+        if report.mode == "replay" and check.solver == CHECKS["window 1"].solver and report.rounds != report.steps:
             short.append("more rounds than levels")
         row = {name: str(value) for name, value in vars(report).items()}
         row |= {name: f"{vars(report)[name]:.1e}" for name in ("certificate", "floor")}

@@ -66,18 +66,18 @@ def compare(chosen: Problem, name: str, steps: int) -> list[dict[str, Any]]:
             speed = plan.speedup_of(expected)
             rows.append(
                 {
-                    "planned_rounds": expected.rounds.middle,
+                    "planned_rounds": expected.rounds.median,
                     "rounds": result.rounds,
-                    "planned_seconds": expected.seconds.middle,
+                    "planned_seconds": expected.seconds.median,
                     "seconds": result.seconds,
-                    "seconds_over_planned": result.seconds / expected.seconds.middle,
-                    "planned_speedup": speed.middle,
+                    "seconds_over_planned": result.seconds / expected.seconds.median,
+                    "planned_speedup": speed.median,
                     "planned_speedup_low": speed.low,
                     "planned_speedup_high": speed.high,
                     "speedup": loop / result.seconds,
                     "chosen": float(plan.solver == solver),
-                    "free": plan.latency.free,
-                    "planning_seconds": plan.spent,
+                    "free": plan.latency.batch_headroom,
+                    "planning_seconds": plan.planning_seconds,
                 }
             )
     about = {"device": f"{platform.machine()} 1 thread", "torch": torch.__version__, "parataxis": px.__version__}

@@ -79,7 +79,7 @@ def main() -> None:
                 )
                 error = (result.x - plain)[:, 1:].flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
                 rounds = torch.tensor([float(one.rounds) for one in result])
-                work = torch.tensor([one.work for one in result])
+                work = torch.tensor([one.nfe_ratio for one in result])
                 lines.append(
                     f"| {name}, {steps} | {window or 'all'} | {tolerance:g} | {rounds.median():g} ({result.rounds}) "
                     f"| {work.median():.1f} | {error.median():.0e} ({error.max():.0e}) |"

@@ -105,7 +105,7 @@ def parallel_loop(
     scheduler: Scheduler,
     observation: Tensor,
     generator: torch.Generator,
-    solver: px.solve.Solver = px.Secant(),  # noqa: B008 (frozen)
+    solver: px.solvers.Solver = px.Secant(),  # noqa: B008 (frozen)
     tolerance: float = 1e-3,
 ) -> px.Solutions:
     """Return the same trajectories, all steps solved side by side; their first points are not put in yet."""
@@ -114,7 +114,7 @@ def parallel_loop(
         return network(torch.cat([observation[:, None, :2], trajectory[:, 1:]], 1), t, observation)
 
     noise = torch.randn(len(observation), HORIZON, 2, generator=generator)
-    sampler = px.read(scheduler)  # once for all plans
+    sampler = px.from_scheduler(scheduler)  # once for all plans
     return px.sample(policy, noise, sampler, solver, tolerance=tolerance, condition=observation, generator=generator)
 
 

@@ -22,7 +22,7 @@ solver = px.Anderson()
 
 def draw(label: torch.Tensor, **options: object) -> px.Solutions:
     """Draw the digit from the same noise."""
-    return px.sample(denoise, noise, sampler, solver, condition=label, keep=True, tolerance=1e-2, **options)
+    return px.sample(denoise, noise, sampler, solver, condition=label, keep_trajectory=True, tolerance=1e-2, **options)
 
 
 source = draw(four)
@@ -32,7 +32,7 @@ print(f"9 from nothing: {cold.rounds} rounds; from the trajectory of 4, all stat
 
 pictures = [source.x]
 for frozen in (35, 30, 25, 20, 15, 10):
-    variation = draw(nine, guess=source.trajectory, frozen=frozen)
+    variation = draw(nine, guess=source.trajectory, frozen_steps=frozen)
     print(f"the {frozen} noisiest states stay: {variation.rounds} rounds")
     pictures.append(variation.x)
 pictures.append(warm.x)

@@ -44,7 +44,7 @@ def chain():
     def network(x, t):
         return torch.tanh(2 * x.roll(1, 1)) + torch.sin(1.7 * t)[:, None]
 
-    local = px.LocalForm(np.full(steps, 0.8), np.full((steps, 1), 0.8), deviation)
+    local = px.Coefficients(np.full(steps, 0.8), np.full((steps, 1), 0.8), deviation)
     return network, px.Sampler("chain", np.arange(steps) + 0.5, local)
 
 
@@ -108,7 +108,7 @@ def bound(solver, steps):
 
 def works(solver, name):
     """Return whether a solver admits a sampler; tests/test_admits.py prints the table and its reasons."""
-    return solver.refuses(sampler(name, 25).local) is None
+    return solver.refuses(sampler(name, 25).coefficients) is None
 
 
 def variants():
@@ -126,7 +126,7 @@ def variants():
 def law_exact():
     """Return every registered law-exact solver with all combinations of its options, and windows of 1, 4 and all."""
     found = []
-    for cls in px.LAW_EXACT.values():
+    for cls in px.EXACT_IN_DISTRIBUTION.values():
         kinds = typing.get_type_hints(cls)
         choices = {
             name: typing.get_args(kind) for name, kind in kinds.items() if typing.get_origin(kind) is typing.Literal

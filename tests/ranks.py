@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import parataxis as px
 from parataxis import pipelines
 from parataxis.denoisers import mixture
-from parataxis.distributed import RankError, Ranks, sharded
+from parataxis.engine.distributed import RankError, Ranks, sharded
 
 NOISE = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 SAMPLER = px.SAMPLERS["ddpm"](steps=40)
@@ -54,11 +54,11 @@ def samples(mesh):
 
     plain = draw(mesh, network)
     counted = list(rows)
-    table = SAMPLER.table(NOISE, generators())
+    table = SAMPLER.recurrence(NOISE, generators())
     runs = px.start(SAMPLER, table, px.Picard(window=5))
     times = SAMPLER.network_times()
-    evaluate = sharded(lambda asked: EXACT(asked.u, times[asked.point]), mesh)
-    for _ in px.together(runs, evaluate):
+    evaluate = sharded(lambda asked: EXACT(asked.x, times[asked.step]), mesh)
+    for _ in px.drive(runs, evaluate):
         pass
     return {
         "x": plain.x,
@@ -66,7 +66,7 @@ def samples(mesh):
         "rows": counted,
         "wave": draw(mesh, solver=px.Parareal(blocks=5)).x,
         "together": torch.stack([run.solution.x for run in runs]),
-        "refilled": draw(mesh, rows=5).x,
+        "refilled": draw(mesh, rows_per_round=5).x,
         "auto": draw(mesh, solver="auto").x,
         "auto solver": repr(draw(mesh, solver="auto")[0].solver),
         "loop": looped(Net(), mesh)[0],
@@ -84,7 +84,7 @@ def pipeline(mesh):
     report = pipelines.enable(pipe, px.Secant(window=6), tolerance=1e-4, mesh=mesh)
     x = zoo.run(pipe, call)
     pipelines.disable(pipe)
-    assert report.mode == "table"
+    assert report.mode == "recurrence"
     return {"x": x, "rounds": report.rounds, "evaluations": report.evaluations, "calls": calls}
 
 
@@ -144,7 +144,7 @@ def interrupted(mesh):
     for name, options in {
         "network": {"network": network},
         "between": {"on_round": between},
-        "stream": {"network": network, "rows": 5},
+        "stream": {"network": network, "rows_per_round": 5},
     }.items():
         try:
             found[name] = reasons(**options)

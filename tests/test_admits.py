@@ -21,7 +21,7 @@ SOLVERS = [
     px.Anderson(),
     px.Anderson(rule="residual"),
     px.Secant(),
-    px.Nested(),
+    px.CoarseToFine(),
     px.Parareal(pipelined=False),
     px.Parareal(),
     px.Parareal(coarse="two-step"),
@@ -32,8 +32,8 @@ TABLES = [*px.SAMPLERS, "recorded"]
 
 def local_of(name):
     if name == "recorded":
-        return px.LocalForm.from_dense(problems.sampler("ddim", 12).local.dense()[1])
-    return problems.sampler(name, 12).local
+        return px.Coefficients.from_dense(problems.sampler("ddim", 12).coefficients.dense()[1])
+    return problems.sampler(name, 12).coefficients
 
 
 def short(solver):

@@ -42,9 +42,9 @@ def test_fixed_points_of_order_k_are_the_truncated_series():
     sampler = px.samplers.ddim(steps=12)
     network = problems.network("power law", "ddim")
     noise = problems.noise(1)
-    exact = px.sample(network, noise, sampler, px.Sequential(), keep=True).trajectory
+    exact = px.sample(network, noise, sampler, px.Sequential(), keep_trajectory=True).trajectory
     solver = px.Anderson(order=1, acceleration="none")
-    result = px.sample(network, noise, sampler, solver, tolerance=0, keep=True)
+    result = px.sample(network, noise, sampler, solver, tolerance=0, keep_trajectory=True)
     assert torch.allclose(result.trajectory, exact, rtol=1e-10)
     fast, slow = (rounds(px.Anderson(order=k, acceleration="none"), "ddim", 50, tolerance=1e-3) for k in (None, 3))
     assert fast < slow
@@ -95,9 +95,9 @@ def test_every_acceleration_ends_at_the_sequential_sample_in_n_rounds(name, acce
         ({"history": 0}, "history must be a whole number of rounds"),
         ({"acceleration": "newton"}, "acceleration must be 'triangular'"),
         ({"ridge": -1.0}, "ridge must be at least 0"),
-        ({"rule": "rms"}, "rule must be 'budget' or 'residual'"),
+        ({"rule": "rms"}, "rule must be 'error' or 'residual'"),
         ({"threshold": -1.0}, "threshold must be at least 0"),
-        ({"entry": "x"}, "entry must be 'roll' or 'copy'"),
+        ({"entry": "x"}, "entry must be 'extrapolate' or 'copy'"),
         ({"window": -3}, "window must be a whole number"),
     ],
 )

@@ -58,8 +58,8 @@ def test_options_of_solver_and_sampler_are_flags(capsys):
     assert json.loads(capsys.readouterr().out)["solver"].startswith("Picard(window=4, rule='paradigms', threshold=0.2")
     assert main([*arguments, "--sampler", "ddpm", "--variance", "fixed_large", "--clip", "1", "--window", "all"]) == 0
     assert json.loads(capsys.readouterr().out)["peak_width"] == 8
-    assert main([*arguments, "--solver", "nested", "--inner", "picard", "--strides", "4,2"]) == 0
-    assert "Nested(inner=Picard(window=None" in json.loads(capsys.readouterr().out)["solver"]
+    assert main([*arguments, "--solver", "coarse_to_fine", "--inner", "picard", "--strides", "4,2"]) == 0
+    assert "CoarseToFine(inner=Picard(window=None" in json.loads(capsys.readouterr().out)["solver"]
 
 
 def test_a_plan_is_printed(capsys):
@@ -184,8 +184,8 @@ def test_an_unknown_command_or_flag_is_refused(capsys):
     [
         (["--window", "true"], "argument --window: must be int|none, got 'true'"),
         (["--window", "1.5"], "argument --window: must be int|none, got '1.5'"),
-        (["--solver", "nested", "--strides", "a"], "argument --strides: must be int,.., got 'a'"),
-        (["--solver", "nested", "--inner", "foo"], "argument --inner: there is no solver 'foo'. Choose one of"),
+        (["--solver", "coarse_to_fine", "--strides", "a"], "argument --strides: must be int,.., got 'a'"),
+        (["--solver", "coarse_to_fine", "--inner", "foo"], "argument --inner: there is no solver 'foo'. Choose one of"),
         (["--eta", "a"], "argument --eta: must be float, got 'a'"),
         (["--steps", "a"], "argument --steps: invalid int value: 'a'"),
     ],

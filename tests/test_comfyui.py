@@ -45,9 +45,9 @@ def both(loop, model=model, sigmas=SIGMAS, extra_args=None, solver=None, *, tole
 def test_any_sampler_function_gives_its_own_sample_in_fewer_rounds(name):
     expected, x, run = both(LOOPS[name])
     assert relative(x, expected) <= 1e-2
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     assert run.report.converged
-    assert run.report.rounds < 0.8 * run.report.levels
+    assert run.report.rounds < 0.8 * run.report.steps
     assert x.dtype == torch.float32
 
 
@@ -62,14 +62,14 @@ def test_with_tolerance_zero_the_sample_is_the_functions_own(name):
 def test_a_window_of_one_is_the_function_to_the_bit(name):
     expected, x, run = both(LOOPS[name], sigmas=SIGMAS[6:], solver=px.Secant(window=1))
     assert torch.equal(x, expected)
-    assert run.report.rounds == run.report.levels > 8
+    assert run.report.rounds == run.report.steps > 8
 
 
 def test_options_of_the_function_go_through():
     for loop, options in [(euler, {"s_churn": 6.0, "s_noise": 1.1}), (dpmpp_sde, {"eta": 0.5, "r": 0.4})]:
         expected, x, run = both(loop, tolerance=1e-4, **options)
         assert relative(x, expected) <= 1e-4
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
     assert run.__name__ == "dpmpp_sde"
 
 
@@ -83,7 +83,7 @@ def test_the_callback_is_called_once_a_step_in_order_with_that_steps_states():
         run = kdiffusion.parallel(loop, tolerance=1e-4)
         run(model, noise(), SIGMAS, callback=ours.append, **both_options)
         assert [told["i"] for told in ours] == list(range(20))
-        assert run.report.rounds < run.report.levels
+        assert run.report.rounds < run.report.steps
         for told, expected in zip(ours, theirs, strict=True):
             assert told["sigma"] == expected["sigma"]
             assert relative(told["x"], expected["x"]) <= 1e-3
@@ -171,7 +171,7 @@ def test_the_loop_reads_and_writes_the_models_own_attributes():
     wrapper = Wrapper()
     expected, x, run = both(loop, wrapper)
     assert relative(x, expected) <= 1e-2
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     assert wrapper.last == len(SIGMAS)
 
 
@@ -191,7 +191,7 @@ def test_models_that_are_modules_keep_their_own_calls():
         expected, x, run = both(euler, net)
         assert relative(x, expected) <= 1e-2
         assert run(net, noise(), SIGMAS, disable=True).shape == x.shape
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
     assert set(net.__dict__) == before
 
 
@@ -249,7 +249,7 @@ def test_sampling_under_inference_mode_is_the_same():
         for loop in (euler_ancestral, dpmpp_2m):
             expected, x, run = both(loop)
             assert relative(x, expected) <= 1e-2
-            assert run.report.mode == "table"
+            assert run.report.mode == "recurrence"
 
 
 def test_wrong_arguments_are_named():
@@ -534,7 +534,7 @@ def test_a_ranged_sampler_takes_fewer_rounds(package):
     expected = drawn(KSampler(dpmpp_2m), guider())
     assert relative(drawn(sampler, guider()), expected) <= 1e-2
     report = sampler.sampler_function.report
-    assert report.rounds < 0.7 * report.levels
+    assert report.rounds < 0.7 * report.steps
     drawn(sampler, guider())
     assert report.passes <= 4
 

@@ -16,7 +16,7 @@ import parataxis as px
 import ranks
 import zoo
 from parataxis import pipelines
-from parataxis.distributed import fingerprint
+from parataxis.engine.distributed import fingerprint
 
 SCRIPT = Path(ranks.__file__)
 
@@ -65,7 +65,7 @@ def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path)
     assert near(found[0]["loop"], ranks.looped(ranks.Net(), None)[0])
     # What one process would rather call one by one, ranks share.
     assert near(found[0]["unmerged"], found[0]["loop"], 1e-2)
-    assert found[0]["unmerged mode"] == "table"
+    assert found[0]["unmerged mode"] == "recurrence"
     # One row to compare the networks, then a call a round (but for ranks without a row).
     rows = [one["rows"][1:] for one in found]
     assert sum(map(sum, rows)) == alone.evaluations
@@ -172,9 +172,9 @@ def test_two_agents_of_torchrun_act_as_two_machines(tmp_path):
 
 def test_fingerprints_tell_values_apart():
     values = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).double(), torch.ones(2), None, 0.1, [torch.ones(2), 3]]
-    values += [px.Secant(window=8), px.Secant(window=4), px.SAMPLERS["ddim"](steps=9).local]
-    values.append(px.SAMPLERS["ddpm"](steps=9).local)
+    values += [px.Secant(window=8), px.Secant(window=4), px.SAMPLERS["ddim"](steps=9).coefficients]
+    values.append(px.SAMPLERS["ddpm"](steps=9).coefficients)
     texts = [fingerprint(value) for value in values]
     assert len(set(texts)) == len(texts)
-    assert fingerprint(px.SAMPLERS["ddim"](steps=9).local) == texts[-2]
+    assert fingerprint(px.SAMPLERS["ddim"](steps=9).coefficients) == texts[-2]
     assert fingerprint(torch.zeros(2, dtype=torch.bfloat16)) == fingerprint(torch.zeros(2, dtype=torch.bfloat16))

@@ -7,12 +7,13 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.execution import Executor, seconds_of
-from parataxis.solve import Rows
+from parataxis.engine.executor import Executor
+from parataxis.engine.latency import seconds_of
+from parataxis.engine.rows import EvalBatch
 
 
 def rows(count):
-    return Rows(torch.randn(count, 3), torch.arange(count), torch.zeros(count, dtype=torch.int64))
+    return EvalBatch(torch.randn(count, 3), torch.arange(count), torch.zeros(count, dtype=torch.int64))
 
 
 class Memory:
@@ -48,10 +49,10 @@ def cudnn():
 @pytest.mark.parametrize("fail", [cuda, cpu, python, cudnn])
 def test_a_call_that_runs_out_of_memory_is_halved_and_the_limit_kept(fail):
     network = Memory(5, fail)
-    execute = Executor(lambda own: network(own.u))
+    execute = Executor(lambda own: network(own.x))
     asked = rows(100)
     for _ in range(3):
-        assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
+        assert torch.equal(execute(asked), torch.tanh(asked.x) * 0.5)
     assert network.failed == 5  # 100, 50, 25, 12, 6
     assert execute.limit == 3
     assert set(network.sizes) == {3, 1}
@@ -75,7 +76,7 @@ def test_without_memory_for_one_row_it_is_said():
         px.sample(Memory(0, cpu), problems.noise(2), px.samplers.ddim(steps=10), px.Picard())
     network = Memory(3, cuda)
     with pytest.raises(torch.OutOfMemoryError, match="with the smallest bucket, 4 rows, of shape"):
-        Executor(lambda own: network(own.u), buckets=(8, 4))(rows(5))
+        Executor(lambda own: network(own.x), buckets=(8, 4))(rows(5))
     assert network.failed == 2
 
 
@@ -94,22 +95,22 @@ def test_calls_have_the_sizes_of_the_buckets_and_padding_is_cut_off(max_rows):
 
     def evaluate(own):
         seen.append(own)
-        return network(own.u)
+        return network(own.x)
 
     execute = Executor(evaluate, buckets=(1, 4, 8), max_rows=max_rows)
     for count in (1, 2, 5, 8, 21):
         asked = rows(count)
-        assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
-        assert set(seen[-1].point.tolist()) <= set(range(count))  # a padding row repeats a real one
+        assert torch.equal(execute(asked), torch.tanh(asked.x) * 0.5)
+        assert set(seen[-1].step.tolist()) <= set(range(count))  # a padding row repeats a real one
     assert set(network.sizes) == ({1, 4} if max_rows == 5 else {1, 4, 8})
-    assert len(seen[-1].u) == len(seen[-1].point) == len(seen[-1].sample)
+    assert len(seen[-1].x) == len(seen[-1].step) == len(seen[-1].sample)
 
 
 def test_buckets_are_left_downwards_when_memory_runs_out():
     network = Memory(9, cuda)
-    execute = Executor(lambda own: network(own.u), buckets=(1, 4, 8, 16, 32))
+    execute = Executor(lambda own: network(own.x), buckets=(1, 4, 8, 16, 32))
     asked = rows(40)
-    assert torch.equal(execute(asked), torch.tanh(asked.u) * 0.5)
+    assert torch.equal(execute(asked), torch.tanh(asked.x) * 0.5)
     assert network.failed == 2
     assert network.sizes == [8] * 5
 
@@ -119,18 +120,18 @@ def test_outputs_may_lie_in_memory_that_the_next_call_writes_to(limits):
     memory = {}
 
     def replayed(own):
-        kept = memory.setdefault(len(own.u), torch.empty_like(own.u))
-        return kept.copy_(torch.tanh(own.u))
+        kept = memory.setdefault(len(own.x), torch.empty_like(own.x))
+        return kept.copy_(torch.tanh(own.x))
 
     asked = rows(10)
-    assert torch.equal(Executor(replayed, **limits)(asked), torch.tanh(asked.u))
+    assert torch.equal(Executor(replayed, **limits)(asked), torch.tanh(asked.x))
 
 
 def test_an_output_of_another_form_is_refused_and_not_spread_over_the_rows_of_a_call():
     with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(2, 3\)"):
-        Executor(lambda own: own.u[:1], max_rows=2)(rows(4))
+        Executor(lambda own: own.x[:1], max_rows=2)(rows(4))
     with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(4, 3\)"):
-        Executor(lambda own: own.u[:1], buckets=(4,))(rows(1))
+        Executor(lambda own: own.x[:1], buckets=(4,))(rows(1))
 
 
 def test_the_clock_waits_for_the_device_of_the_rows(monkeypatch):
@@ -156,12 +157,12 @@ def test_another_default_device_leaves_what_belongs_to_the_cpu_there():
 )
 def test_limits_are_at_least_one(option, value):
     with pytest.raises(ValueError, match=rf"{option} must be .*at least 1.*got"):
-        Executor(lambda own: own.u, **{option: value})
+        Executor(lambda own: own.x, **{option: value})
 
 
 def test_buckets_that_are_all_larger_than_the_limit_are_refused():
     with pytest.raises(ValueError, match=r"smallest of buckets=\(4, 8\) must be at most max_rows=3"):
-        Executor(lambda own: own.u, max_rows=3, buckets=(4, 8))
+        Executor(lambda own: own.x, max_rows=3, buckets=(4, 8))
 
 
 def test_what_is_no_tensor_is_said_whatever_the_limit():

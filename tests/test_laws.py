@@ -48,29 +48,29 @@ def test_with_tolerance_zero_a_thousand_steps_are_sequential(solver, name, dtype
 def test_every_query_lies_on_the_loop_within_the_width(solver, name):
     sampler = problems.sampler(name, 25)
     noise = problems.noise(3)
-    runs = px.start(sampler, sampler.table(noise, problems.generators(3)), solver, tolerance=1e-3)
+    runs = px.start(sampler, sampler.recurrence(noise, problems.generators(3)), solver, tolerance=1e-3)
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
     width = problems.bound(solver, sampler.steps)
     asked = []
 
     def evaluate(rows):
         for index in range(3):
-            own = rows.point[rows.sample == index].tolist()
+            own = rows.step[rows.sample == index].tolist()
             assert len(own) <= width
             assert len(set(own)) == len(own)
             assert set(own) <= set(range(sampler.steps))
-        asked.append(set(rows.point.tolist()))
-        return network(rows.u, times[rows.point])
+        asked.append(set(rows.step.tolist()))
+        return network(rows.x, times[rows.step])
 
     fronts = [0] * 3
-    for _ in px.together(runs, evaluate):
-        assert all(run.front >= before for run, before in zip(runs, fronts, strict=True))
+    for _ in px.drive(runs, evaluate):
+        assert all(run.accepted >= before for run, before in zip(runs, fronts, strict=True))
         if not isinstance(solver, px.Parareal):
-            assert all(run.front > before or run.done for run, before in zip(runs, fronts, strict=True))
-        fronts = [run.front for run in runs]
+            assert all(run.accepted > before or run.done for run, before in zip(runs, fronts, strict=True))
+        fronts = [run.accepted for run in runs]
     assert set.union(*asked) == set(range(sampler.steps))
     # The first rounds of nested nodes are narrower, and some levels are settled by then.
-    assert max(run.peak_width for run in runs) == width or isinstance(solver, px.Nested)
+    assert max(run.peak_width for run in runs) == width or isinstance(solver, px.CoarseToFine)
 
 
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
@@ -153,7 +153,7 @@ def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(sol
         problems.sampler(name, 25),
         px.Sequential(),
         generator=problems.generators(1),
-        keep=True,
+        keep_trajectory=True,
     )
     trajectory = kept.trajectory[0, :-1]
 

@@ -17,7 +17,7 @@ from torch import nn
 import parataxis as px
 from parataxis import loops
 from parataxis.loops import parallel
-from parataxis.passes import Passes
+from parataxis.loops.passes import Passes
 
 DIM = 48
 LEVELS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
@@ -152,12 +152,12 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     report = run.report
     assert torch.equal(result, expected)
     assert report.mode == "replay"
-    assert report.rounds == report.levels
-    assert report.certificate == 0
+    assert report.rounds == report.steps
+    assert report.error_estimate == 0
     # Every call once as it was, two for each form of a call to see what it returns, one level's again for the floor:
     # none by the loop itself.
     forms, called = 2 * len(run._loop.outputs), len(net.rows) - report.calls
-    assert report.calls == called + forms + called // report.levels
+    assert report.calls == called + forms + called // report.steps
     assert sorted(net.rows[called + forms :][:called]) == sorted(net.rows[:called])
     assert run._loop.layouts == {}
 
@@ -177,8 +177,8 @@ def guided_loop(net):
 def test_with_tolerance_zero_the_result_is_sequential(name):
     expected, result, run = both(LOOPS[name], Net(), tolerance=0)
     assert relative(result, expected) <= 1e-5
-    assert run.report.mode == ("table" if name in LINEAR else "replay")
-    assert run.report.rounds <= run.report.levels
+    assert run.report.mode == ("recurrence" if name in LINEAR else "replay")
+    assert run.report.rounds <= run.report.steps
     assert run.report.converged
 
 
@@ -186,9 +186,9 @@ def test_with_tolerance_zero_the_result_is_sequential(name):
 def test_the_default_tolerance_is_certified(name):
     expected, result, run = both(LOOPS[name], Net())
     assert run.report.converged
-    assert run.report.certificate <= 1e-2
+    assert run.report.error_estimate <= 1e-2
     assert relative(result, expected) <= 1e-2
-    assert run.report.rounds < 0.8 * run.report.levels
+    assert run.report.rounds < 0.8 * run.report.steps
 
 
 @pytest.mark.parametrize("predict", [None, guided], ids=["plain", "guided"])
@@ -198,7 +198,7 @@ def test_half_precision_loops_end_within_their_own_floor(eta, predict):
         return ddim(net, eta=eta, dtype=torch.bfloat16, predict=predict)
 
     expected, result, run = both(loop, Net())
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     assert run.report.converged
     assert result.dtype == torch.bfloat16
     assert run.report.floor > 1e-3
@@ -242,7 +242,7 @@ def test_the_loop_itself_runs_five_times_at_first_and_twice_from_the_second_call
         torch.manual_seed(seed)
         assert relative(run(net), expected) <= 1e-2
         assert run.report.passes == passes
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
 
 
 def test_a_loop_whose_coefficients_changed_behind_its_arguments_is_still_right():
@@ -325,7 +325,7 @@ def test_a_layout_is_not_given_up_for_ever_because_memory_ran_out():
         run = both(loop, net)[2]
     net.room = 100
     assert relative(run(net), loop(net)) < 2
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
 
 
 def test_no_memory_for_the_loop_itself_is_an_error():
@@ -372,7 +372,7 @@ def test_the_random_state_afterwards_is_that_of_the_sequential_loop():
         seed()
         assert relative(run(), expected) <= 1e-4
         assert state() == after
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
 
 
 def test_the_one_module_that_a_function_can_see_is_its_denoiser():
@@ -404,7 +404,7 @@ def test_arguments_that_the_loop_writes_to_are_kept_as_they_were():
 
     expected, result, run = both(loop, net, tolerance=1e-4)
     assert relative(result, expected) <= 1e-4
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
 
 
 def test_containers_that_the_network_empties_are_full_at_every_evaluation():
@@ -576,7 +576,7 @@ def test_a_network_that_changes_between_calls_is_found_out_by_one_call_more():
         before = len(net.rows)
         torch.manual_seed(0)
         assert relative(run(net), expected) <= 1e-4
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
         counts.append((len(net.rows) - before, run.report.rounds))
     for calls, rounds in counts[1::2]:
         assert calls == rounds + 1
@@ -649,7 +649,7 @@ def test_the_users_default_device_does_not_matter(dtype):
     finally:
         torch.set_default_device(None)
     assert relative(result, expected) <= max(1e-2, 2 * run.report.floor)
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     assert run.report.peak_rows > 2
 
 
@@ -674,7 +674,7 @@ def test_condition_channels_and_tokens_beside_the_state_are_no_part_of_it():
     for net, predict in ((Net(DIM + 16), channels), (Tokens(), tokens)):
         expected, result, run = both(lambda net, predict=predict: ddim(net, predict=predict), net, tolerance=1e-4)
         assert relative(result, expected) <= 1e-4
-        assert run.report.mode == "table"
+        assert run.report.mode == "recurrence"
         assert run.report.peak_rows == 16
 
 
@@ -695,7 +695,7 @@ def test_networks_that_compute_in_fewer_bits_than_they_are_given_are_merged():
     expected, result, run = both(ddim, Rough())
     assert relative(result, expected) <= 2e-2
     assert run.report.peak_rows > 2
-    assert run.report.rounds < 0.8 * run.report.levels
+    assert run.report.rounds < 0.8 * run.report.steps
     with pytest.warns(RuntimeWarning, match="runs sequentially: merged calls"):
         expected, result, run = both(ddim, Rough_(), tolerance=1e-3)
     assert torch.equal(result, expected)
@@ -742,7 +742,7 @@ def test_learned_variances_are_held_where_they_are_dropped_and_replayed_where_th
         mean, log = net(x, t).chunk(2, 1)
         return mean + 0.01 * torch.exp(0.1 * log)
 
-    for predict, mode in ((dropped, "table"), (used, "replay")):
+    for predict, mode in ((dropped, "recurrence"), (used, "replay")):
         expected, result, run = both(
             lambda net, predict=predict: ddim(net, predict=predict), Net(out=2 * DIM), tolerance=1e-3
         )
@@ -800,7 +800,7 @@ def test_a_second_stage_of_another_shape_follows_the_first():
     for _ in range(2):
         torch.manual_seed(0)
         assert relative(run(first, second), expected) <= 1e-4
-        assert run.report.levels == 32
+        assert run.report.steps == 32
         assert run.report.rounds < 32
 
 
@@ -859,7 +859,7 @@ def test_a_network_that_feeds_another_runs_in_front_of_it():
     run = parallel(loop, tolerance=1e-4, denoisers=[control, net])
     torch.manual_seed(0)
     assert relative(run(), expected) <= 1e-4
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     assert run.report.rounds < 20
 
 
@@ -919,7 +919,7 @@ def test_states_of_few_elements_are_recorded_more_often():
 
     expected, result, run = both(loop, net, tolerance=1e-4)
     assert relative(result, expected) <= 1e-4
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -1151,7 +1151,7 @@ def test_tables_that_fill_in_on_the_first_call_are_no_state():
 
     expected, result, run = both(ddim, Filling())
     assert relative(result, expected) <= 1e-2
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
 
 
 def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
@@ -1192,7 +1192,7 @@ def test_a_network_put_in_training_mode_later_is_tried_again():
     net = Dropout().eval()
     run = parallel(ddim, denoisers=[net])
     run(net)
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     net.train()
     with pytest.warns(RuntimeWarning, match="draws random numbers"):
         run(net)
@@ -1253,7 +1253,7 @@ def test_nothing_is_claimed_below_a_floor_above_the_tolerance():
             return super().forward(x, t) * (1 + 0.02 * torch.sin(x * 1e7))
 
     _, _, run = both(ddim, Rough())
-    assert run.report.certificate >= run.report.floor > 1e-2
+    assert run.report.error_estimate >= run.report.floor > 1e-2
     assert "moves the result by more than the tolerance" in str(run.report)
 
 
@@ -1345,7 +1345,7 @@ def test_a_result_without_the_gradients_that_the_loop_itself_has_is_told_of():
     run = parallel(ddim, denoisers=[net])
     with pytest.warns(RuntimeWarning, match=r"a parallel loop carries none: call it within torch\.no_grad"):
         assert not run(net).requires_grad
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
     with torch.no_grad():
         run(net)
     with torch.inference_mode():

@@ -23,7 +23,7 @@ def test_the_promised_models_ship():
 
 
 def samplers_of(model):
-    if isinstance(model.schedule, px.schedules.Variance):
+    if isinstance(model.schedule, px.samplers.schedules.Variance):
         return [name for name in px.SAMPLERS if name != "flow_euler"]
     return ["flow_euler"]
 

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 import parataxis as px
 import problems
 from meter import measure
-from parataxis import solve
-from parataxis.execution import Network
+from parataxis.engine import solve
+from parataxis.engine.executor import Network
 
 SOLVERS = [solver for solver in problems.variants() if getattr(solver, "window", None) == 8]
 EXACT_IN_LAW = [px.Speculative(window=8), px.Speculative(window=8, verification="block")]
@@ -68,7 +68,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-READING = [dataclasses.replace(solver, window=6) for solver in SOLVERS] + [px.Nested(px.Secant(window=6), (3, 2))]
+READING = [dataclasses.replace(solver, window=6) for solver in SOLVERS] + [px.CoarseToFine(px.Secant(window=6), (3, 2))]
 READS = [(solver, name, 1) for solver in [*READING, px.Sequential()] for name in ("ddim", "ddpm", "dpmpp_2m")]
 READS += [(px.Speculative(window=6, verification=rule), "ddpm", 1) for rule in ("reflection", "residual")]
 # New noise has to be measured after it has been drawn; boundaries are compared after their blocks have moved.
@@ -84,17 +84,17 @@ READS += [
 def test_the_host_waits_for_the_device_once_a_round(solver, name, reads, count):
     sampler, rounds = px.SAMPLERS[name](steps=30), []
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
-    table = sampler.table(problems.noise(count), problems.generators(count))
+    table = sampler.recurrence(problems.noise(count), problems.generators(count))
     runs = px.start(sampler, table, solver, tolerance=1e-3, generator=problems.generators(count))
     with Reads() as meter:
 
         def evaluate(rows):
             rounds.append(meter.count)
-            outputs = network(rows.u, times[rows.point])
+            outputs = network(rows.x, times[rows.step])
             meter.count = rounds[-1]  # its own reads are its own affair
             return outputs
 
-        for _ in px.together(runs, evaluate):
+        for _ in px.drive(runs, evaluate):
             pass
     assert all(run.done for run in runs)
     assert rounds[0] == 0
@@ -109,7 +109,7 @@ def test_on_cuda_nothing_but_that_read_waits(monkeypatch, solver, name, reads, c
     sampler, generators = px.SAMPLERS[name](steps=30), problems.generators(count)
     network = Network(lambda x, t: torch.tanh(x * (0.5 + t[:, None] / 2000)), sampler.network_times())
     noise = problems.noise(count, torch.float32)
-    runs = px.start(sampler, sampler.table(noise.cuda(), generators), solver, tolerance=1e-3, generator=generators)
+    runs = px.start(sampler, sampler.recurrence(noise.cuda(), generators), solver, tolerance=1e-3, generator=generators)
     read, waits = solve._read, []
 
     def waiting(tensors):
@@ -121,7 +121,7 @@ def test_on_cuda_nothing_but_that_read_waits(monkeypatch, solver, name, reads, c
     monkeypatch.setattr(solve, "_read", waiting)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        rounds = sum(1 for _ in px.together(runs, network))
+        rounds = sum(1 for _ in px.drive(runs, network))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(run.done for run in runs)

@@ -97,12 +97,12 @@ def test_a_guess_replaces_the_first_sweep():
     sampler = px.samplers.ddim(steps=49)
     network = mixture(32, 6).network(px.vp())
     noise = problems.noise(2, shape=(32,))
-    kept = px.sample(network, noise, sampler, px.Sequential(), keep=True)
+    kept = px.sample(network, noise, sampler, px.Sequential(), keep_trajectory=True)
     cold = px.sample(network, noise, sampler, px.Parareal(blocks=7), tolerance=1e-4)
     warm = px.sample(network, noise, sampler, px.Parareal(blocks=7), tolerance=1e-4, guess=kept.trajectory)
     assert warm.rounds < cold.rounds
     assert problems.relative(warm.x, kept.x) <= 1e-10
-    assert px.sample(network, noise, sampler, px.Parareal(), keep=True).trajectory is None
+    assert px.sample(network, noise, sampler, px.Parareal(), keep_trajectory=True).trajectory is None
 
 
 def test_an_early_end_returns_what_is_known_of_the_sample():
@@ -112,7 +112,7 @@ def test_an_early_end_returns_what_is_known_of_the_sample():
     for unknown in (False, True):
         if unknown:  # without data predictions the end of the farthest hop stands for the sample
             sampler = dataclasses.replace(
-                sampler, local=dataclasses.replace(sampler.local, data_input=None, data_output=None)
+                sampler, coefficients=dataclasses.replace(sampler.coefficients, x0_from_input=None, x0_from_output=None)
             )
         errors = []
         for most in (1, 4, 12, 16, 24):

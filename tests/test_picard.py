@@ -15,7 +15,7 @@ PUBLISHED = {"rule": "paradigms", "entry": "copy"}
 
 def paradigms(network, noise, sampler, drawn, window, threshold):
     """The published loop, written out for one sample: every x in full, one step at a time."""
-    local, steps = sampler.local, sampler.steps
+    local, steps = sampler.coefficients, sampler.steps
     times = sampler.network_times(noise.dtype)
     x = noise.expand(steps + 1, -1).clone()
     alpha, sigma = local.alpha, local.sigma
@@ -30,7 +30,7 @@ def paradigms(network, noise, sampler, drawn, window, threshold):
         rounds += 1
         new = x.clone()
         for k in range(lo, hi):
-            step = local.decay[k] * x[k] + local.weight[k, 0] * outputs[k - lo] + drawn[k]
+            step = local.state_weight[k] * x[k] + local.output_weight[k, 0] * outputs[k - lo] + drawn[k]
             new[k + 1] = new[k] + (step - x[k])
         passed = 0
         for j in range(lo + 1, hi + 1):
@@ -51,7 +51,7 @@ def test_the_published_rule_is_the_published_loop(name, window):
     sampler = px.SAMPLERS[name](px.vp(), 50)
     network = mixture(32, 6).network(px.vp())
     noise = problems.noise(3, shape=(32,))
-    table = sampler.table(noise, problems.generators(3))
+    table = sampler.recurrence(noise, problems.generators(3))
     drawn = table.noise if table.noise is not None else torch.zeros(3, 50, 32, dtype=torch.float64)
     result = px.sample(network, noise, sampler, px.Picard(window=window, **PUBLISHED), generator=problems.generators(3))
     for b in range(3):
@@ -107,7 +107,7 @@ def test_no_spacing_or_training_length_is_hard_wired(spacing):
 def test_the_last_level_is_the_sampler_s_own():
     for final in ("zero", "first"):
         sampler = px.samplers.ddim(steps=20, final=final)
-        assert sampler.local.sigma[-1] == (0.0 if final == "zero" else px.vp().levels(np.zeros(1))[1][0])
+        assert sampler.coefficients.sigma[-1] == (0.0 if final == "zero" else px.vp().alpha_sigma(np.zeros(1))[1][0])
         network = mixture(16, 4).network(px.vp())
         noise = problems.noise(2)
         sequential = px.sample(network, noise, sampler, px.Sequential()).x
@@ -125,7 +125,7 @@ def test_rolling_in_takes_fewer_evaluations_than_copying():
     noise = problems.noise(4, shape=(64,))
     rolled, copied = (
         px.sample(network, noise, sampler, px.Picard(window=20, entry=entry), tolerance=1e-3)
-        for entry in ("roll", "copy")
+        for entry in ("extrapolate", "copy")
     )
     assert rolled.rounds < copied.rounds
     assert rolled.evaluations < 0.9 * copied.evaluations
@@ -136,8 +136,8 @@ def test_rolling_in_takes_fewer_evaluations_than_copying():
     [
         ({"window": 0}, "window must be a whole number of levels, at least 1, or None for all, got 0"),
         ({"window": 2.5}, "got 2.5"),
-        ({"rule": "published"}, "rule must be 'budget' or 'paradigms', got 'published'"),
-        ({"entry": "guess"}, "entry must be 'roll' or 'copy', got 'guess'"),
+        ({"rule": "published"}, "rule must be 'error' or 'paradigms', got 'published'"),
+        ({"entry": "guess"}, "entry must be 'extrapolate' or 'copy', got 'guess'"),
         ({"threshold": -1}, "threshold must be at least 0, got -1"),
         ({"threshold": float("nan")}, "threshold must be at least 0, got nan"),
     ],

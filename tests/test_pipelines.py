@@ -167,13 +167,13 @@ SCHEDULERS = {
     "LCM": lambda: df.LCMScheduler(**LINEAR_BETAS),
 }
 PIPELINES = {
-    "stable diffusion": (stable_diffusion, picture, "table"),
+    "stable diffusion": (stable_diffusion, picture, "recurrence"),
     "rescaled guidance": (stable_diffusion, lambda run, **more: picture(run, guidance_rescale=0.7, **more), "replay"),
-    "latents": (stable_diffusion, lambda run, **more: picture(run, output_type="latent", **more), "table"),
-    "control": (lambda: stable_diffusion(control=True), controlled, "table"),
-    "stable diffusion 3": (stable_diffusion_3, picture_3, "table"),
-    "dit": (dit, picture_of_classes, "table"),
-} | {name: (lambda make=make: stable_diffusion(make()), picture, "table") for name, make in SCHEDULERS.items()}
+    "latents": (stable_diffusion, lambda run, **more: picture(run, output_type="latent", **more), "recurrence"),
+    "control": (lambda: stable_diffusion(control=True), controlled, "recurrence"),
+    "stable diffusion 3": (stable_diffusion_3, picture_3, "recurrence"),
+    "dit": (dit, picture_of_classes, "recurrence"),
+} | {name: (lambda make=make: stable_diffusion(make()), picture, "recurrence") for name, make in SCHEDULERS.items()}
 
 
 @cache
@@ -196,8 +196,8 @@ def test_an_unmodified_pipeline_gives_the_sequential_picture(name):
         assert relative(call(run), expected) <= 1e-2
         assert run.report.mode == mode
         assert run.report.converged
-        assert run.report.rounds < 0.75 * run.report.levels
-        if mode == "table":
+        assert run.report.rounds < 0.75 * run.report.steps
+        if mode == "recurrence":
             assert run.report.passes == passes
     exact = px.parallel(pipe, px.Secant(window=8), tolerance=0)
     assert relative(call(exact), expected) <= 1e-5
@@ -211,7 +211,7 @@ def test_window_one_is_the_sequential_pipeline_to_the_bit(name):
     pipe = made(name)
     run = px.parallel(pipe, px.Secant(window=1))
     assert torch.equal(call(run), call(pipe))
-    assert run.report.rounds == run.report.levels == 20
+    assert run.report.rounds == run.report.steps == 20
 
 
 @pytest.mark.parametrize("name", ["ddpm", "euler", "2M"])
@@ -223,7 +223,7 @@ def test_half_precision_pipelines_end_within_their_own_floor(name):
 
     run = px.parallel(pipe)
     assert relative(call(run), call(pipe)) <= max(1e-2, 2 * run.report.floor)
-    assert run.report.mode == "table"
+    assert run.report.mode == "recurrence"
 
 
 def test_within_the_context_the_pipeline_itself_is_parallel_and_after_it_is_what_it_was():
@@ -235,8 +235,8 @@ def test_within_the_context_the_pipeline_itself_is_parallel_and_after_it_is_what
         assert isinstance(pipe, df.StableDiffusionPipeline)
         assert type(pipe).__name__ == kind.__name__
         assert relative(picture(pipe), expected) <= 1e-2
-        assert report.mode == "table"
-        assert report.levels == 20
+        assert report.mode == "recurrence"
+        assert report.steps == 20
         with pytest.raises(RuntimeError, match="enabled already"):
             pipelines.enable(pipe)
     assert type(pipe) is kind
@@ -329,7 +329,7 @@ def test_two_pipelines_that_share_a_denoiser_do_not_disturb_each_other():
         with px.parallel(two) as second:
             assert relative(picture(one), expected[0]) <= 1e-2
             assert relative(other(two), expected[1]) <= 1e-2
-        assert report.levels == 20
+        assert report.steps == 20
         assert second.levels == 16
 
 
@@ -360,7 +360,7 @@ def test_a_copy_of_an_enabled_pipeline_runs_its_own_network():
             pipelines.disable(two)
         with px.parallel(two) as second:
             assert relative(picture(two), expected) <= 1e-2
-            assert second.mode == "table"
+            assert second.mode == "recurrence"
     assert torch.equal(picture(two), expected)
 
 
@@ -380,7 +380,7 @@ def test_rows_of_one_sample_that_the_pipeline_mixes_stay_together():
     run = px.parallel(pipe)
     assert relative(drawn(run), drawn(pipe)) <= 1e-2
     assert run.report.samples == 3
-    assert run.report.rounds < 0.75 * run.report.levels
+    assert run.report.rounds < 0.75 * run.report.steps
 
 
 def test_a_scheduler_whose_first_step_is_infinite_is_refused():
@@ -472,9 +472,9 @@ def test_the_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, 
         return 2 * torch.from_numpy(images) - 1
 
     run = px.parallel(pipe, px.Secant(window=16))
-    assert relative(call(run), call(pipe)) <= run.report.certificate <= 1e-2
+    assert relative(call(run), call(pipe)) <= run.report.error_estimate <= 1e-2
     assert run.report.converged
-    assert run.report.mode == ("replay" if clip else "table")
+    assert run.report.mode == ("replay" if clip else "recurrence")
     assert run.report.rounds <= most * 50, run.report
 
 

@@ -59,8 +59,10 @@ def linear(rows):
 
 def measure(denoise, most=64):
     """Return the latency of a network as plan measures it."""
-    rows = px.solve.Rows(problems.noise(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    return px.latency(lambda own: denoise(own.u, own.point + 500), rows, most=most)
+    rows = px.engine.rows.EvalBatch(
+        problems.noise(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    )
+    return px.latency(lambda own: denoise(own.x, own.step + 500), rows, most=most)
 
 
 def test_the_rows_that_cost_as_much_as_one_are_found(costing):
@@ -136,9 +138,11 @@ def test_where_memory_ends_is_remembered_and_more_rows_take_several_calls(costin
 
 
 def test_with_buckets_other_numbers_of_rows_cost_as_much_as_the_next(costing):
-    rows = px.solve.Rows(problems.noise(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    rows = px.engine.rows.EvalBatch(
+        problems.noise(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    )
     denoise = costing(raised)
-    known = px.latency(lambda own: denoise(own.u, own.point), rows, buckets=(4, 16))
+    known = px.latency(lambda own: denoise(own.x, own.step), rows, buckets=(4, 16))
     assert set(denoise.calls) == {4, 16}
     assert known.seconds([1, 4, 5, 16]) == pytest.approx([raised(rows) for rows in (4, 4, 16, 16)])
     assert known.seconds(18) == pytest.approx(raised(16) + raised(4))
@@ -160,10 +164,10 @@ def test_once_its_rounds_are_known_a_solve_takes_as_long_as_planned(costing, tau
         [expected] = [one for one in plan.candidates if one.solver == solver]
         generators = problems.generators(count, seed=2000)
         result = px.sample(denoise, problems.noise(count, seed=100), sampler, solver, generator=generators)
-        assert result.seconds == pytest.approx(expected.seconds.middle, rel=0.2)  # two rounds of some ten
-        assert expected.seconds.low <= expected.seconds.middle <= expected.seconds.high
-    assert plan.solver == min(plan.candidates, key=lambda one: one.seconds.middle).solver
-    assert plan.speedup.middle == pytest.approx(50 * tau(count) / plan.seconds)
+        assert result.seconds == pytest.approx(expected.seconds.median, rel=0.2)  # two rounds of some ten
+        assert expected.seconds.low <= expected.seconds.median <= expected.seconds.high
+    assert plan.solver == min(plan.candidates, key=lambda one: one.seconds.median).solver
+    assert plan.speedup.median == pytest.approx(50 * tau(count) / plan.seconds)
 
 
 def test_a_network_whose_batch_is_not_free_is_left_to_the_loop(costing):
@@ -198,7 +202,7 @@ def test_devices_share_rows_and_change_the_choice(costing):
     narrow, wide = planned(8), planned(64)
     assert narrow.solver.window == 8
     assert wide.solver.window is None or wide.solver.window > 8
-    assert wide.speedup.middle > narrow.speedup.middle > 1
+    assert wide.speedup.median > narrow.speedup.median > 1
     # Eight samples keep eight devices busy without any solver.
     assert planned(8, count=8).solver == px.Sequential()
 
@@ -215,7 +219,7 @@ def test_limits_of_rows_are_part_of_the_plan(costing):
     free = px.plan(denoise, problems.noise(1), sampler, windows=(16,))
     limited = px.plan(denoise, problems.noise(1), sampler, windows=(16,), max_rows=4)
     assert limited.latency.limit == 4
-    assert 3 < min(one.seconds.middle for one in limited.candidates if one.solver != px.Sequential()) / free.seconds < 4
+    assert 3 < min(one.seconds.median for one in limited.candidates if one.solver != px.Sequential()) / free.seconds < 4
     small = px.plan(costing(lambda rows: 0.01, memory=5), problems.noise(1), sampler, windows=(16,))
     assert small.latency.limit == 4
     assert small.solver == limited.solver
@@ -233,11 +237,11 @@ def test_rounds_of_earlier_solves_are_expected_again(costing):
     first, second = rounds(), rounds(measured=before)
     own, other = repr(px.Picard(window=8)), repr(px.Anderson(window=8))
     typical = statistics.median(one.rounds for one in before)
-    assert abs(second[own].middle - typical) <= 1
+    assert abs(second[own].median - typical) <= 1
     assert second[own].high - second[own].low <= first[own].high - first[own].low
     assert second[other] == first[other]
     # Solves of the other kind, of other solvers and from a guess say nothing.
-    kept = px.sample(denoise, noise, sampler, px.Picard(), keep=True, tolerance=1e-3).trajectory
+    kept = px.sample(denoise, noise, sampler, px.Picard(), keep_trajectory=True, tolerance=1e-3).trajectory
     for useless in (
         px.sample(denoise, noise, sampler, px.Sequential()),
         px.sample(costing(bent, SDE), noise, problems.sampler(SDE, 100), px.Picard(window=8)),
@@ -287,8 +291,8 @@ def test_auto_keeps_the_end_of_memory_that_planning_met(costing):
 
 def test_auto_needs_a_start_from_noise(costing):
     denoise, noise, sampler = costing(bent), problems.noise(1), problems.sampler(ODE, 20)
-    kept = px.sample(denoise, noise, sampler, px.Sequential(), keep=True).trajectory
-    for options in ({"guess": kept}, {"guess": kept, "frozen": 3}):
+    kept = px.sample(denoise, noise, sampler, px.Sequential(), keep_trajectory=True).trajectory
+    for options in ({"guess": kept}, {"guess": kept, "frozen_steps": 3}):
         with pytest.raises(ValueError, match="a guess saves rounds: name a solver"):
             px.sample(denoise, noise, sampler, "auto", **options)
     with pytest.raises(TypeError, match="solver must be a solver with its options"):
@@ -337,7 +341,7 @@ def test_every_curve_belongs_to_a_solver_and_stays_within_its_bounds():
     for name, kinds in known["curves"].items():
         assert set(kinds) <= {"ode", "sde"}
         for kind in kinds:
-            curve = RoundsCurve.load(classes[name](), problems.sampler(SDE if kind == "sde" else ODE, 25).local)
+            curve = RoundsCurve.load(classes[name](), problems.sampler(SDE if kind == "sde" else ODE, 25).coefficients)
             for steps in (5, 25, 100, 1000):
                 for window in {min(one, steps) for one in (1, 8, 32, 1000)}:
                     for tolerance in (0.0, 1e-3, 1e-1, 10.0):
@@ -357,7 +361,7 @@ def test_every_curve_belongs_to_a_solver_and_stays_within_its_bounds():
 def test_rounds_are_foreseen(solver, name, window):
     sampler, chosen = problems.sampler(name, 50), solver(window=window)
     result = problems.solve("power law", name, 50, chosen, count=6)
-    expected = RoundsCurve.load(chosen, sampler.local).rounds(50, window or 50, 1e-2)
+    expected = RoundsCurve.load(chosen, sampler.coefficients).rounds(50, window or 50, 1e-2)
     # Exact mixtures are easier than the trained networks that the curves are for.
     assert 0.4 <= statistics.median(one.rounds for one in result) / expected <= 1.25
 
@@ -380,4 +384,4 @@ def test_a_sleeping_network_takes_as_long_as_planned():
     assert all(plan.solver == solver for plan in plans)
     # Whatever else the machine does makes a solve longer: the shortest is the least disturbed.
     assert min(solves) == pytest.approx(statistics.median(plan.seconds for plan in plans), rel=0.15), (plans, solves)
-    assert statistics.median(plan.latency.free for plan in plans) == pytest.approx(8, rel=0.15)
+    assert statistics.median(plan.latency.batch_headroom for plan in plans) == pytest.approx(8, rel=0.15)

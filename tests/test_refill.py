@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import parataxis as px
-from parataxis import solve
 from parataxis.denoisers import mixture
+from parataxis.engine import solve
 
 EXACT = mixture(64).network(px.vp())
 COUNT, STEPS, ROWS = 64, 25, 8
@@ -39,7 +39,7 @@ class Counted:
 def test_64_samples_through_8_rows_are_those_of_one_batch_and_rounds_are_full(solver, name):
     sampler, network = px.SAMPLERS[name](steps=STEPS), Counted()
     batch = px.sample(EXACT, NOISE, sampler, solver, generator=seeded(1), tolerance=1e-4)
-    found = px.sample(network, NOISE, sampler, solver, generator=seeded(1), tolerance=1e-4, rows=ROWS)
+    found = px.sample(network, NOISE, sampler, solver, generator=seeded(1), tolerance=1e-4, rows_per_round=ROWS)
     # Rounding may decide whether a run is within its tolerance.
     assert ((found.x - batch.x).norm(dim=1) <= 2e-4 * batch.x.norm(dim=1)).all()
     assert found.evaluations == pytest.approx(batch.evaluations, rel=0.01)
@@ -58,7 +58,7 @@ def test_a_stream_asks_for_jobs_when_there_is_room_and_yields_samples_as_they_ar
             asked.append(number)
             yield px.Job(NOISE[number], {"shift": torch.tensor(0.1 * number)}, seeded(number))
 
-    stream, found = px.stream(network, jobs(), sampler, px.Secant(window=4), rows=ROWS), {}
+    stream, found = px.stream(network, jobs(), sampler, px.Secant(window=4), rows_per_round=ROWS), {}
     assert asked == []
     for number, solution in stream:
         found[number] = solution
@@ -83,8 +83,8 @@ def test_a_stream_asks_for_jobs_when_there_is_room_and_yields_samples_as_they_ar
 
 def test_sample_takes_an_iterator_and_returns_its_samples_in_order():
     sampler = px.SAMPLERS["ddim"](steps=STEPS)
-    found = px.sample(EXACT, iter(NOISE[:5]), sampler, px.Secant(window=4), rows=3, keep=True)
-    batch = px.sample(EXACT, NOISE[:5], sampler, px.Secant(window=4), keep=True)
+    found = px.sample(EXACT, iter(NOISE[:5]), sampler, px.Secant(window=4), rows_per_round=3, keep_trajectory=True)
+    batch = px.sample(EXACT, NOISE[:5], sampler, px.Secant(window=4), keep_trajectory=True)
     torch.testing.assert_close(found.x, batch.x, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.trajectory, batch.trajectory, rtol=1e-4, atol=1e-5)
     assert found.converged
@@ -93,7 +93,7 @@ def test_sample_takes_an_iterator_and_returns_its_samples_in_order():
 def test_law_exact_solvers_stream_with_a_random_stream_for_each_sample():
     sampler, solver = px.SAMPLERS["ddpm"](steps=STEPS), px.Speculative(window=8)
     jobs = [px.Job(NOISE[0], None, seeded(number % 3)) for number in range(6)]
-    found = px.sample(EXACT, jobs, sampler, solver, rows=ROWS)
+    found = px.sample(EXACT, jobs, sampler, solver, rows_per_round=ROWS)
     for number in range(3):
         torch.testing.assert_close(found[number].x, found[number + 3].x)
         assert found[number].rounds == found[number + 3].rounds
@@ -108,7 +108,7 @@ def test_what_is_interrupted_is_returned_as_far_as_it_is():
             raise KeyboardInterrupt
         return network(u, t)
 
-    found = px.sample(late, NOISE, sampler, px.Sequential(), rows=ROWS)
+    found = px.sample(late, NOISE, sampler, px.Sequential(), rows_per_round=ROWS)
     # 25 rounds for the first eight, and 15 for the next.
     reasons = [one.reason for one in found]
     assert reasons == ["converged"] * ROWS + ["interrupted"] * ROWS + ["not started"] * (COUNT - 2 * ROWS)
@@ -119,7 +119,7 @@ def test_what_is_interrupted_is_returned_as_far_as_it_is():
 
 
 def test_samples_that_are_finished_but_not_yet_yielded_come_with_an_interrupt():
-    stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows=8)
+    stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows_per_round=8)
     found = [next(stream) for _ in range(3)]
     found += stream.interrupt()
     assert [number for number, _ in found] == list(range(8))
@@ -138,7 +138,7 @@ def test_memory_is_made_anew_only_when_the_number_of_samples_doubles(monkeypatch
     monkeypatch.setattr(solve._Batch, "grow", counted)
     sampler = px.SAMPLERS["ddpm"](steps=5)
     generators = [seeded(number) for number in range(COUNT)]
-    found = px.sample(EXACT, NOISE, sampler, px.Sequential(), generator=generators, rows=40)
+    found = px.sample(EXACT, NOISE, sampler, px.Sequential(), generator=generators, rows_per_round=40)
     assert sizes == [2, 4, 8, 16, 32, 40]
     batch = px.sample(EXACT, NOISE, sampler, px.Sequential(), generator=[seeded(number) for number in range(COUNT)])
     torch.testing.assert_close(found.x, batch.x, rtol=1e-4, atol=1e-5)
@@ -150,7 +150,9 @@ def test_the_noise_of_a_sample_with_its_own_generator_is_drawn_when_it_begins():
     def interrupted(u, t):
         raise KeyboardInterrupt
 
-    px.sample(interrupted, NOISE, px.SAMPLERS["ddpm"](steps=5), px.Sequential(), generator=generators, rows=ROWS)
+    px.sample(
+        interrupted, NOISE, px.SAMPLERS["ddpm"](steps=5), px.Sequential(), generator=generators, rows_per_round=ROWS
+    )
     drawn = [not torch.equal(one.get_state(), seeded(number).get_state()) for number, one in enumerate(generators)]
     assert drawn == [True] * ROWS + [False] * (COUNT - ROWS)
 
@@ -159,12 +161,12 @@ def test_a_stream_that_has_ended_is_gone_with_its_memory():
     gc.collect()
     gc.disable()
     try:
-        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows=4)
+        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows_per_round=4)
         held = weakref.ref(stream)
         assert len(list(stream)) == 8
         del stream
         assert held() is None
-        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows=4)
+        stream = px.stream(EXACT, NOISE[:8], px.SAMPLERS["ddim"](steps=5), px.Sequential(), rows_per_round=4)
         held = weakref.ref(stream)
         next(stream)
         assert len(list(stream.interrupt())) == 3
@@ -184,7 +186,7 @@ def test_an_output_that_is_not_finite_is_named_by_its_job():
         return output
 
     with pytest.raises(px.OutputError, match=r"NaN or Inf at step 3 of 25, sample 11, round 4"):
-        list(px.stream(broken, NOISE, px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows=4))
+        list(px.stream(broken, NOISE, px.SAMPLERS["ddim"](steps=STEPS), px.Sequential(), rows_per_round=4))
 
 
 def test_tensors_of_the_cpu_are_there_whatever_the_default_device():
@@ -192,45 +194,47 @@ def test_tensors_of_the_cpu_are_there_whatever_the_default_device():
     sampler, solver = px.SAMPLERS["ddim"](steps=5), px.Sequential()
     expected = px.sample(Counted(), NOISE[:8], sampler, solver, condition=condition)
     with torch.device("meta"):
-        found = px.sample(Counted(), NOISE[:8], sampler, solver, condition=condition, rows=4)
+        found = px.sample(Counted(), NOISE[:8], sampler, solver, condition=condition, rows_per_round=4)
     torch.testing.assert_close(found.x, expected.x)
 
 
 def test_what_does_not_fit_is_named():
     sampler, solver = px.SAMPLERS["ddim"](steps=STEPS), px.Sequential()
     with pytest.raises(ValueError, match=r"job 1 is torch.float32 \(5,\) on cpu, and that of job 0 .* \(64,\)"):
-        list(px.stream(EXACT, [NOISE[0], NOISE[0, :5]], sampler, solver, rows=2))
+        list(px.stream(EXACT, [NOISE[0], NOISE[0, :5]], sampler, solver, rows_per_round=2))
     with pytest.raises(ValueError, match="job 1 and job 0 differ in having a condition"):
-        list(px.stream(EXACT, [NOISE[0], px.Job(NOISE[1], torch.ones(1))], sampler, solver, rows=2))
+        list(px.stream(EXACT, [NOISE[0], px.Job(NOISE[1], torch.ones(1))], sampler, solver, rows_per_round=2))
     with pytest.raises(ValueError, match="may differ in tensors only, got 'a'"):
-        list(px.stream(Counted(), [px.Job(NOISE[0], "a"), px.Job(NOISE[1], "b")], sampler, solver, rows=2))
+        list(px.stream(Counted(), [px.Job(NOISE[0], "a"), px.Job(NOISE[1], "b")], sampler, solver, rows_per_round=2))
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got 0"):
-        px.stream(EXACT, NOISE, sampler, solver, rows=0)
-    with pytest.raises(ValueError, match=r"jobs, which need rows=.* got tuple_iterator and rows=None"):
+        px.stream(EXACT, NOISE, sampler, solver, rows_per_round=0)
+    with pytest.raises(
+        ValueError, match=r"jobs, which need rows_per_round=.* got tuple_iterator and rows_per_round=None"
+    ):
         px.sample(EXACT, iter(NOISE), sampler, solver)
     with pytest.raises(ValueError, match="solver='auto'"):
-        px.sample(EXACT, NOISE, sampler, "auto", rows=8)
+        px.sample(EXACT, NOISE, sampler, "auto", rows_per_round=8)
     with pytest.raises(ValueError, match="admit none of guess"):
-        px.sample(EXACT, NOISE, sampler, solver, rows=8, stop=lambda run: True)
+        px.sample(EXACT, NOISE, sampler, solver, rows_per_round=8, stop=lambda run: True)
     with pytest.raises(ValueError, match="jobs bring their own"):
-        px.sample(EXACT, iter(NOISE), sampler, solver, rows=8, condition=torch.ones(COUNT))
+        px.sample(EXACT, iter(NOISE), sampler, solver, rows_per_round=8, condition=torch.ones(COUNT))
     with pytest.raises(ValueError, match="jobs bring their own"):
-        px.sample(EXACT, iter(NOISE), sampler, solver, rows=8, generator=seeded(1))
+        px.sample(EXACT, iter(NOISE), sampler, solver, rows_per_round=8, generator=seeded(1))
     with pytest.raises(ValueError, match="jobs are empty"):
-        px.sample(EXACT, [], sampler, solver, rows=8)
+        px.sample(EXACT, [], sampler, solver, rows_per_round=8)
     with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got int"):
-        list(px.stream(EXACT, [3], sampler, solver, rows=2))
-    with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got NoneType and rows=8"):
-        px.sample(EXACT, None, sampler, solver, rows=8)
+        list(px.stream(EXACT, [3], sampler, solver, rows_per_round=2))
+    with pytest.raises(ValueError, match=r"noise must be a floating-point tensor .* got NoneType and rows_per_round=8"):
+        px.sample(EXACT, None, sampler, solver, rows_per_round=8)
     with pytest.raises(TypeError, match="jobs must be an iterable of samples to be drawn, got 3"):
-        px.stream(EXACT, 3, sampler, solver, rows=2)
+        px.stream(EXACT, 3, sampler, solver, rows_per_round=2)
     for named in ("secant", "auto"):
         with pytest.raises(TypeError, match=f"solver must be a solver with its options, .* got '{named}'"):
-            px.stream(EXACT, NOISE, sampler, named, rows=2)
+            px.stream(EXACT, NOISE, sampler, named, rows_per_round=2)
     for rows in ("8", 1.5, True):
         with pytest.raises(ValueError, match=r"rows must be a whole number of at least 1, got"):
-            px.sample(EXACT, NOISE, sampler, solver, rows=rows)
+            px.sample(EXACT, NOISE, sampler, solver, rows_per_round=rows)
     with pytest.raises(
         TypeError, match=r"generator must be a torch.Generator, one for each sample, or None, got \[0\]"
     ):
-        list(px.stream(EXACT, [px.Job(NOISE[0], None, 0)], sampler, solver, rows=2))
+        list(px.stream(EXACT, [px.Job(NOISE[0], None, 0)], sampler, solver, rows_per_round=2))

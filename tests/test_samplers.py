@@ -9,7 +9,7 @@ import torch
 
 import parataxis as px
 from parataxis import samplers
-from parataxis.schedules import Flow, Grid, Variance
+from parataxis.samplers.schedules import Flow, Grid, Variance
 
 STEPS = 20
 SHAPE = (2, 3, 4)
@@ -50,14 +50,14 @@ def theirs(scheduler, noise, outputs, generator, **kwargs):
 
 def trajectory(sampler, noise, outputs, generator):
     """Return our states and network inputs, by forward substitution in the dense table."""
-    table = sampler.table(noise, generator)
-    base, (_, weight) = table.base(), sampler.local.dense()
+    table = sampler.recurrence(noise, generator)
+    base, (_, weight) = table.base(), sampler.coefficients.dense()
     states, entered = [base[:, 0]], []
     for i in range(sampler.steps):
         entered.append(sampler.output(torch.full((len(noise),), i), states[-1], outputs[i]))
         row = torch.from_numpy(weight[i + 1, : i + 1]).to(noise)
         states.append(base[:, i + 1] + torch.einsum("k,kb...->b...", row, torch.stack(entered)))
-    scale = torch.from_numpy(sampler.local.scale).to(noise).view(-1, *(1,) * noise.ndim)
+    scale = torch.from_numpy(sampler.coefficients.scale).to(noise).view(-1, *(1,) * noise.ndim)
     return torch.stack(states) / scale, torch.stack(states)[:-1]
 
 
@@ -134,7 +134,7 @@ def test_ddpm_is_diffusers(spacing, offset, prediction, variance, exact):
     # diffusers adds the last step's noise unless its time is 0; none of these grids but trailing with T / N = 1 and
     # linspace ends there, and its fixed variances are then clamped to 1e-20.
     if spacing != "linspace" and variance == "fixed_large":
-        last = sampler.local.noise[-1]
+        last = sampler.coefficients.noise_std[-1]
         assert last == 0
         return _compare_but_last(scheduler, sampler, exact)
     # diffusers clamps the variance to 1e-20: a last step of ours without noise has 1e-10 of it there.
@@ -182,9 +182,9 @@ def test_an_output_that_carries_a_clipped_and_an_unclipped_prediction_is_no_data
     # Solvers measure the size of the data with it: with a gain of 4 they would accept errors 4 times too large.
     both, one = (px.samplers.ddim(px.vp(), STEPS, clip=1.0, clipped_eps=clipped) for clipped in (False, True))
     assert both.transform.gain.max() > 4
-    assert both.local.data_input is None
-    assert both.local.data_output is None
-    assert (one.local.data_output == 1).all()
+    assert both.coefficients.x0_from_input is None
+    assert both.coefficients.x0_from_output is None
+    assert (one.coefficients.x0_from_output == 1).all()
 
 
 @pytest.mark.parametrize("karras", [False, True])
@@ -213,7 +213,7 @@ def test_exploding_samplers_are_diffusers(name, prediction, spacing, offset, kar
     # The same in double: diffusers computes steps from its noise levels, so give it ours.
     scheduler = classes[name](**options)
     scheduler.set_timesteps(STEPS)
-    local = sampler.local
+    local = sampler.coefficients
     ratio = torch.from_numpy(local.sigma / local.alpha)
     assert scheduler.sigmas.shape == ratio.shape
     scheduler.sigmas = ratio
@@ -235,7 +235,7 @@ def test_flow_euler_is_diffusers(shift):
     sampler = px.samplers.flow_euler(px.flow(shift), STEPS)
     compare(scheduler, sampler, 1e-6, inputs=False)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS))
-    scheduler.sigmas = torch.from_numpy(sampler.local.sigma)
+    scheduler.sigmas = torch.from_numpy(sampler.coefficients.sigma)
     # The step itself casts states to float32, so double sigmas do not make it double.
     compare(scheduler, sampler, 1e-6, inputs=False)
 
@@ -269,11 +269,11 @@ def test_dpmpp_2m_is_diffusers(spacing, offset, prediction):
 
 def _on_times(schedule, times, prediction):
     class Given:
-        def levels(self, when):
-            return schedule.levels(when)
+        def alpha_sigma(self, when):
+            return schedule.alpha_sigma(when)
 
         def grid(self, steps, spacing, offset, *, whole=True):
-            alpha, sigma = schedule.levels(times)
+            alpha, sigma = schedule.alpha_sigma(times)
             return Grid(times, np.append(alpha, 1.0), np.append(sigma, 0.0))
 
     return px.samplers.dpmpp_2m(Given(), len(times), prediction=prediction)

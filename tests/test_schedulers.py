@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import parataxis as px
 import problems
 from parataxis.denoisers import mixture
-from parataxis.schedules import Variance
+from parataxis.samplers.schedules import Variance
 
 PAGE = Path(__file__).parent.parent / "docs" / "schedulers.md"
 STEPS = 12
@@ -134,7 +134,7 @@ def _attempt(name, options):
     except (ValueError, NotImplementedError):
         return None
     try:
-        return px.read(scheduler, timesteps=visited(scheduler), **step)
+        return px.from_scheduler(scheduler, timesteps=visited(scheduler), **step)
     except (TypeError, ValueError) as error:
         refused = options and isinstance(error.__cause__, (ValueError, NotImplementedError))
         return None if refused else str(error)
@@ -234,7 +234,11 @@ def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options
     exact = keeps_double(scheduler, step) and "thresholding" not in options
     assert errors[torch.float64] <= (1e-8 if exact else 1e-5)
     # Both loops round, and where the scheduler's own comes out far from the one in float64, so does ours.
-    floor = 0.0 if sampler.local.noise.any() else problems.relative(expected[dtype].double(), expected[torch.float64])
+    floor = (
+        0.0
+        if sampler.coefficients.noise_std.any()
+        else problems.relative(expected[dtype].double(), expected[torch.float64])
+    )
     assert errors[dtype] <= max(1e-5, 2 * floor)
     solved = px.sample(
         denoise,
@@ -270,8 +274,8 @@ def page():
     lines = [
         "# Schedulers of diffusers",
         "",
-        f"Made by `tests/test_schedulers.py` with diffusers {diffusers.__version__}: `px.read(scheduler)` with the",
-        "defaults and with common options, each table compared with the scheduler's own loop.",
+        f"Made by `tests/test_schedulers.py` with diffusers {diffusers.__version__}: `px.from_scheduler(scheduler)`",
+        "with the defaults and with common options, each table compared with the scheduler's own loop.",
         "",
         "*table*: read by unit impulses. *replay*: not a table of numbers, or a loop of more than",
         "`step(output, t, sample)`; a recorder can still run such a loop as it is, since its states are floating-point",
@@ -302,15 +306,15 @@ def page():
 
 def describe(samplers):
     """Return what the tables of a scheduler are like."""
-    lags = sorted({sampler.local.lags for sampler in samplers})
+    lags = sorted({sampler.coefficients.lags for sampler in samplers})
     words = ["one output" if lags == [0] else f"{lags[0] + 1} to {lags[-1] + 1} outputs"]
     if len(lags) == 1 and lags != [0]:
         words = [f"{lags[0] + 1} outputs"]
-    if any(sampler.local.noise.any() for sampler in samplers):
+    if any(sampler.coefficients.noise_std.any() for sampler in samplers):
         words.append("noise")
     if any(sampler.transform and (sampler.transform.clip or sampler.transform.quantile) for sampler in samplers):
         words.append("clipping")
-    if all(sampler.local.alpha is None for sampler in samplers):
+    if all(sampler.coefficients.alpha is None for sampler in samplers):
         words.append("levels unknown")
     return ", ".join(words)
 
@@ -319,7 +323,7 @@ def describe(samplers):
 def test_reading_leaves_the_scheduler_and_the_random_state_as_they_were(name):
     scheduler, _ = make(name, {})
     before, random = pickle.dumps(scheduler), torch.get_rng_state()
-    px.read(scheduler)
+    px.from_scheduler(scheduler)
     assert pickle.dumps(scheduler) == before
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -339,13 +343,13 @@ def test_what_is_read_is_what_is_written(cls, options, written):
     scheduler = cls(**options)
     scheduler.set_timesteps(20)
     spacing = {"spacing": "trailing"} if cls is diffusers.DPMSolverMultistepScheduler else {}
-    read, own = px.read(scheduler), written(px.vp(), 20, **spacing)
-    for field in ("decay", "weight", "noise", "alpha", "sigma", "scale", "data_input", "data_output"):
-        ours, theirs = getattr(read.local, field), getattr(own.local, field)
+    read, own = px.from_scheduler(scheduler), written(px.vp(), 20, **spacing)
+    for field in ("decay", "weight", "noise", "alpha", "sigma", "scale", "x0_from_input", "x0_from_output"):
+        ours, theirs = getattr(read.coefficients, field), getattr(own.coefficients, field)
         assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max()), field
     assert np.allclose(read.times, own.times, atol=1e-3)
     assert math.isclose(read.start_scale, own.start_scale, rel_tol=1e-5)
-    assert px.Parareal().refuses(read.local) == px.Parareal().refuses(own.local)
+    assert px.Parareal().refuses(read.coefficients) == px.Parareal().refuses(own.coefficients)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -354,7 +358,7 @@ def test_one_or_two_steps_are_read(name, steps):
     scheduler, _ = make(name, {})
     scheduler.set_timesteps(steps)
     expected = own_loop(scheduler, {}, network(scheduler), draw(torch.float64), None)
-    result = px.sample(network(scheduler), draw(torch.float64), px.read(scheduler), px.Sequential())
+    result = px.sample(network(scheduler), draw(torch.float64), px.from_scheduler(scheduler), px.Sequential())
     assert problems.relative(result.x, expected) <= 1e-6
 
 
@@ -369,7 +373,7 @@ def test_a_thousand_steps_are_read():
     result = px.sample(
         denoise,
         draw(torch.float32),
-        px.read(scheduler),
+        px.from_scheduler(scheduler),
         px.Sequential(),
         generator=torch.Generator().manual_seed(3),
     )
@@ -384,28 +388,28 @@ def test_a_loop_that_starts_in_the_middle_is_read(name):
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(4)  # as pipelines do that start from an image
     denoise, noise = network(scheduler), draw(torch.float64)
-    sampler = px.read(scheduler, timesteps=scheduler.timesteps[4:])
+    sampler = px.from_scheduler(scheduler, timesteps=scheduler.timesteps[4:])
     expected = own_loop(scheduler, {}, denoise, noise, None, first=4)
     result = px.sample(denoise, noise, sampler, px.Sequential())
     assert problems.relative(result.x, expected) <= (1e-6 if name == "EulerDiscreteScheduler" else 1e-10)
 
 
 def test_noise_is_drawn_in_the_dtype_of_the_loop():
-    sampler = px.read(make("DDPMScheduler", {})[0])
+    sampler = px.from_scheduler(make("DDPMScheduler", {})[0])
     noise = draw(torch.float32)
-    table = sampler.table(noise, torch.Generator().manual_seed(3), torch.bfloat16)
+    table = sampler.recurrence(noise, torch.Generator().manual_seed(3), torch.bfloat16)
     first = torch.randn(noise.shape, generator=torch.Generator().manual_seed(3), dtype=torch.bfloat16)
-    assert torch.allclose(table.noise[:, 0], float(sampler.local.noise[0]) * first.float())
+    assert torch.allclose(table.noise[:, 0], float(sampler.coefficients.noise_std[0]) * first.float())
     # This one draws float32 noise for whatever states.
-    sampler = px.read(make("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})[0])
+    sampler = px.from_scheduler(make("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})[0])
     assert sampler.draw_dtype == torch.float32
 
 
 def test_one_generator_a_sample_makes_a_sample_independent_of_its_batch():
-    sampler = px.read(make("SASolverScheduler", {})[0])
+    sampler = px.from_scheduler(make("SASolverScheduler", {})[0])
     noise = draw(torch.float64)
-    both = sampler.table(noise, problems.generators(2))
-    alone = sampler.table(noise[1:], problems.generators(2)[1:])
+    both = sampler.recurrence(noise, problems.generators(2))
+    alone = sampler.recurrence(noise[1:], problems.generators(2)[1:])
     assert torch.equal(both.noise[1:], alone.noise)
     scheduler, _ = make("SASolverScheduler", {})
     expected = own_loop(scheduler, {}, network(scheduler), noise, problems.generators(2))
@@ -430,9 +434,9 @@ def plain(update, **more):
 
 
 def test_any_object_with_timesteps_and_a_step_can_be_read():
-    local = px.read(Plain()).local
-    assert np.allclose(local.decay, 0.9)
-    assert np.allclose(local.weight, 0.1)
+    local = px.from_scheduler(Plain()).coefficients
+    assert np.allclose(local.state_weight, 0.9)
+    assert np.allclose(local.output_weight, 0.1)
     assert local.alpha is None
 
 
@@ -459,29 +463,29 @@ def test_any_object_with_timesteps_and_a_step_can_be_read():
 )
 def test_what_is_not_a_table_is_refused_with_the_reason(scheduler, message):
     with pytest.raises(ValueError, match=message):
-        px.read(scheduler)
+        px.from_scheduler(scheduler)
 
 
 def test_an_option_out_of_range_is_among_what_is_to_blame():
     scheduler, _ = make("DDIMScheduler", {"clip_sample": False})
     with pytest.raises(ValueError, match=r"NaN or Inf of finite outputs, with eta=5.0, prediction_type='epsilon'"):
-        px.read(scheduler, eta=5.0)
+        px.from_scheduler(scheduler, eta=5.0)
 
 
 def test_another_default_device_leaves_reading_on_the_cpu():
     scheduler, options = make("DDPMScheduler", {})
     torch.set_default_device("meta")
     try:
-        assert px.read(scheduler, **options).steps == STEPS
+        assert px.from_scheduler(scheduler, **options).steps == STEPS
     finally:
         torch.set_default_device(None)
 
 
 def test_what_is_no_scheduler_or_no_option_is_named():
     with pytest.raises(TypeError, match=r"must have timesteps and step\(output, t, sample\), .* got dict"):
-        px.read({})
+        px.from_scheduler({})
     with pytest.raises(TypeError, match="takes no option 'eta'"):
-        px.read(Plain(), eta=1.0)
+        px.from_scheduler(Plain(), eta=1.0)
 
 
 def test_the_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
@@ -491,7 +495,7 @@ def test_the_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
         scheduler.set_timesteps(100)
         noise = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
         net = mixture(16).network(px.vp())
-        result = px.sample(net, noise, px.read(scheduler), px.Secant(window=8))
+        result = px.sample(net, noise, px.from_scheduler(scheduler), px.Secant(window=8))
         rounds.append(result.rounds)
         assert [one.problem.transformed for one in result] == [clip] * 2
     assert rounds[1] >= rounds[0]

@@ -23,9 +23,9 @@ def test_grids_fall_from_noise_to_the_sample(schedule, spacing):
 def test_levels_and_times_are_inverse():
     schedule = px.vp()
     times = np.array([3.0, 500.0, 998.0])
-    alpha, sigma = schedule.levels(times)
+    alpha, sigma = schedule.alpha_sigma(times)
     assert np.allclose(schedule.times_of(sigma / alpha), times)
-    alpha, sigma = px.karras().levels(np.log(np.array([0.5, 10.0])) / 4)
+    alpha, sigma = px.karras().alpha_sigma(np.log(np.array([0.5, 10.0])) / 4)
     assert np.allclose(sigma, [0.5, 10.0])
 
 
@@ -79,7 +79,7 @@ def test_what_a_schedule_or_sampler_refuses_is_named(make, message):
 
 
 @pytest.mark.parametrize("sampler", px.SAMPLERS.values())
-@pytest.mark.parametrize("schedule", ["vp", 1000, px.vp, px.schedules.Karras])
+@pytest.mark.parametrize("schedule", ["vp", 1000, px.vp, px.samplers.schedules.Karras])
 def test_what_is_no_schedule_is_named(sampler, schedule):
     with pytest.raises(TypeError, match=r"schedule must be a schedule, such as parataxis.vp\(\), got "):
         sampler(schedule, steps=20)

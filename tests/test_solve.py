@@ -26,7 +26,7 @@ def test_a_callable_of_ten_lines_is_enough():
     assert result.x.shape == noise.shape
     assert result.converged
     assert [one.reason for one in result] == ["converged"] * 3
-    assert result[0].work == result[0].evaluations / 25
+    assert result[0].nfe_ratio == result[0].evaluations / 25
     assert len(result[0].history) == result[0].rounds
 
 
@@ -90,11 +90,11 @@ def test_guidance_takes_two_rows_and_one_where_it_changes_nothing():
 def test_one_run_serves_a_loop_that_belongs_to_someone_else():
     network, noise, sampler = setting()
     times = sampler.network_times(noise.dtype)
-    [run, *_] = px.start(sampler, sampler.table(noise), px.Picard(window=8), tolerance=1e-4)
+    [run, *_] = px.start(sampler, sampler.recurrence(noise), px.Picard(window=8), tolerance=1e-4)
     while not run.done:
         query = run.query
-        assert query.u.shape == (len(query.point), problems.DIM)
-        run.answer(network(query.u, times[query.point]))
+        assert query.x.shape == (len(query.step), problems.DIM)
+        run.answer(network(query.x, times[query.step]))
     expected = px.sample(network, noise, sampler, px.Picard(window=8), tolerance=1e-4)
     assert torch.allclose(run.solution.x, expected.x[0], rtol=1e-12)
     assert run.solution.rounds == expected[0].rounds
@@ -126,13 +126,13 @@ def test_stop_ends_a_run_early_with_its_estimate():
 
 def test_a_multistep_table_without_data_predictions_has_an_estimate_too():
     network, noise, sampler = setting(2, 25, "dpmpp_2m")
-    table = sampler.table(noise)
-    blind = px.Table(dataclasses.replace(table.local, data_input=None, data_output=None), table.start)
+    table = sampler.recurrence(noise)
+    blind = px.Recurrence(dataclasses.replace(table.coefficients, x0_from_input=None, x0_from_output=None), table.start)
     times = sampler.network_times(noise.dtype)
     expected, errors = px.sample(network, noise, sampler, px.Sequential()).x, []
     [run, _] = px.start(sampler, blind, px.Picard(window=4), tolerance=1e-6)
     while not run.done:
-        run.answer(network(run.query.u, times[run.query.point]))
+        run.answer(network(run.query.x, times[run.query.step]))
         assert run.solution.error_estimate <= 1e-6 if run.done else run.solution.error_estimate == math.inf
         errors.append(problems.relative(run.estimate[None], expected[:1]))
     assert errors[-1] <= 1e-6
@@ -160,7 +160,9 @@ def test_a_trajectory_is_a_guess_that_saves_rounds():
     for name in px.SAMPLERS:
         network, noise, sampler = setting(2, 50, name)
         options = {"tolerance": 1e-6}
-        kept = px.sample(network, noise, sampler, px.Picard(), keep=True, generator=problems.generators(2), **options)
+        kept = px.sample(
+            network, noise, sampler, px.Picard(), keep_trajectory=True, generator=problems.generators(2), **options
+        )
         assert kept.trajectory.shape == (2, sampler.steps + 1, problems.DIM)
         assert torch.equal(kept.trajectory[:, -1], kept.x)
         for solver in (px.Picard(), px.Picard(window=16)):
@@ -179,11 +181,11 @@ def test_a_trajectory_is_a_guess_that_saves_rounds():
 def test_one_generator_draws_in_the_order_of_the_loop():
     sampler = px.samplers.ddpm(steps=10)
     noise = problems.noise(3)
-    table = sampler.table(noise, torch.Generator().manual_seed(3))
+    table = sampler.recurrence(noise, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     for i in range(9):
         drawn = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
-        assert torch.equal(table.noise[:, i], float(sampler.local.noise[i]) * drawn)
+        assert torch.equal(table.noise[:, i], float(sampler.coefficients.noise_std[i]) * drawn)
     assert not table.noise[:, 9].any()
 
 
@@ -218,8 +220,8 @@ def test_progress_counts_settled_levels(capsys):
         ({"noise": torch.ones(3, 4).to_sparse()}, "noise must be dense and hold numbers, got layout torch.sparse_coo"),
         ({"noise": torch.zeros(3, 4, device="meta")}, "noise must be dense and hold numbers, .* on meta"),
         ({"noise": torch.full((3, 4), torch.nan)}, "noise holds NaN or Inf"),
-        ({"noise": np.zeros((3, 4))}, "noise must be a floating-point tensor .* got ndarray and rows=None"),
-        ({"noise": [torch.zeros(4)]}, "noise must be a floating-point tensor .* got list and rows=None"),
+        ({"noise": np.zeros((3, 4))}, "noise must be a floating-point tensor .* got ndarray and rows_per_round=None"),
+        ({"noise": [torch.zeros(4)]}, "noise must be a floating-point tensor .* got list and rows_per_round=None"),
         ({"tolerance": None}, "tolerance must be"),
         ({"tolerance": "a"}, "tolerance must be"),
         ({"tolerance": float("inf")}, "tolerance must be"),
@@ -229,8 +231,8 @@ def test_progress_counts_settled_levels(capsys):
         ({"max_rows": True}, "max_rows must be a whole number of at least 1, got True"),
         ({"buckets": 8}, r"buckets must be numbers of rows of at least 1, such as \(1, 2, 4, 8\), got 8"),
         ({"buckets": (1, 2.5)}, "buckets must be numbers of rows"),
-        ({"frozen": 1.5}, "frozen must be a whole number of at least 0, got 1.5"),
-        ({"frozen": True}, "frozen must be a whole number of at least 0, got True"),
+        ({"frozen_steps": 1.5}, "frozen_steps must be a whole number of at least 0, got 1.5"),
+        ({"frozen_steps": True}, "frozen_steps must be a whole number of at least 0, got True"),
         ({"guess": [1]}, r"guess must have the shape \(B, N \+ 1, \*shape\) = \(3, 26, 16\), got list"),
         ({"condition": np.zeros((3, 2))}, r"condition must hold tensors \(3, \.\.\.\)"),
         ({"condition": 3.0}, "condition must hold tensors .* got 3.0"),
@@ -253,9 +255,9 @@ def test_what_is_no_generator_is_said(generator):
     message = "generator must be a torch.Generator, one for each sample, or None, got"
     for call in (
         lambda: px.sample(network, noise, sampler, px.Picard(), generator=generator),
-        lambda: px.sample(network, noise, sampler, px.Picard(), generator=generator, rows=8),
-        lambda: px.floor(network, noise, sampler, generator=generator),
-        lambda: px.start(sampler, sampler.table(noise), px.Picard(), generator=generator),
+        lambda: px.sample(network, noise, sampler, px.Picard(), generator=generator, rows_per_round=8),
+        lambda: px.numerical_floor(network, noise, sampler, generator=generator),
+        lambda: px.start(sampler, sampler.recurrence(noise), px.Picard(), generator=generator),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -272,7 +274,7 @@ def test_a_network_that_cannot_be_called_is_told_from_one_that_fails():
         return x + "a"
 
     labels = torch.zeros(3)
-    for options in ({}, {"rows": 8}):
+    for options in ({}, {"rows_per_round": 8}):
         with pytest.raises(TypeError, match=r"called as denoise\(x, t\), as there is no condition=, .*'label'"):
             px.sample(Net(), noise, sampler, px.Picard(), **options)
         with pytest.raises(TypeError, match=r"called as denoise\(x, t, condition\), as there is a condition="):
@@ -292,17 +294,17 @@ def test_a_condition_may_be_a_named_tuple_with_leaves_that_all_samples_share():
 
     condition = Told(torch.arange(3.0), 0.1)
     found = px.sample(network, noise, sampler, px.Picard(window=4), condition=condition)
-    streamed = px.sample(network, noise, sampler, px.Picard(window=4), condition=condition, rows=5)
+    streamed = px.sample(network, noise, sampler, px.Picard(window=4), condition=condition, rows_per_round=5)
     torch.testing.assert_close(found.x, streamed.x)
 
 
 def test_networks_may_have_parameters_that_want_gradients():
     _, noise, sampler = setting(2, 10)
     net = torch.nn.Linear(problems.DIM, problems.DIM, dtype=noise.dtype)
-    [run, _] = runs = px.start(sampler, sampler.table(noise.clone().requires_grad_()), px.Secant())
+    [run, _] = runs = px.start(sampler, sampler.recurrence(noise.clone().requires_grad_()), px.Secant())
     while not run.done:
-        run.answer(net(run.query.u))
-    for _ in px.together(runs, lambda rows: net(rows.u)):
+        run.answer(net(run.query.x))
+    for _ in px.drive(runs, lambda rows: net(rows.x)):
         pass
     expected = px.sample(lambda x, t: net(x), noise, sampler, px.Secant())
     torch.testing.assert_close(torch.stack([one.solution.x for one in runs]), expected.x)
@@ -312,25 +314,25 @@ def test_networks_may_have_parameters_that_want_gradients():
 def test_runs_of_several_calls_are_not_driven_together():
     _, noise, sampler = setting(1, 10)
     runs = [
-        *px.start(sampler, sampler.table(noise), px.Picard()),
-        *px.start(sampler, sampler.table(noise), px.Picard()),
+        *px.start(sampler, sampler.recurrence(noise), px.Picard()),
+        *px.start(sampler, sampler.recurrence(noise), px.Picard()),
     ]
     with pytest.raises(ValueError, match="must be of one call of start"):
-        next(px.together(runs, lambda rows: rows.u))
+        next(px.drive(runs, lambda rows: rows.x))
 
 
 def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
     sampler = px.samplers.ddim(steps=20)
-    _, weight = sampler.local.dense()
+    _, weight = sampler.coefficients.dense()
     noise = problems.noise(1)
-    table = px.Table.from_dense(weight, sampler.table(noise).base())
+    table = px.Recurrence.from_dense(weight, sampler.recurrence(noise).base())
     network, times = problems.network("power law", "ddim"), sampler.network_times(noise.dtype)
     with pytest.raises(ValueError, match="rule='paradigms' compares with alpha and sigma"):
         px.start(sampler, table, px.Picard(rule="paradigms"))
     for solver in (px.Sequential(), px.Picard(window=8)):
         [run] = px.start(sampler, table, solver, tolerance=0)
         while not run.done:
-            run.answer(network(run.query.u, times[run.query.point]))
+            run.answer(network(run.query.x, times[run.query.step]))
             assert bool(torch.isfinite(run.estimate).all())
         expected = px.sample(network, noise, sampler, px.Sequential()).x
         assert problems.relative(run.solution.x[None], expected) <= 1e-8
@@ -376,7 +378,7 @@ def test_a_settled_preview_is_close_to_the_sample():
 
 def test_trajectories_survive_the_disk(tmp_path):
     network, noise, sampler = setting(2, 20)
-    kept = px.sample(network, noise, sampler, px.Picard(), keep=True)
+    kept = px.sample(network, noise, sampler, px.Picard(), keep_trajectory=True)
     path = tmp_path / "kept.safetensors"
     px.save_trajectory(path, kept.trajectory, sampler)
     assert torch.equal(px.load_trajectory(path, sampler), kept.trajectory)
@@ -386,7 +388,9 @@ def test_trajectories_survive_the_disk(tmp_path):
         px.save_trajectory(path, kept.trajectory[:, 1:], sampler)
     lost = px.sample(network, noise, sampler, px.Picard())
     for none in (lost, lost.trajectory):
-        with pytest.raises(TypeError, match=f"got {type(none).__name__}: give the .trajectory .* with keep=True"):
+        with pytest.raises(
+            TypeError, match=f"got {type(none).__name__}: give the .trajectory .* with keep_trajectory=True"
+        ):
             px.save_trajectory(path, none, sampler)
     with pytest.raises(ValueError, match="cannot be written"):
         px.save_trajectory(tmp_path / "none" / "kept", kept.trajectory, sampler)
@@ -397,21 +401,23 @@ def test_trajectories_survive_the_disk(tmp_path):
 
 def test_frozen_states_stay_and_the_others_follow_from_them():
     network, noise, sampler = setting(2, 50)
-    kept = px.sample(network, noise, sampler, px.Sequential(), keep=True).trajectory
+    kept = px.sample(network, noise, sampler, px.Sequential(), keep_trajectory=True).trajectory
     other = problems.mixtures()["data set"].network(px.vp())
     for solver in (px.Picard(), px.Picard(window=8), px.Anderson(window=16)):
-        result = px.sample(other, noise, sampler, solver, guess=kept, frozen=20, keep=True, tolerance=0)
+        result = px.sample(
+            other, noise, sampler, solver, guess=kept, frozen_steps=20, keep_trajectory=True, tolerance=0
+        )
         assert torch.equal(result.trajectory[:, :21], kept[:, :21])
         x, times = kept[:, 20], sampler.network_times(noise.dtype)
         for i in range(20, 50):
             f = other(x, times[i].expand(2))
-            x = float(sampler.local.decay[i]) * x + float(sampler.local.weight[i, 0]) * f
+            x = float(sampler.coefficients.state_weight[i]) * x + float(sampler.coefficients.output_weight[i, 0]) * f
         assert problems.relative(result.x, x) <= 1e-9
         assert result.rounds <= 30
     for options, message in [
-        ({"frozen": 5}, "pass one"),
-        ({"frozen": 50, "guess": kept}, "frozen < N = 50"),
-        ({"frozen": 5, "guess": kept, "solver": px.Parareal()}, "a solver with a window"),
+        ({"frozen_steps": 5}, "pass one"),
+        ({"frozen_steps": 50, "guess": kept}, "frozen_steps < N = 50"),
+        ({"frozen_steps": 5, "guess": kept, "solver": px.Parareal()}, "a solver with a window"),
     ]:
         with pytest.raises(ValueError, match=message):
             px.sample(network, noise, sampler, options.pop("solver", px.Picard()), **options)
@@ -438,15 +444,15 @@ def test_the_floor_is_what_the_network_makes_of_its_batch_and_no_tolerance_goes_
     def rough(x, t):
         return network(x, t) * (1 + 1e-5 * len(x))
 
-    assert px.floor(network, noise, sampler, generator=problems.generators(2)) <= 1e-12
-    found = px.floor(rough, noise, sampler, generator=problems.generators(2))
+    assert px.numerical_floor(network, noise, sampler, generator=problems.generators(2)) <= 1e-12
+    found = px.numerical_floor(rough, noise, sampler, generator=problems.generators(2))
     sequential, among = (
         px.sample(make, noise, sampler, px.Sequential(), generator=problems.generators(2)).x
         for make in (lambda x, t: network(x, t) * (1 + 1e-5), lambda x, t: network(x, t) * (1 + 8e-5))
     )
     assert found == pytest.approx(problems.relative(among, sequential), rel=1e-3)
     with pytest.raises(ValueError, match=r"rows must be a whole number of at least 2, got 2\.5"):
-        px.floor(rough, noise, sampler, rows=2.5)
+        px.numerical_floor(rough, noise, sampler, rows=2.5)
     with pytest.raises(ValueError, match=r"tolerance 1e-05 is below the floor \d\.\d+e-05 of this network"):
-        px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, floor=found)
-    assert px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-2, floor=found).converged
+        px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, numerical_floor=found)
+    assert px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-2, numerical_floor=found).converged

@@ -16,7 +16,7 @@ import problems
 from parataxis.solvers import speculative
 
 VARIANTS = problems.law_exact()
-NAMES = [name for name in px.SAMPLERS if problems.sampler(name, 10).local.noise.any()]
+NAMES = [name for name in px.SAMPLERS if problems.sampler(name, 10).coefficients.noise_std.any()]
 WIDE = [solver for solver in VARIANTS if solver.window != 1]
 SHORT = [solver for solver in VARIANTS if solver.window == 4]
 
@@ -28,7 +28,7 @@ def test_a_round_settles_a_state_so_n_rounds_are_enough(solver, name):
         for one in problems.solve("data set", name, points, solver, count=3):
             assert one.converged
             assert one.rounds <= one.steps == points
-            fronts = [round_.front for round_ in one.history]
+            fronts = [round_.accepted for round_ in one.history]
             assert all(after > before for before, after in itertools.pairwise(fronts))
 
 
@@ -52,25 +52,25 @@ def test_latest_proposals_need_fewer_rounds_than_fresh_ones():
 def test_every_query_lies_on_the_loop_within_the_width(solver, name):
     sampler = problems.sampler(name, 25)
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
-    runs = px.start(sampler, sampler.table(problems.noise(3), problems.generators(3)), solver)
+    runs = px.start(sampler, sampler.recurrence(problems.noise(3), problems.generators(3)), solver)
     width = problems.bound(solver, sampler.steps)
 
     def evaluate(rows):
         for run in runs:
-            own = rows.point[rows.sample == run.index].tolist()
-            assert own == list(range(run.front, run.front + len(own)))
+            own = rows.step[rows.sample == run.index].tolist()
+            assert own == list(range(run.accepted, run.accepted + len(own)))
             assert len(own) <= width
             assert not own or own[-1] < sampler.steps
-        return network(rows.u, times[rows.point])
+        return network(rows.x, times[rows.step])
 
-    for _ in px.together(runs, evaluate):
+    for _ in px.drive(runs, evaluate):
         pass
-    assert all(run.done and run.front == 25 for run in runs)
+    assert all(run.done and run.accepted == 25 for run in runs)
 
 
 @pytest.mark.parametrize("solver", VARIANTS, ids=repr)
 def test_the_same_inputs_give_the_same_bits(solver):
-    first, second = (problems.solve("power law", "ddpm", 25, solver, keep=True) for _ in range(2))
+    first, second = (problems.solve("power law", "ddpm", 25, solver, keep_trajectory=True) for _ in range(2))
     assert torch.equal(first.trajectory, second.trajectory)
     assert [one.history for one in first] == [one.history for one in second]
     one, other, third = (
@@ -119,18 +119,18 @@ def test_solvers_that_are_not_exact_in_law_draw_nothing_but_the_noise():
     network, noise, sampler = problems.network("power law", "ddpm"), problems.noise(2), problems.sampler("ddpm", 25)
     first, second = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     px.sample(network, noise, sampler, px.Picard(), generator=first)
-    sampler.table(noise, second)
+    sampler.recurrence(noise, second)
     assert torch.equal(first.get_state(), second.get_state())
 
 
 @pytest.mark.parametrize("solver", WIDE, ids=repr)
 def test_every_state_is_kept_and_nothing_else_of_the_callers_is_changed(solver):
     network, sampler = problems.network("data set", "ddpm"), problems.sampler("ddpm", 25)
-    table = sampler.table(problems.noise(3), problems.generators(3))
+    table = sampler.recurrence(problems.noise(3), problems.generators(3))
     kept = table.noise.clone()
-    runs = px.start(sampler, table, solver, keep=True, generator=problems.generators(3))
+    runs = px.start(sampler, table, solver, keep_trajectory=True, generator=problems.generators(3))
     times = sampler.network_times(torch.float64)
-    for _ in px.together(runs, lambda rows: network(rows.u, times[rows.point])):
+    for _ in px.drive(runs, lambda rows: network(rows.x, times[rows.step])):
         assert all(bool(torch.isfinite(run.estimate).all()) for run in runs)
     assert torch.equal(table.noise, kept)
     for run in runs:
@@ -172,18 +172,18 @@ def test_what_it_cannot_do_is_refused_with_the_reason():
     for name in ("ddim", "euler", "flow_euler", "heun", "dpmpp_2m"):
         with pytest.raises(ValueError, match="cannot solve this sampler: no step of this table adds noise"):
             px.sample(network, noise, problems.sampler(name, 5), px.Speculative())
-    local = px.LocalForm(np.ones(3), np.ones((3, 2)), np.ones(3))
+    local = px.Coefficients(np.ones(3), np.ones((3, 2)), np.ones(3))
     assert "one-step table" in px.Speculative().refuses(local)
     sampler = problems.sampler("ddpm", 5)
     guess = torch.zeros(1, 6, problems.DIM, dtype=torch.float64)
-    for options in ({"guess": guess}, {"guess": guess, "frozen": 2}):
+    for options in ({"guess": guess}, {"guess": guess, "frozen_steps": 2}):
         with pytest.raises(ValueError, match="takes no guess and no frozen states"):
             px.sample(network, noise, sampler, px.Speculative(), **options)
-    table = px.Table(sampler.local, noise)
+    table = px.Recurrence(sampler.coefficients, noise)
     with pytest.raises(ValueError, match="the table has no noise, though its steps add some"):
-        next(px.together(px.start(sampler, table, px.Speculative()), lambda rows: rows.u))
+        next(px.drive(px.start(sampler, table, px.Speculative()), lambda rows: rows.x))
     with pytest.raises(ValueError, match="1 samples, 2 generators"):
-        px.start(sampler, sampler.table(noise), px.Speculative(), generator=problems.generators(2))
+        px.start(sampler, sampler.recurrence(noise), px.Speculative(), generator=problems.generators(2))
     for option in ("window", "verification", "proposal"):
         with pytest.raises(ValueError, match=f"{option} must be .* got 0"):
             px.Speculative(**{option: 0})
@@ -212,7 +212,7 @@ def draw(case, solver, seed, count=500):
     sampler, network = CASES[case]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, 2, generator=generator, dtype=torch.float64)
-    return px.sample(network, noise, sampler, solver, generator=generator, keep=True).trajectory
+    return px.sample(network, noise, sampler, solver, generator=generator, keep_trajectory=True).trajectory
 
 
 @cache
@@ -250,13 +250,15 @@ def whiteness(case, trajectory):
     Steps without noise must have none.
     """
     sampler, network = CASES[case]
-    local, states = sampler.local, trajectory[:, :-1]
+    local, states = sampler.coefficients, trajectory[:, :-1]
     point = torch.arange(local.steps).repeat(len(states))
     outputs = network(states.flatten(0, 1), sampler.network_times(torch.float64)[point])
     outputs = sampler.output(point, states.flatten(0, 1), outputs).view_as(states)
-    decay, weight, scale = (torch.from_numpy(one)[:, None] for one in (local.decay, local.weight[:, 0], local.noise))
+    decay, weight, scale = (
+        torch.from_numpy(one)[:, None] for one in (local.state_weight, local.output_weight[:, 0], local.noise_std)
+    )
     rest = trajectory[:, 1:] - decay * states - weight * outputs
-    noisy = local.noise > 0
+    noisy = local.noise_std > 0
     assert float(rest[:, ~noisy].abs().max()) <= 1e-12
     z, outputs = (rest / scale)[:, noisy], outputs[:, noisy]
     along = (z * outputs).sum(-1) / outputs.norm(dim=-1)
@@ -279,16 +281,16 @@ def test_the_law_holds_where_the_network_breaks_on_proposals(solver):
     sampler, network = CASES["chain"]
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
-    runs = px.start(sampler, sampler.table(noise, generator), solver, keep=True, generator=generator)
+    runs = px.start(sampler, sampler.recurrence(noise, generator), solver, keep_trajectory=True, generator=generator)
     times = sampler.network_times(torch.float64)
 
     def fragile(rows):
-        outputs = network(rows.u, times[rows.point])
-        front = torch.tensor([runs[index].front for index in rows.sample.tolist()])
-        outputs[(rows.point > front) & (torch.sin(1000 * rows.u[:, 0]) > 0)] = float("nan")
+        outputs = network(rows.x, times[rows.step])
+        front = torch.tensor([runs[index].accepted for index in rows.sample.tolist()])
+        outputs[(rows.step > front) & (torch.sin(1000 * rows.x[:, 0]) > 0)] = float("nan")
         return outputs
 
-    for _ in px.together(runs, fragile):
+    for _ in px.drive(runs, fragile):
         pass
     drawn = torch.stack([run.solution.trajectory for run in runs])
     assert min(whiteness("chain", drawn)) > 0.02

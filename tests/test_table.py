@@ -8,29 +8,31 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis import solve
-from parataxis.table import LocalForm, Part, Read, Response, Table, packed, unpacked, uploads
+from parataxis.arrays import Read, packed, unpacked, uploads
+from parataxis.engine import solve
+from parataxis.samplers.coefficients import Coefficients
+from parataxis.samplers.recurrence import Part, Recurrence, Response
 
 NAMES = list(px.SAMPLERS)
 
 
 def affine(table, states, outputs, slopes):
     """Roll the loop forward with each output f_q + d_q (u - u_q): the response, the slow way."""
-    local = table.local
+    local = table.coefficients
     new = [states[0]]
     models = []
     for i in range(local.steps):
         models.append(outputs[i] + slopes[i] * (new[i] - states[i]))
-        row = local.decay[i] * new[i]
+        row = local.state_weight[i] * new[i]
         for lag in range(min(local.lags, i) + 1):
-            row = row + local.weight[i, lag] * models[i - lag]
+            row = row + local.output_weight[i, lag] * models[i - lag]
         new.append(row if table.noise is None else row + table.noise[0, i])
     return torch.stack(new), torch.stack(models)
 
 
 def made(name, points=12):
     sampler = problems.sampler(name, points)
-    table = sampler.table(problems.noise(1), problems.generators(1))
+    table = sampler.recurrence(problems.noise(1), problems.generators(1))
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(sampler.steps + 1, problems.DIM, generator=generator, dtype=torch.float64)
     outputs = torch.randn(sampler.steps, problems.DIM, generator=generator, dtype=torch.float64)
@@ -42,7 +44,7 @@ def made(name, points=12):
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_and_local_forms_are_the_same_loop(name):
     sampler, table, _, outputs, _ = made(name)
-    _, weight = sampler.local.dense()
+    _, weight = sampler.coefficients.dense()
     dense = table.base()[0] + torch.from_numpy(weight) @ outputs
     local, _ = affine(table, dense, outputs, np.zeros(sampler.steps))
     assert torch.allclose(dense, local, rtol=1e-10)
@@ -53,22 +55,22 @@ def test_dense_and_local_forms_are_the_same_loop(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dense_table_has_the_local_form_it_came_from(name):
     sampler, table, _, outputs, _ = made(name)
-    _, weight = sampler.local.dense()
-    again = Table.from_dense(weight, table.base())
+    _, weight = sampler.coefficients.dense()
+    again = Recurrence.from_dense(weight, table.base())
     # A_i is found where earlier outputs enter; the first steps and Heun's alternation need not have a single lag.
-    assert again.local.lags >= sampler.local.lags or sampler.local.lags == 1
-    restored = again.base()[0] + torch.from_numpy(again.local.dense()[1]) @ outputs
+    assert again.coefficients.lags >= sampler.coefficients.lags or sampler.coefficients.lags == 1
+    restored = again.base()[0] + torch.from_numpy(again.coefficients.dense()[1]) @ outputs
     expected = table.base()[0] + torch.from_numpy(weight) @ outputs
     assert torch.allclose(restored, expected, rtol=1e-8, atol=1e-10)
-    if sampler.local.lags == 0:
-        assert again.local.lags == 0
-        assert np.allclose(again.local.decay[1:], sampler.local.decay[1:], rtol=1e-8)
+    if sampler.coefficients.lags == 0:
+        assert again.coefficients.lags == 0
+        assert np.allclose(again.coefficients.state_weight[1:], sampler.coefficients.state_weight[1:], rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gain_is_the_effect_of_each_output_on_the_sample(name):
     sampler, table, states, outputs, slopes = made(name)
-    gain = sampler.local.gain(slopes)
+    gain = sampler.coefficients.gain(slopes)
     new, _ = affine(table, states, outputs, slopes)
     for point in (0, 5, sampler.steps - 1):
         pushed = outputs.clone()
@@ -92,14 +94,14 @@ def answered(work, like):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop, last):
     _, table, states, outputs, slopes = made(name)
-    lags = table.local.lags
+    lags = table.coefficients.lags
     # Points before the first are settled: their outputs are final, and the first state follows from them.
     flat = slopes.copy()
     flat[:first] = 0.0
     settled, _ = affine(table, states, outputs, np.zeros_like(slopes))
     states[: first + 1] = settled[: first + 1]
     # Points behind the last one evaluated answer with its affine model.
-    for point in range(stop, table.local.steps):
+    for point in range(stop, table.coefficients.steps):
         states[point], outputs[point], flat[point] = states[stop - 1], outputs[stop - 1], flat[stop - 1]
     expected, models = affine(table, states, outputs, flat)
     rows = torch.cat([states, outputs, torch.zeros(40, problems.DIM, dtype=torch.float64)])
@@ -130,7 +132,7 @@ def test_the_response_is_the_trajectory_of_the_affine_outputs(name, first, stop,
 def responses():
     """Return a table, a memory and Responses of different lengths."""
     sampler = problems.sampler("ddpm", 20)
-    table = sampler.table(problems.noise(3), problems.generators(3))
+    table = sampler.recurrence(problems.noise(3), problems.generators(3))
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(3 * 60 + 1, problems.DIM, generator=generator, dtype=torch.float64)
     parts = []
@@ -175,18 +177,18 @@ def test_a_response_may_be_measured_before_its_slopes_are_known(kept):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wide_response_is_answered_chunk_by_chunk_as_at_once(monkeypatch, name):
     sampler = problems.sampler(name, 40)
-    table = sampler.table(problems.noise(2), problems.generators(2))
+    table = sampler.recurrence(problems.noise(2), problems.generators(2))
     memory = torch.randn(2 * 130 + 1, problems.DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parts = []
     for b, (first, stop) in enumerate([(0, sampler.steps), (11, 36)]):
         points, states = np.arange(stop - first), np.arange(stop - first + 1)
         slopes = -0.4 + 0.8 * np.random.default_rng(b).random(stop - first)
-        history = 120 + np.arange(sampler.local.lags)
+        history = 120 + np.arange(sampler.coefficients.lags)
         ask = Response(first, states, 42 + points, slopes, first + 1, 84 + points, history, origin=125)
         parts.append(Part(b, 130 * b, ask))
     whole, chunked = memory.clone(), memory.clone()
     expected = answered(table.respond(whole, parts), whole)
-    monkeypatch.setattr("parataxis.table.CHUNK", 7)
+    monkeypatch.setattr("parataxis.samplers.recurrence.CHUNK", 7)
     found = answered(table.respond(chunked, parts), chunked)
     assert torch.allclose(chunked[:-1], whole[:-1], rtol=1e-9, atol=1e-10)
     for one, other in zip(found, expected, strict=True):
@@ -208,35 +210,35 @@ def test_a_hop_of_one_step_is_the_step_and_a_perfect_hop_is_many(name):
     sampler, table, states, outputs, _ = made(name)
     stepped = table.step(states[None], outputs[None])[0]
     for i in (0, 4, sampler.steps - 1):
-        hop = table.hop(i, i + 1, states[None, i], outputs[None, i])
+        hop = table.coarse_step(i, i + 1, states[None, i], outputs[None, i])
         assert torch.allclose(hop[0], stepped[i], rtol=1e-9, atol=1e-12)
     # A network whose data prediction is constant: one hop is the whole way.
-    local = sampler.local
+    local = sampler.coefficients
     data = torch.randn(problems.DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     x = table.start[0]
     for i in range(sampler.steps):
-        f = (data - local.data_input[i] * x) / local.data_output[i]
+        f = (data - local.x0_from_input[i] * x) / local.x0_from_output[i]
         x = table.step(x.expand(1, sampler.steps + 1, -1), f.expand(1, sampler.steps, -1))[0, i]
-    f = (data - local.data_input[0] * table.start[0]) / local.data_output[0]
-    assert torch.allclose(table.hop(0, sampler.steps, table.start, f[None])[0], x, rtol=1e-8)
+    f = (data - local.x0_from_input[0] * table.start[0]) / local.x0_from_output[0]
+    assert torch.allclose(table.coarse_step(0, sampler.steps, table.start, f[None])[0], x, rtol=1e-8)
 
 
 def test_hops_of_multistep_tables_or_backwards_are_refused():
     _, table, states, outputs, _ = made("dpmpp_2m")
     with pytest.raises(ValueError, match="multistep"):
-        table.hop(0, 3, states[None, 0], outputs[None, 0])
+        table.coarse_step(0, 3, states[None, 0], outputs[None, 0])
     _, table, states, outputs, _ = made("ddim")
     with pytest.raises(ValueError, match="forward"):
-        table.hop(3, 3, states[None, 0], outputs[None, 0])
+        table.coarse_step(3, 3, states[None, 0], outputs[None, 0])
 
 
 def test_what_is_not_a_table_is_named():
     with pytest.raises(ValueError, match="strictly lower triangular"):
-        LocalForm.from_dense(np.ones((4, 3)))
+        Coefficients.from_dense(np.ones((4, 3)))
     with pytest.raises(ValueError, match=r"\(N, L\)"):
-        LocalForm(np.ones(3), np.ones((2, 1)), np.zeros(3))
+        Coefficients(np.ones(3), np.ones((2, 1)), np.zeros(3))
     with pytest.raises(ValueError, match="weight of step 1 is not finite"):
-        LocalForm(np.ones(2), np.array([[1.0], [np.inf]]), np.zeros(2))
-    local = LocalForm(np.ones(3), np.ones((3, 1)), np.zeros(3))
+        Coefficients(np.ones(2), np.array([[1.0], [np.inf]]), np.zeros(2))
+    local = Coefficients(np.ones(3), np.ones((3, 1)), np.zeros(3))
     with pytest.raises(ValueError, match=r"noise must have the shape .*\(2, 3, 5\)"):
-        Table(local, torch.zeros(2, 5), torch.zeros(2, 4, 5))
+        Recurrence(local, torch.zeros(2, 5), torch.zeros(2, 4, 5))

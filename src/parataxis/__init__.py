@@ -2,28 +2,37 @@
 
 from . import stopping
 from .engine.latency import Latency, latency
-from .engine.solve import OutputError, Run, Solution, start, together
+from .engine.rows import OutputError
+from .engine.solve import Run, Solution, drive, start
 from .loops.solving import Report
 from .parallel import parallel
 from .planning import Plan, plan
-from .sample import Job, Solutions, floor, sample, stream
-from .samplers import SAMPLERS, Sampler
-from .samplers.coefficients import LocalForm
-from .samplers.from_scheduler import read
-from .samplers.recurrence import Table
+from .sample import Job, Solutions, numerical_floor, sample, stream
+from .samplers import SAMPLERS
+from .samplers.coefficients import Coefficients
+from .samplers.from_scheduler import from_scheduler
+from .samplers.recurrence import Recurrence
+from .samplers.sampler import Sampler
 from .samplers.schedules import cosine, flow, karras, vp
-from .solvers import LAW_EXACT, SOLVERS, Anderson, Nested, Parareal, Picard, Secant, Sequential, Speculative
+from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers.anderson import Anderson
+from .solvers.nested import CoarseToFine
+from .solvers.parareal import Parareal
+from .solvers.picard import Picard
+from .solvers.secant import Secant
+from .solvers.sequential import Sequential
+from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
-    "LAW_EXACT",
+    "EXACT_IN_DISTRIBUTION",
     "SAMPLERS",
     "SOLVERS",
     "Anderson",
     "Job",
     "Latency",
-    "LocalForm",
-    "Nested",
+    "Coefficients",
+    "CoarseToFine",
     "OutputError",
     "Parareal",
     "Picard",
@@ -36,22 +45,22 @@ __all__ = [
     "Solution",
     "Solutions",
     "Speculative",
-    "Table",
+    "Recurrence",
     "cosine",
-    "floor",
+    "numerical_floor",
     "flow",
     "karras",
     "latency",
     "load_trajectory",
     "plan",
-    "read",
+    "from_scheduler",
     "parallel",
     "sample",
     "save_trajectory",
     "start",
     "stream",
     "stopping",
-    "together",
+    "drive",
     "vp",
 ]
 __version__ = "0.1.0"

@@ -23,17 +23,18 @@ from torch import Tensor
 
 from . import models
 from .checks import is_finite
-from .engine.solve import OutputError, Run, Solver
+from .engine.rows import OutputError
+from .engine.solve import Run, Solver
 from .planning import Plan, plan
 from .sample import Solutions, sample
 from .samplers import SAMPLERS, options
 from .samplers.sampler import Sampler
-from .solvers import LAW_EXACT, SOLVERS
+from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
 from .solvers.sequential import Sequential
 
 __all__ = ["main"]
 
-EVERY_SOLVER: dict[str, type[Solver]] = {**SOLVERS, **LAW_EXACT}
+EVERY_SOLVER: dict[str, type[Solver]] = {**SOLVERS, **EXACT_IN_DISTRIBUTION}
 AUTO = "auto"
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 SEEDS = 2**62
@@ -283,11 +284,11 @@ def _sample(arguments: Sequence[str]) -> None:
         "solver": repr(result[0].solver),
         "steps": sampler.steps,
         "samples": given.count,
-        "law_exact": given.solver in LAW_EXACT,
-        "tolerance": None if given.solver in LAW_EXACT else given.tolerance,
+        "law_exact": given.solver in EXACT_IN_DISTRIBUTION,
+        "tolerance": None if given.solver in EXACT_IN_DISTRIBUTION else given.tolerance,
         "rounds": result.rounds,
         "evaluations": _median([one.evaluations for one in result]),
-        "work": _median([one.work for one in result]),
+        "work": _median([one.nfe_ratio for one in result]),
         "peak_width": max(one.peak_width for one in result),
         "rows_per_level": 1 if given.guidance == 1 else 2,
         "converged": result.converged,
@@ -321,7 +322,7 @@ def _sample(arguments: Sequence[str]) -> None:
             print(result.plan)
         _print_table(figures)
         if result.plan is not None:
-            print(result.plan.against(result.seconds))
+            print(result.plan.compare(result.seconds))
         for path in pictures:
             print(f"wrote {path}")
     if not result.converged:
@@ -393,12 +394,12 @@ def _figures(made: Plan) -> dict[str, Any]:
         "reason": made.reason,
         "seconds": made.seconds,
         "loop_seconds": made.loop_seconds,
-        "speedup": made.speedup.middle,
+        "speedup": made.speedup.median,
         "speedup_range": [made.speedup.low, made.speedup.high],
-        "planning_seconds": made.spent,
+        "planning_seconds": made.planning_seconds,
         "rows": list(made.latency.rows),
         "row_seconds": list(made.latency.times),
-        "free": made.latency.free,
+        "batch_headroom": made.latency.batch_headroom,
         "candidates": [
             {"solver": repr(one.solver), "rounds": one.rounds, "seconds": one.seconds} for one in made.candidates
         ],
@@ -407,7 +408,7 @@ def _figures(made: Plan) -> dict[str, Any]:
 
 def _solvers(arguments: Sequence[str]) -> None:
     _Parser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
-    for title, registry in (("the same sample:", SOLVERS), ("the same law, another sample:", LAW_EXACT)):
+    for title, registry in (("the same sample:", SOLVERS), ("the same law, another sample:", EXACT_IN_DISTRIBUTION)):
         print(title)
         for name, solver in registry.items():
             fields = "  ".join(

@@ -89,7 +89,7 @@ class Mixture:
             raise ValueError(f"prediction must be 'eps', 'x0', 'v' or 'flow', got {prediction!r}.")
 
         def denoise(u: Tensor, t: Tensor, condition: object = None) -> Tensor:
-            levels = schedule.levels(t.detach().cpu().numpy().astype(np.float64))
+            levels = schedule.alpha_sigma(t.detach().cpu().numpy().astype(np.float64))
             alpha, sigma = (torch.from_numpy(np.asarray(level)) for level in levels)
             x = u.detach().cpu().double().flatten(1)
             if scaled:

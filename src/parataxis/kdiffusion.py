@@ -32,12 +32,13 @@ from tqdm.auto import tqdm
 from .arrays import upload
 from .checks import is_finite
 from .engine.executor import Executor
-from .engine.solve import OutputError, Rows, Solver, start, together
+from .engine.rows import EvalBatch, OutputError
+from .engine.solve import Solver, drive, start
 from .loops.merge import Refused
 from .loops.passes import Loop, Randomness, reachable, replaced
 from .loops.solving import Report, checked, solved
-from .samplers.coefficients import LocalForm
-from .samplers.recurrence import Table
+from .samplers.coefficients import Coefficients
+from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
@@ -230,11 +231,11 @@ def _churn(sigma: Array, churn: float, smallest: float, largest: float) -> tuple
     return hat, np.sqrt(hat**2 - before**2)
 
 
-def _local(rho: Array, weight: Array, sigma: Array, noise: Array) -> LocalForm:
+def _local(rho: Array, weight: Array, sigma: Array, noise: Array) -> Coefficients:
     """Return the local form of steps on D; the noise (N + 1,) leads to every point and to the end."""
     zero, one = np.zeros(len(rho)), np.ones(len(sigma))
     weight = weight.reshape(len(rho), -1)
-    return LocalForm(rho, weight, noise[1:], one, sigma, one, data_input=zero, data_output=one[:-1])
+    return Coefficients(rho, weight, noise[1:], one, sigma, one, x0_from_input=zero, x0_from_output=one[:-1])
 
 
 class _Told:
@@ -259,7 +260,7 @@ class _Told:
 
     def solve(
         self,
-        local: LocalForm,
+        local: Coefficients,
         leading: float,
         noise: dict[int, Tensor],
         solver: Solver | None,
@@ -270,39 +271,39 @@ class _Told:
         solver, tolerance = checked(solver, tolerance)
         execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
-        drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise.any() else None
+        drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise_std.any() else None
         if drawn is not None:
             for point, normal in noise.items():
                 if point > 0:
-                    drawn[:, point - 1] = float(local.noise[point - 1]) * normal
-        table = Table(local, x + leading * noise[0] if leading else x, drawn)
+                    drawn[:, point - 1] = float(local.noise_std[point - 1]) * normal
+        table = Recurrence(local, x + leading * noise[0] if leading else x, drawn)
         assert local.sigma is not None
         self.levels = torch.from_numpy(local.sigma[:-1]).to(self.x)
         sampler = Sampler("k-diffusion", local.sigma[:-1], local)
         runs = start(sampler, table, solver, tolerance=tolerance, dtype=self.x.dtype)
         with torch.no_grad(), tqdm(total=len(self.first), disable=self.disable) as bar:
-            for rounds in together(runs, lambda rows: self.keep(rows, execute(rows))):
-                self.report(min(local.steps if run.done else run.front for run in runs))
+            for rounds in drive(runs, lambda rows: self.keep(rows, execute(rows))):
+                self.report(min(local.steps if run.done else run.accepted for run in runs))
                 bar.set_postfix(rounds=rounds, refresh=False)
                 bar.update(self.step - bar.n)
         return torch.stack([run.solution.x for run in runs]).to(self.x)
 
-    def denoised(self, rows: Rows) -> Tensor:
+    def denoised(self, rows: EvalBatch) -> Tensor:
         """Call the model."""
-        sample = upload(rows.sample, rows.u.device)
+        sample = upload(rows.sample, rows.x.device)
 
         def follow(leaf: Any) -> Any:
             with_rows = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(self.x)
             return leaf[upload(sample, leaf.device)] if with_rows else leaf
 
-        sigma = self.levels[upload(rows.point, self.levels.device)]
-        return self.model(rows.u, sigma, **tree_map(follow, self.extra_args))
+        sigma = self.levels[upload(rows.step, self.levels.device)]
+        return self.model(rows.x, sigma, **tree_map(follow, self.extra_args))
 
-    def keep(self, rows: Rows, denoised: Tensor) -> Tensor:
+    def keep(self, rows: EvalBatch, denoised: Tensor) -> Tensor:
         """Keep what the callback will be told: the model's next call may write to the memory of this output."""
         if self.callback is not None:
-            keys = zip(rows.sample.tolist(), rows.point.tolist(), strict=True)
-            self.seen.update(zip(keys, zip(rows.u, denoised.clone(), strict=True), strict=True))
+            keys = zip(rows.sample.tolist(), rows.step.tolist(), strict=True)
+            self.seen.update(zip(keys, zip(rows.x, denoised.clone(), strict=True), strict=True))
         return denoised
 
     def report(self, front: int) -> None:

@@ -38,7 +38,7 @@ def parallel(
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
         mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
-            see :func:`parataxis.distributed.sharded`. Levels are shared, as rows of one call belong together.
+            see :func:`parataxis.engine.distributed.sharded`. Levels are shared, as rows of one call belong together.
 
     Returns:
         For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context

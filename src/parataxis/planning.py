@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +33,10 @@ from torch import Tensor
 from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check
 from .engine.latency import Latency, agree, duration, latency, seconds_of
-from .engine.solve import OutputError, Rows, Solution, Solver, start, together
-from .samplers.coefficients import LocalForm
-from .samplers.recurrence import Table
+from .engine.rows import EvalBatch, OutputError
+from .engine.solve import Solution, Solver, drive, start
+from .samplers.coefficients import Coefficients
+from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import SOLVERS
 from .solvers.sequential import Sequential
@@ -50,12 +52,12 @@ class Range(NamedTuple):
     """An estimate, and where eight of ten cases lie."""
 
     low: float
-    middle: float
+    median: float
     high: float
 
     def text(self, form: Callable[[float], str]) -> str:
         """Return the estimate, and in brackets its range where it has one."""
-        one, low, high = form(self.middle), form(self.low), form(self.high)
+        one, low, high = form(self.median), form(self.low), form(self.high)
         return one if low == high else f"{one} ({low} to {high})"
 
 
@@ -83,7 +85,7 @@ class RoundsCurve:
     settling: float
 
     @classmethod
-    def load(cls, solver: Solver, local: LocalForm) -> RoundsCurve:
+    def load(cls, solver: Solver, local: Coefficients) -> RoundsCurve:
         """Return the curve of a solver with default options for samplers whose steps add noise, or do not.
 
         Raises:
@@ -101,7 +103,7 @@ class RoundsCurve:
         return cls(**{**curve, "coefficients": tuple(curve["coefficients"])})
 
     def rounds(self, steps: int, window: int, tolerance: float) -> float:
-        """Return the rounds of the middle case."""
+        """Return the rounds of the median case."""
         expected = math.exp(features(steps, window, tolerance) @ np.array(self.coefficients))
         return min(max(expected, steps / window), float(steps))
 
@@ -117,8 +119,8 @@ def _fitted() -> Any:
     return json.loads(CURVES.read_text())
 
 
-def _kind(local: LocalForm) -> str:
-    return "sde" if local.noise.any() else "ode"
+def _kind(local: Coefficients) -> str:
+    return "sde" if local.noise_std.any() else "ode"
 
 
 class Candidate(NamedTuple):
@@ -149,7 +151,7 @@ class Plan:
         latency: tau(n) of the network.
         steps: N.
         setting: What was planned for, in words.
-        spent: Seconds that planning took.
+        planning_seconds: Seconds that planning took.
     """
 
     solver: Solver
@@ -159,7 +161,7 @@ class Plan:
     latency: Latency
     steps: int
     setting: str
-    spent: float
+    planning_seconds: float
 
     @property
     def chosen(self) -> Candidate:
@@ -169,7 +171,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Expected seconds of the solve."""
-        return self.chosen.seconds.middle
+        return self.chosen.seconds.median
 
     @property
     def speedup(self) -> Range:
@@ -180,12 +182,12 @@ class Plan:
         """Seconds of the loop over those of a candidate."""
         return Range(*(self.loop_seconds / seconds for seconds in reversed(candidate.seconds)))
 
-    def against(self, seconds: float) -> str:
+    def compare(self, seconds: float) -> str:
         """Say what was expected, and how far from it are the seconds that the solve took."""
         one = self.chosen
         return (
-            f"planned {one.rounds.middle:.0f} rounds, {one.seconds.text(duration)}; "
-            f"took {duration(seconds)}, {100 * (seconds / one.seconds.middle - 1):+.0f} %"
+            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(duration)}; "
+            f"took {duration(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
         )
 
     def __str__(self) -> str:
@@ -254,7 +256,7 @@ def plan(
         raise TypeError(
             f"measured must be what parataxis.sample returned, or a list of its solutions, got {measured!r}."
         )
-    steps, count, local = sampler.steps, len(noise), sampler.local
+    steps, count, local = sampler.steps, len(noise), sampler.coefficients
     if solvers is None:
         curves_of = _fitted()["curves"]
         every = [cls() for cls in SOLVERS.values() if _kind(local) in curves_of.get(cls.__name__, {})]
@@ -269,7 +271,7 @@ def plan(
     def rows(evaluated: Any) -> Any:
         return np.ceil(np.multiply(evaluated, rows_per_level) / devices)
 
-    foreseen: list[tuple[Solver, list[Array]]] = []  # with the rows of every round: few rounds, middle, many
+    foreseen: list[tuple[Solver, list[Array]]] = []  # with the rows of every round: few rounds, median, many
     for solver, curve in zip(solvers, curves, strict=True):
         shifts = _shifts(solver, curve, local, count, measured)
         for window in levels:
@@ -280,17 +282,19 @@ def plan(
     def enough(known: Latency) -> bool:
         """Return whether no solver that makes larger calls can be the fastest, even if they cost no more."""
         largest, best, wide = known.rows[-1], steps * float(known.seconds(rows(count))), math.inf
-        for _, (_, middle, _) in foreseen:
-            seconds = float(known.seconds(np.minimum(middle, largest)).sum())
-            if middle.max() <= largest:
+        for _, (_, median, _) in foreseen:
+            seconds = float(known.seconds(np.minimum(median, largest)).sum())
+            if median.max() <= largest:
                 best = min(best, seconds)
             else:
                 wide = min(wide, seconds)
         return wide >= best
 
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    example = Rows(noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count)))
-    one_row = Rows(*(part[:1] for part in example))
+    example = EvalBatch(
+        noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count))
+    )
+    one_row = EvalBatch(*(part[:1] for part in example))
     execute = Executor(network, max_rows=max_rows, buckets=buckets)
     buckets, one_call = execute.buckets or None, partial(execute, one_row)
     with torch.no_grad():
@@ -305,7 +309,7 @@ def plan(
         known = latency(network, example, most=most, buckets=buckets, enough=enough)
     if max_rows is not None:
         known = replace(known, limit=min(max_rows, known.limit or max_rows))
-    states = example.u.to(torch.promote_types(noise.dtype, torch.float32))
+    states = example.x.to(torch.promote_types(noise.dtype, torch.float32))
     call, scale = float(known.seconds(rows(count))), float(known.seconds(1))
 
     def overhead(solver: Solver) -> float:
@@ -328,30 +332,30 @@ def plan(
     cost = f"{side:.0f} rows cost {float(known.seconds(side)) / call:.1f} x "
     cost += "one row" if rows(count) == 1 else f"{rows(count):.0f} rows"
     return Plan(
-        solver=best.solver if best.seconds.middle < loop else Sequential(),
+        solver=best.solver if best.seconds.median < loop else Sequential(),
         reason=_reason(candidates, steps, call, cost),
         candidates=tuple(sorted(candidates, key=_expected)),
         loop_seconds=loop,
         latency=known,
         steps=steps,
         setting=_setting(sampler, noise, tolerance, devices),
-        spent=time.perf_counter() - begun,
+        planning_seconds=time.perf_counter() - begun,
     )
 
 
 def _expected(candidate: Candidate) -> float:
-    return candidate.seconds.middle
+    return candidate.seconds.median
 
 
 def _reason(candidates: Sequence[Candidate], steps: int, call: float, cost: str) -> str:
     """Say what decides between the loop and the best of the other candidates; the last one is the sequential solver."""
     best, loop = min(candidates[:-1], key=_expected), steps * call
-    fewest = min(one.rounds.middle for one in candidates)
-    if best.seconds.middle < loop:
-        return f"{best.rounds.middle:.0f} rounds take the place of {steps} calls, and {cost}"
+    fewest = min(one.rounds.median for one in candidates)
+    if best.seconds.median < loop:
+        return f"{best.rounds.median:.0f} rounds take the place of {steps} calls, and {cost}"
     if steps < 1.5 * fewest:
         return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
-    if best.seconds.middle - best.rounds.middle * best.overhead < loop:
+    if best.seconds.median - best.rounds.median * best.overhead < loop:
         return f"the solver's own work, {duration(best.overhead)} a round, is too much beside calls of {duration(call)}"
     return f"the network's batch is not free: {cost}"
 
@@ -367,15 +371,15 @@ def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[
     They need to agree to a part of the ``seconds`` of a call, beside which they count. Outputs are zero, but the
     network is called in between: what it leaves of the caches decides what the rest costs.
     """
-    runs = start(sampler, Table(sampler.local, states), solver, tolerance=0.0)
+    runs = start(sampler, Recurrence(sampler.coefficients, states), solver, tolerance=0.0)
     inside = [0.0]
 
-    def nothing(rows: Rows) -> Tensor:
-        inside.append(inside[-1] + seconds_of(call, rows.u.device))
-        return torch.zeros_like(rows.u)
+    def nothing(rows: EvalBatch) -> Tensor:
+        inside.append(inside[-1] + seconds_of(call, rows.x.device))
+        return torch.zeros_like(rows.x)
 
     ends, taken = [time.perf_counter()], np.zeros(1)
-    for _ in together(runs, nothing):
+    for _ in drive(runs, nothing):
         ends.append(time.perf_counter())
         taken = np.diff(ends) - np.diff(inside)
         taken = taken[1:] if len(taken) > 1 else taken  # the first one makes room
@@ -385,20 +389,20 @@ def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[
 
 
 def _shifts(
-    solver: Solver, curve: RoundsCurve, local: LocalForm, count: int, measured: Sequence[Solution]
+    solver: Solver, curve: RoundsCurve, local: Coefficients, count: int, measured: Sequence[Solution]
 ) -> list[float]:
-    """Return how far the ln R of a batch lies from its curve: low, middle and high."""
+    """Return how far the ln R of a batch lies from its curve: low, median and high."""
     found = []
     for one in measured:
-        problem, alike = one.problem, _kind(one.problem.local) == _kind(local)
+        problem, alike = one.problem, _kind(one.problem.coefficients) == _kind(local)
         if type(one.solver) is type(solver) and alike and one.converged and not problem.guessed:
             window = min(getattr(one.solver, "window", None) or one.steps, one.steps)
             found.append(math.log(one.rounds / curve.rounds(one.steps, window, problem.tolerance)))
     if found:  # what networks differ by is known
-        middle, deviation = median(found), curve.spread
+        median, deviation = statistics.median(found), curve.spread
     else:
-        middle, deviation = 0.0, math.hypot(curve.between, curve.spread / math.sqrt(count))
-    return [middle + way * NormalDist().inv_cdf(0.9) * deviation for way in (-1, 0, 1)]
+        median, deviation = 0.0, math.hypot(curve.between, curve.spread / math.sqrt(count))
+    return [median + way * NormalDist().inv_cdf(0.9) * deviation for way in (-1, 0, 1)]
 
 
 def _rounds(curve: RoundsCurve, shift: float, steps: int, window: int, tolerance: float, count: int) -> Array:

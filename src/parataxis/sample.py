@@ -15,9 +15,10 @@ from .arrays import upload
 from .checks import called, check_generators, check_rows, check_solver, check_tolerance, check_whole
 from .engine.executor import Executor, Network, check, pick, ranks_of
 from .engine.latency import duration
-from .engine.solve import Pool, Rows, Run, Solution, Solver, start, together
+from .engine.rows import EvalBatch
+from .engine.solve import Pool, Run, Solution, Solver, drive, start
 from .planning import Plan, plan
-from .samplers.recurrence import Table
+from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers.sequential import Sequential
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from .engine.distributed.ranks import Ranks
 
-__all__ = ["Job", "Solutions", "Stream", "floor", "sample", "stream"]
+__all__ = ["Job", "Solutions", "Stream", "numerical_floor", "sample", "stream"]
 
 
 class Solutions(Sequence[Solution]):
@@ -78,13 +79,13 @@ class Solutions(Sequence[Solution]):
 
     def __str__(self) -> str:
         """Return what was done, and how well it was foreseen."""
-        first, work = self[0], sum(solution.work for solution in self) / len(self)
+        first, work = self[0], sum(solution.nfe_ratio for solution in self) / len(self)
         reasons = sorted({solution.reason for solution in self})
         text = (
             f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
             f"{work:.2f} evaluations / N, {duration(self.seconds)}"
         )
-        return text if self.plan is None else f"{text}\n{self.plan.against(self.seconds)}"
+        return text if self.plan is None else f"{text}\n{self.plan.compare(self.seconds)}"
 
 
 def sample(
@@ -95,14 +96,14 @@ def sample(
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
-    rows: int | None = None,
+    rows_per_round: int | None = None,
     guess: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    keep: bool = False,
-    frozen: int = 0,
+    keep_trajectory: bool = False,
+    frozen_steps: int = 0,
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
-    floor: float = 0.0,
+    numerical_floor: float = 0.0,
     mesh: DeviceMesh | Ranks | None = None,
     progress: bool = False,
     on_round: Callable[[Sequence[Run]], None] | None = None,
@@ -118,43 +119,44 @@ def sample(
             samples: each output must be a function of its own row, whatever stands beside it, and the same in every
             call. Nothing checks that; a network that mixes its rows (a mean over the batch, batch norm that is
             trained) or draws random numbers (dropout) gives wrong samples, so call ``eval()``. Rounding may depend on
-            the number of rows: :func:`parataxis.floor` measures by how much.
+            the number of rows: :func:`parataxis.numerical_floor` measures by how much.
         noise: (B, *shape) standard normal; its dtype is what the network is given. States are float32, or float64 if
-            the noise is. With ``rows`` also an iterator of :class:`parataxis.Job`, drawn in its order.
+            the noise is. With ``rows_per_round`` also an iterator of :class:`parataxis.Job`, drawn in its order.
         sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.LAW_EXACT` give a sample
-            of the same law instead of the same sample; or ``auto``: by the solver that :func:`parataxis.plan`
-            expects to be fastest, the sequential loop among them. That takes some calls of the network: to draw more
-            than one batch, plan once and pass ``plan.solver``.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
+            give a sample of the same law instead of the same sample; or ``auto``: by the solver that
+            :func:`parataxis.plan` expects to be fastest, the sequential loop among them. That takes some calls of the
+            network: to draw more than one batch, plan once and pass ``plan.solver``.
         tolerance: Relative error allowed in each final sample, compared with the sequential loop's; without meaning
             for law-exact solvers.
         condition: What the network is told of each sample: tensors (B, ...), or dicts, lists, tuples of them; handed to
             the network row by row. Leaves that are no tensors are the same for all samples.
-        rows: Rows of a round: not all samples at once, but as many as keep that many rows busy, the next one entering
-            where another leaves; see :func:`parataxis.stream`, which yields samples as they are finished. Default:
-            whatever all samples ask for.
+        rows_per_round: Rows of a round: not all samples at once, but as many as keep that many rows busy, the next one
+            entering where another leaves; see :func:`parataxis.stream`, which yields samples as they are finished.
+            Default: whatever all samples ask for.
         guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
             are free, so the result is the sample of the new condition.
         generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
             loop, or one for each sample. Law-exact solvers then draw one seed for each sample from it.
-        keep: Keep the trajectories (memory of N + 1 states a sample).
-        frozen: Levels of the guess that stay as they are; see :func:`parataxis.start`.
+        keep_trajectory: Keep the trajectories (memory of N + 1 states a sample).
+        frozen_steps: Steps of the guess that stay as they are; see :func:`parataxis.start`.
         max_rows: Most rows that the network is given in one call; larger rounds are split. The result is the same. When
             memory runs out, the limit is halved and kept for the rest of the solve.
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); rounds are split and padded to them, so
             that ``torch.compile`` or CUDA graphs meet few shapes.
-        floor: What :func:`parataxis.floor` measured for this network; a tolerance below it is refused.
+        numerical_floor: What :func:`parataxis.numerical_floor` measured for this network; a tolerance below it is
+            refused.
         mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks share the rows of every round, each with
-            ``max_rows`` and ``buckets`` of its own; see :func:`parataxis.distributed.sharded`.
+            ``max_rows`` and ``buckets`` of its own; see :func:`parataxis.engine.distributed.sharded`.
         progress: Show a bar: settled levels of all samples.
-        on_round: Called after every round with the runs; see :func:`parataxis.together`.
-        stop: Ends a run early; see :func:`parataxis.together`.
+        on_round: Called after every round with the runs; see :func:`parataxis.drive`.
+        stop: Ends a run early; see :func:`parataxis.drive`.
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
-        ``interrupted``; with ``rows``, samples of a batch that had not begun are their noise, marked ``not started``,
-        and jobs of an iterator that had not begun are left out. Printed, it says what was done and, for ``auto``, how
-        long that was expected to take.
+        ``interrupted``; with ``rows_per_round``, samples of a batch that had not begun are their noise, marked ``not
+        started``, and jobs of an iterator that had not begun are left out. Printed, it says what was done and, for
+        ``auto``, how long that was expected to take.
 
     Raises:
         RankError: With a mesh, if a rank is lost, fails, was interrupted, or does other work than the others.
@@ -165,24 +167,28 @@ def sample(
     network = called(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
-    if 0 < tolerance < floor:
+    if 0 < tolerance < numerical_floor:
         raise ValueError(
-            f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself differs "
-            "between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
+            f"tolerance {tolerance:g} is below the floor {numerical_floor:g} of this network, by which the loop itself "
+            "differs between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
     if isinstance(noise, Tensor):
         check(noise, sampler, condition)
         check_generators(generator, len(noise))
-    if rows is not None or not isinstance(noise, Tensor):
-        if rows is None or not isinstance(noise, Iterable):
+    if rows_per_round is not None or not isinstance(noise, Tensor):
+        if rows_per_round is None or not isinstance(noise, Iterable):
             raise ValueError(
-                "noise must be a floating-point tensor (B, *shape), or an iterable of jobs, which need rows=, the rows "
-                f"of a round: got {type(noise).__name__} and rows={rows!r}."
+                "noise must be a floating-point tensor (B, *shape), or an iterable of jobs with rows_per_round=, "
+                f"got {type(noise).__name__} and rows_per_round={rows_per_round!r}."
             )
         if solver == "auto":
-            raise ValueError("solver='auto' plans for a batch that is solved at once: with rows=, choose a solver.")
-        if guess is not None or frozen or on_round is not None or stop is not None:
-            raise ValueError("samples that come and go (rows=) admit none of guess, frozen, on_round and stop.")
+            raise ValueError(
+                "solver='auto' plans for a batch that is solved at once: with rows_per_round=, choose a solver."
+            )
+        if guess is not None or frozen_steps or on_round is not None or stop is not None:
+            raise ValueError(
+                "samples that come and go (rows_per_round=) admit none of guess, frozen_steps, on_round and stop."
+            )
         if not isinstance(noise, Tensor) and (condition is not None or generator is not None):
             raise ValueError(
                 "jobs bring their own: give condition and generator with each, Job(noise, condition, generator)."
@@ -192,9 +198,9 @@ def sample(
             _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise,
             sampler,
             solver,
-            rows=rows,
+            rows_per_round=rows_per_round,
             tolerance=tolerance,
-            keep=keep,
+            keep_trajectory=keep_trajectory,
             max_rows=max_rows,
             buckets=buckets,
             mesh=mesh,
@@ -210,7 +216,7 @@ def sample(
     ranks = ranks_of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":
-        if guess is not None or frozen:
+        if guess is not None or frozen_steps:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: name a solver.")
         planned = plan(
             network,
@@ -225,7 +231,7 @@ def sample(
         planned = planned if ranks is None else ranks.first(planned)
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
-    table = sampler.table(_states(noise), generator, noise.dtype)
+    table = sampler.recurrence(_states(noise), generator, noise.dtype)
     runs = start(
         sampler,
         table,
@@ -233,11 +239,11 @@ def sample(
         tolerance=tolerance,
         guess=guess,
         dtype=noise.dtype,
-        keep=keep,
-        frozen=frozen,
+        keep_trajectory=keep_trajectory,
+        frozen_steps=frozen_steps,
         generator=generator,
     )
-    evaluate: Callable[[Rows], Tensor] = Executor(
+    evaluate: Callable[[EvalBatch], Tensor] = Executor(
         Network(network, sampler.network_times(noise.dtype), condition), max_rows=max_rows, buckets=buckets
     )
     if ranks is not None:
@@ -248,7 +254,7 @@ def sample(
             added=table.noise,
             condition=condition,
             guess=guess,
-            sampler=sampler.local,
+            sampler=sampler.coefficients,
             times=sampler.times,
             solver=solver,
             tolerance=tolerance,
@@ -258,12 +264,12 @@ def sample(
     with tqdm(total=total, unit="level", disable=not progress) as bar:
         try:
             with torch.no_grad():
-                for rounds in together(runs, evaluate, on_round=on_round, stop=stop):
+                for rounds in drive(runs, evaluate, on_round=on_round, stop=stop):
                     bar.set_postfix(rounds=rounds, refresh=False)
-                    bar.update(sum(run.front for run in runs) - bar.n)
+                    bar.update(sum(run.accepted for run in runs) - bar.n)
         except KeyboardInterrupt:
             for run in runs:
-                run.end("interrupted")
+                run.stop("interrupted")
             if ranks is not None:
                 ranks.interrupted()
         else:
@@ -280,12 +286,12 @@ def _jobs(
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Iterator[Job]:
     """Yield the samples of a batch; with one generator, what steps add is drawn at once, in the order of its loop."""
-    table = None if isinstance(generator, Sequence) else sampler.table(_states(noise), generator, noise.dtype)
+    table = None if isinstance(generator, Sequence) else sampler.recurrence(_states(noise), generator, noise.dtype)
     for b in range(len(noise)):
         own, drawn = generator[b] if isinstance(generator, Sequence) else generator, None
         if table is not None:
             added = None if table.noise is None else table.noise[b : b + 1]
-            drawn = Table(table.local, table.start[b : b + 1], added)
+            drawn = Recurrence(table.coefficients, table.start[b : b + 1], added)
         yield Job(noise[b], pick(condition, torch.tensor(b, device="cpu")), own, drawn)
 
 
@@ -303,10 +309,10 @@ def _gathered(found: Stream, bar: Any) -> dict[int, Solution]:
 
 def _not_started(noise: Tensor, sampler: Sampler, solver: Solver, tolerance: float) -> list[Solution]:
     """Return what is known of samples that have not begun."""
-    table = Table(sampler.local, _states(noise) * sampler.start_scale)
+    table = Recurrence(sampler.coefficients, _states(noise) * sampler.start_scale)
     runs = start(sampler, table, solver, tolerance=tolerance, dtype=noise.dtype)
     for run in runs:
-        run.end("not started")
+        run.stop("not started")
     return [run.solution for run in runs]
 
 
@@ -314,7 +320,7 @@ def _states(noise: Tensor) -> Tensor:
     return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 
-def floor(
+def numerical_floor(
     denoise: Callable[..., Tensor],
     noise: Tensor,
     sampler: Sampler,
@@ -337,21 +343,22 @@ def floor(
         rows: n, how many rows a round will have.
 
     Returns:
-        The floor, 0 for networks whose rows do not depend on their number; for ``floor=`` of :func:`parataxis.sample`.
+        The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
+        :func:`parataxis.sample`.
     """
     check(noise, sampler, condition)
     check_generators(generator, len(noise))
     check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
-    table = sampler.table(_states(noise), generator, noise.dtype)
+    table = sampler.recurrence(_states(noise), generator, noise.dtype)
     network = Network(called(denoise), sampler.network_times(noise.dtype), condition)
 
     def samples(count: int) -> Tensor:
-        def repeated(row: Rows) -> Tensor:
-            return network(Rows(*(part.repeat_interleave(count, 0) for part in row)))[:1]
+        def repeated(row: EvalBatch) -> Tensor:
+            return network(EvalBatch(*(part.repeat_interleave(count, 0) for part in row)))[:1]
 
         runs = start(sampler, table, Sequential(), dtype=noise.dtype)
         with torch.no_grad():
-            for _ in together(runs, Executor(repeated, max_rows=1)):
+            for _ in drive(runs, Executor(repeated, max_rows=1)):
                 pass
         return torch.stack([run.solution.x for run in runs]).flatten(1).double()
 
@@ -367,13 +374,13 @@ class Job(NamedTuple):
         condition: What the network is told of the sample: tensors, or dicts, lists, tuples of them; the network is
             given those of its rows, stacked. None for networks without.
         generator: Source of the noise that the sampler adds, or None for torch's own.
-        table: Of this one sample, if that noise is drawn already.
+        recurrence: Of this one sample, if that noise is drawn already.
     """
 
     noise: Tensor
     condition: Any = None
     generator: torch.Generator | None = None
-    table: Table | None = None
+    recurrence: Recurrence | None = None
 
 
 class _Network:
@@ -384,14 +391,14 @@ class _Network:
         self._denoise, self._sampler = denoise, sampler
         self._times: Tensor | None = None
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: EvalBatch) -> Tensor:
         if self._times is None:
-            self._times = self._sampler.network_times(rows.u.dtype)
-        t = upload(self._times[rows.point], rows.u.device)
+            self._times = self._sampler.network_times(rows.x.dtype)
+        t = upload(self._times[rows.step], rows.x.device)
         told = [self.conditions[place] for place in rows.sample.tolist()]
         if told[0] is None:
-            return self._denoise(rows.u, t)
-        return self._denoise(rows.u, t, tree_map(_stacked, *told))
+            return self._denoise(rows.x, t)
+        return self._denoise(rows.x, t, tree_map(_stacked, *told))
 
 
 class Stream(Iterator[tuple[int, Solution]]):
@@ -406,8 +413,8 @@ class Stream(Iterator[tuple[int, Solution]]):
     def __init__(
         self,
         denoise: Callable[..., Tensor],
-        entries: Iterator[tuple[Table, Any, torch.Generator | None]],
-        begin: Callable[[Table], Run],
+        entries: Iterator[tuple[Recurrence, Any, torch.Generator | None]],
+        begin: Callable[[Recurrence], Run],
         sampler: Sampler,
         rows: int,
         *,
@@ -419,7 +426,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         self.rounds = self.rows = 0
         self._entries, self._ranks = enumerate(entries), ranks
         self._network = _Network(denoise, sampler)
-        self._evaluate: Callable[[Rows], Tensor] = Executor(self._network, max_rows=max_rows, buckets=buckets)
+        self._evaluate: Callable[[EvalBatch], Tensor] = Executor(self._network, max_rows=max_rows, buckets=buckets)
         if ranks is not None:
             from .engine.distributed.ranks import Sharded
 
@@ -443,7 +450,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         if self._ranks is not None and self._open:
             self._ranks.interrupted()
         for run in self._open.values():
-            run.end("interrupted")
+            run.stop("interrupted")
         yield from self._yielded(list(self._open))
 
     def _yielded(self, numbers: Iterable[int]) -> Iterator[tuple[int, Solution]]:
@@ -475,9 +482,9 @@ class Stream(Iterator[tuple[int, Solution]]):
         self._open[number], self._network.conditions[run.index] = run, condition
         return True
 
-    def _round(self, rows: Rows) -> Tensor:
+    def _round(self, rows: EvalBatch) -> Tensor:
         self.rounds += 1
-        self.rows += len(rows.u)
+        self.rows += len(rows.x)
         return self._evaluate(rows)
 
 
@@ -487,9 +494,9 @@ def stream(
     sampler: Sampler,
     solver: Solver,
     *,
-    rows: int,
+    rows_per_round: int,
     tolerance: float = 1e-2,
-    keep: bool = False,
+    keep_trajectory: bool = False,
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
@@ -507,9 +514,9 @@ def stream(
         sampler: The equation.
         solver: How it is solved. Windows are for latency: with jobs enough, ``Sequential()`` evaluates each level once
             and has the highest throughput.
-        rows: R, rows of a round.
+        rows_per_round: R, rows of a round.
         tolerance: Relative error allowed in each sample, compared with the sequential loop's.
-        keep: Keep the trajectories.
+        keep_trajectory: Keep the trajectories.
         max_rows: Most rows that the network is given in one call; larger rounds are split.
         buckets: The numbers of rows that a call may have; see :func:`parataxis.sample`.
         mesh: Ranks that share the rows of every round; all must be given the same jobs.
@@ -523,7 +530,7 @@ def stream(
         OutputError: On the way, if the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
     """
     network = called(denoise)
-    check_whole("rows", rows)
+    check_whole("rows_per_round", rows_per_round)
     check_rows(max_rows, buckets)
     check_solver(solver)
     check_tolerance(tolerance)
@@ -531,7 +538,7 @@ def stream(
         raise TypeError(f"jobs must be an iterable of samples to be drawn, got {jobs!r}.")
     first: list[Job] = []
 
-    def entries() -> Iterator[tuple[Table, Any, torch.Generator | None]]:
+    def entries() -> Iterator[tuple[Recurrence, Any, torch.Generator | None]]:
         for number, given in enumerate(jobs):
             job = given if isinstance(given, Job) else Job(given)
             check(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
@@ -539,13 +546,17 @@ def stream(
             _check_alike(number, job, first[0] if first else job)
             first[:] = first or [job]
             state = job.noise.to(torch.promote_types(job.noise.dtype, torch.float32))
-            table = job.table or sampler.table(state[None], job.generator, job.noise.dtype)
+            table = job.recurrence or sampler.recurrence(state[None], job.generator, job.noise.dtype)
             yield table, job.condition, job.generator
 
-    def begin(table: Table) -> Run:
-        return start(sampler, table, solver, tolerance=tolerance, dtype=first[0].noise.dtype, keep=keep)[0]
+    def begin(table: Recurrence) -> Run:
+        return start(
+            sampler, table, solver, tolerance=tolerance, dtype=first[0].noise.dtype, keep_trajectory=keep_trajectory
+        )[0]
 
-    return Stream(network, entries(), begin, sampler, rows, max_rows=max_rows, buckets=buckets, ranks=ranks_of(mesh))
+    return Stream(
+        network, entries(), begin, sampler, rows_per_round, max_rows=max_rows, buckets=buckets, ranks=ranks_of(mesh)
+    )
 
 
 def _check_alike(number: int, job: Job, like: Job) -> None:

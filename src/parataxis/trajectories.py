@@ -24,7 +24,7 @@ def save_trajectory(path: str | Path, trajectory: Tensor, sampler: Sampler) -> N
     if not isinstance(trajectory, Tensor):
         raise TypeError(
             f"trajectory must be a tensor (B, N + 1, *shape), got {type(trajectory).__name__}: give the .trajectory of "
-            "what parataxis.sample returned with keep=True."
+            "what parataxis.sample returned with keep_trajectory=True."
         )
     if trajectory.ndim < 3 or trajectory.shape[1] != sampler.steps + 1:
         raise ValueError(

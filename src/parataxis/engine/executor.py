@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..arrays import upload
 from ..checks import check_rows
 from ..samplers.sampler import Sampler
-from .solve import Rows, expect
+from .rows import EvalBatch, expect
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,12 +45,12 @@ class Network:
     times: Tensor
     condition: Any = None
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows in one call."""
-        t = upload(self.times[rows.point], rows.u.device)
+        t = upload(self.times[rows.step], rows.x.device)
         if self.condition is None:
-            return self.denoise(rows.u, t)
-        return self.denoise(rows.u, t, pick(self.condition, rows.sample))
+            return self.denoise(rows.x, t)
+        return self.denoise(rows.x, t, pick(self.condition, rows.sample))
 
 
 def pick(condition: Any, index: Tensor) -> Any:
@@ -125,7 +125,7 @@ class Executor:
 
     def __init__(
         self,
-        evaluate: Callable[[Rows], Tensor],
+        evaluate: Callable[[EvalBatch], Tensor],
         *,
         max_rows: int | None = None,
         buckets: Sequence[int] | None = None,
@@ -135,10 +135,10 @@ class Executor:
         self.limit = self.buckets[-1] if self.buckets else max_rows
         self._evaluate = evaluate
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows."""
-        count, first = len(rows.u), 0
-        every = rows.u.new_empty(0)
+        count, first = len(rows.x), 0
+        every = rows.x.new_empty(0)
         while first < count:
             own = min(self.limit or count, count - first)
             size = next((bucket for bucket in self.buckets if bucket >= own), own)
@@ -148,17 +148,17 @@ class Executor:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                self._back_off(size, rows.u, error)
+                self._back_off(size, rows.x, error)
             else:
-                outputs = expect(outputs, tuple(part.u.shape), part.u.dtype, part.point.numpy())[:own]
+                outputs = expect(outputs, tuple(part.x.shape), part.x.dtype, part.step.numpy())[:own]
                 if own == count:
                     return outputs
                 if first == 0:
-                    every = outputs.new_empty(rows.u.shape)
+                    every = outputs.new_empty(rows.x.shape)
                 every[first : first + own] = outputs
                 first += own
                 continue
-            if rows.u.is_cuda:  # here the error is gone, and with it the tensors of the call that failed
+            if rows.x.is_cuda:  # here the error is gone, and with it the tensors of the call that failed
                 torch.cuda.empty_cache()
         return every
 
@@ -174,10 +174,10 @@ class Executor:
             ) from error
 
 
-def _padded(rows: Rows, first: int, own: int, size: int) -> Rows:
+def _padded(rows: EvalBatch, first: int, own: int, size: int) -> EvalBatch:
     """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == own:
-        return Rows(*(one[first : first + own] for one in rows))
+        return EvalBatch(*(one[first : first + own] for one in rows))
     return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + own - 1))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .executor import out_of_memory
-from .solve import Rows
+from .rows import EvalBatch
 
 __all__ = ["Latency", "agree", "duration", "latency", "seconds_of"]
 
@@ -68,7 +68,7 @@ class Latency:
         return float((self._times[-1] - self._times[first]) / (self.rows[-1] - self.rows[first]))
 
     @property
-    def free(self) -> float:
+    def batch_headroom(self) -> float:
         """b*: rows a second in the best call, over rows a second one by one.
 
         No solver is faster than the loop by more. For tau(n) = tau(1) max(1, n / b*) it is the number of rows that
@@ -86,12 +86,12 @@ class Latency:
         points = [f"{rows} rows {float(self.seconds(rows)) / one:.1f}" for rows in self.rows if rows > 1]
         multiples = f", times that: {', '.join(points)}" if points else ""
         limit = "" if self.limit is None else f", at most {self.limit} rows a call"
-        return f"1 row {duration(one)}{multiples}; b* = {self.free:.1f}{limit}"
+        return f"1 row {duration(one)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
 
 
 def latency(
-    evaluate: Callable[[Rows], Tensor],
-    rows: Rows,
+    evaluate: Callable[[EvalBatch], Tensor],
+    rows: EvalBatch,
     *,
     most: int = 128,
     buckets: Sequence[int] | None = None,
@@ -120,7 +120,7 @@ def latency(
     with torch.no_grad():
         for size in sizes:
             try:
-                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.u))))
+                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.x))))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise
@@ -132,9 +132,9 @@ def latency(
     return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
 
 
-def _time(evaluate: Callable[[Rows], Tensor], rows: Rows) -> float:
+def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> float:
     def once() -> float:
-        return seconds_of(lambda: evaluate(rows), rows.u.device)
+        return seconds_of(lambda: evaluate(rows), rows.x.device)
 
     once()
     taken = [once()]

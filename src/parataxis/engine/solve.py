@@ -40,9 +40,10 @@ from torch import Tensor
 
 from ..arrays import Answering, Read, Slots, upload, uploads
 from ..checks import check_generators, check_solver, check_tolerance, check_whole
-from ..samplers.coefficients import LocalForm
-from ..samplers.recurrence import Part, Response, Steps, Table
+from ..samplers.coefficients import Coefficients
+from ..samplers.recurrence import Part, Recurrence, Response, Steps
 from ..samplers.sampler import Sampler
+from .rows import EvalBatch, OutputError, expect
 
 __all__ = [
     "Combine",
@@ -51,28 +52,21 @@ __all__ = [
     "Inner",
     "Load",
     "Memory",
-    "OutputError",
     "Pool",
     "Problem",
     "Query",
     "Request",
     "Response",
     "Round",
-    "Rows",
     "Run",
     "Settle",
     "Solution",
     "Solver",
-    "expect",
     "start",
-    "together",
+    "drive",
 ]
 
 Array = NDArray[np.float64]
-
-
-class OutputError(ValueError):
-    """The network returned something that is not an output: a wrong type, shape or dtype, NaN or Inf."""
 
 
 class Memory(NamedTuple):
@@ -159,20 +153,21 @@ class Settle(NamedTuple):
     """The states up to level ``front`` are final.
 
     Attributes:
-        front: The new front.
+        accepted: The new front.
         states: Slots of the states behind the old front, up to the new one.
         error: Estimated relative error of the final sample that has been accepted so far.
         estimate: Slot of the present guess of the sample; where there is none, (point, state slot, output slot) of the
             farthest evaluation, which predicts it.
     """
 
-    front: int
+    accepted: int
     states: Slots
     error: float
     estimate: int | tuple[int, int, int]
 
 
 Request = Memory | Load | Combine | Inner | Distance | Draw | Query | Response | Settle
+
 Asking = Generator[Request | list[Request], Any, int]
 
 
@@ -181,17 +176,17 @@ class Problem:
     """What a solver knows of one trajectory.
 
     Attributes:
-        local: The coefficients of the table, with schedule knowledge where there is any.
+        coefficients: The coefficients of the table, with schedule knowledge where there is any.
         tolerance: Relative error allowed in the final sample.
         dim: Number of elements of a state.
         guessed: Whether :class:`Load` has a trajectory to offer.
         rounding: Unit roundoff of the network's dtype.
         frozen: Level that the guess is settled up to.
-        strides: How many points apart the first rounds evaluate; see :class:`parataxis.Nested`.
+        strides: How many points apart the first rounds evaluate; see :class:`parataxis.CoarseToFine`.
         transformed: Whether outputs are transformed (clipped) before they enter the table.
     """
 
-    local: LocalForm
+    coefficients: Coefficients
     tolerance: float
     dim: int
     guessed: bool
@@ -203,7 +198,7 @@ class Problem:
     @property
     def steps(self) -> int:
         """N, the number of levels."""
-        return self.local.steps
+        return self.coefficients.steps
 
 
 class Solver(Protocol):
@@ -213,7 +208,7 @@ class Solver(Protocol):
         """Solve one trajectory; yield requests, return the slot of the sample."""
         ...
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Return why this solver cannot work on such a table, or None."""
         ...
 
@@ -221,21 +216,9 @@ class Solver(Protocol):
 class Round(NamedTuple):
     """One round of one run: the front before it, its width, and the error accepted so far, inf where it is unknown."""
 
-    front: int
+    accepted: int
     width: int
     error: float
-
-
-class Rows(NamedTuple):
-    """Rows for the network: u (R, *shape), point (R,) and sample (R,), the last two int64 on the CPU."""
-
-    u: Tensor
-    point: Tensor
-    sample: Tensor
-
-    def take(self, index: Tensor) -> Rows:
-        """Return some of the rows; ``index`` is on the CPU."""
-        return Rows(self.u[upload(index, self.u.device)], self.point[index], self.sample[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,11 +237,11 @@ class Solution:
         problem: What was solved.
         peak_width: Most levels of this sample in one round.
         error_estimate: Estimated relative error of ``x`` to the sequential sample; inf unless converged, as nothing is
-            known of the error then. Solvers of :data:`parataxis.LAW_EXACT` say 0: ``x`` has exactly the law of the
-            sequential loop's samples, but it is another sample than the loop's from the same noise.
+            known of the error then. Solvers of :data:`parataxis.EXACT_IN_DISTRIBUTION` say 0: ``x`` has exactly the law
+            of the sequential loop's samples, but it is another sample than the loop's from the same noise.
         history: One entry a round.
-        trajectory: (N + 1, *shape) every state, the sample last; only with ``keep=True``, if converged, and from
-            solvers that settle every state (not parareal).
+        trajectory: (N + 1, *shape) every state, the sample last; only with ``keep_trajectory=True``, if converged, and
+            from solvers that settle every state (not parareal).
     """
 
     x: Tensor
@@ -275,7 +258,7 @@ class Solution:
     trajectory: Tensor | None = None
 
     @property
-    def work(self) -> float:
+    def nfe_ratio(self) -> float:
         """Evaluations over N: 1 for the sequential loop."""
         return self.evaluations / self.steps
 
@@ -286,7 +269,7 @@ class _Batch:
     def __init__(
         self,
         sampler: Sampler | None,
-        table: Table,
+        table: Recurrence,
         guess: Tensor | None,
         dtype: torch.dtype,
         generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -326,7 +309,7 @@ class _Batch:
         self.rows = rows.new_zeros(count * self.stride + 1, rows.shape[1])
         self.rows[: len(rows)] = rows
 
-    def enter(self, place: int, table: Table, generator: torch.Generator | None) -> None:
+    def enter(self, place: int, table: Recurrence, generator: torch.Generator | None) -> None:
         """Put the sample of a table of its own into a place that is free."""
         self.rows[place * self.stride : (place + 1) * self.stride] = 0
         self.start[place] = table.start[0].flatten()
@@ -376,26 +359,28 @@ class Run:
     that belongs to someone else::
 
         while not run.done:
-            run.answer(network(run.query.u, times[run.query.point]))
+            run.answer(network(run.query.x, times[run.query.point]))
         run.solution.x
     """
 
-    def __init__(self, batch: _Batch, index: int, solver: Solver, problem: Problem, *, keep: bool = False) -> None:
+    def __init__(
+        self, batch: _Batch, index: int, solver: Solver, problem: Problem, *, keep_trajectory: bool = False
+    ) -> None:
         """Start the solver; see :func:`start`."""
         self.index = index  # the place in its batch
         self.number = index  # of the sample, or of the job
         self.problem = problem
         self.solver = solver
-        self.front = 0
+        self.accepted = 0
         self.rounds = 0
         self.evaluations = 0
         self.peak_width = 0
         self.error = 0.0
         self.history: list[Round] = []
-        self.keep = keep
+        self.keep_trajectory = keep_trajectory
         self._batch = batch
         self._kept: Tensor | None = None
-        if keep:
+        if keep_trajectory:
             self._kept = batch.start.new_zeros(problem.steps + 1, batch.start.shape[1])
             self._kept[0] = batch.start[index]
         self._reason = ""
@@ -411,7 +396,7 @@ class Run:
         return bool(self._reason)
 
     @property
-    def query(self) -> Rows:
+    def query(self) -> EvalBatch:
         """The rows that the network is asked for next."""
         _advance([self])
         return _merge(_shares([self]))
@@ -421,7 +406,7 @@ class Run:
         _answer(_shares([self]), outputs)
         _advance([self])
 
-    def end(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """End the run before its solver does; the solution holds the present estimate."""
         if not self.done:
             self._reason = reason
@@ -444,14 +429,16 @@ class Run:
         else:
             point, state, output = found
             u, f = batch.rows[self._offset + state], batch.rows[self._offset + output]
-            local = table.local
-            if local.data_input is not None and local.data_output is not None:
-                row = local.data_input[point] * u + local.data_output[point] * f
+            local = table.coefficients
+            if local.x0_from_input is not None and local.x0_from_output is not None:
+                row = local.x0_from_input[point] * u + local.x0_from_output[point] * f
             elif local.lags:
                 row = u
             else:
-                one = Table(local, u[None], None if table.noise is None else table.noise[self.index, None].flatten(2))
-                row = one.hop(point, local.steps, u[None], f[None])[0]
+                one = Recurrence(
+                    local, u[None], None if table.noise is None else table.noise[self.index, None].flatten(2)
+                )
+                row = one.coarse_step(point, local.steps, u[None], f[None])[0]
         return row.view(batch.shape).clone()
 
     @property
@@ -495,24 +482,24 @@ class Run:
             self._reason = "converged"
 
     def _settled(self, request: Settle) -> None:
-        if self._kept is not None and len(request.states) != request.front - self.front:
+        if self._kept is not None and len(request.states) != request.accepted - self.accepted:
             self._kept = None  # this solver does not keep every state
         if self._kept is not None and len(request.states):
-            levels = slice(self.front + 1, request.front + 1)
+            levels = slice(self.accepted + 1, request.accepted + 1)
             self._kept[levels] = self._batch.gather(upload(self._offset + request.states, self._kept.device))
-        self.front, self.error, self._settle = request.front, request.error, request
+        self.accepted, self.error, self._settle = request.accepted, request.error, request
 
 
 def start(
     sampler: Sampler | None,
-    table: Table,
+    table: Recurrence,
     solver: Solver,
     *,
     tolerance: float = 1e-2,
     guess: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    keep: bool = False,
-    frozen: int = 0,
+    keep_trajectory: bool = False,
+    frozen_steps: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     rounding: float | None = None,
 ) -> list[Run]:
@@ -520,16 +507,16 @@ def start(
 
     Args:
         sampler: The equation; its ``output`` is applied to what the network returns. None where the table is all.
-        table: From ``sampler.table(noise)``; its dtype is that of the states.
+        table: From ``sampler.recurrence(noise)``; its dtype is that of the states.
         solver: How to solve it.
         tolerance: Relative error allowed in each final sample, >= 0; with 0 it is the sequential sample up to
             rounding.
         guess: (B, N + 1, *shape) trajectories to start from, as ``Solutions.trajectory`` returns them; the first state
             is always the table's.
-        frozen: Levels of the guess that stay as they are: windowed solvers start behind them. That is fast, and not the
-            sequential sample of the new condition, but a variation between the two (ParaTAA); needs a guess.
+        frozen_steps: Steps of the guess that stay as they are: windowed solvers start behind them. That is fast, and
+            not the sequential sample of the new condition, but a variation between the two (ParaTAA); needs a guess.
         dtype: What the network is given; default the states' own.
-        keep: Keep every settled state for ``Solution.trajectory``.
+        keep_trajectory: Keep every settled state for ``Solution.trajectory``.
         generator: Seeds the random stream of every run, if its solver draws: one for the batch, one for each sample, or
             None for torch's own.
         rounding: Unit roundoff of the network, where it works in another dtype than it is given; default: of ``dtype``.
@@ -541,18 +528,18 @@ def start(
     check_solver(solver)
     check_tolerance(tolerance)
     check_generators(generator, len(table.start))
-    check_whole("frozen", frozen, 0)
-    refusal = solver.refuses(table.local)
+    check_whole("frozen_steps", frozen_steps, 0)
+    refusal = solver.refuses(table.coefficients)
     if refusal is not None:
         raise ValueError(f"{solver!r} cannot solve this sampler: {refusal}")
     states = table.start
     if guess is not None:
-        expected = (len(states), table.local.steps + 1, *states.shape[1:])
+        expected = (len(states), table.coefficients.steps + 1, *states.shape[1:])
         given = tuple(guess.shape) if isinstance(guess, Tensor) else type(guess).__name__
         if given != expected:
             raise ValueError(
                 f"guess must have the shape (B, N + 1, *shape) = {expected}, got {given}: pass the "
-                "`trajectory` of a run with the same steps and shape, made with keep=True."
+                "`trajectory` of a run with the same steps and shape, made with keep_trajectory=True."
             )
         guess = guess.to(states).clone()
         guess[:, 0] = states
@@ -560,23 +547,26 @@ def start(
             raise ValueError("guess holds NaN or Inf: pass a trajectory whose states are all finite.")
     dtype = dtype or states.dtype
     batch = _Batch(sampler, table, guess, dtype, generator)
-    if frozen and (guess is None or not 0 < frozen < table.local.steps):
+    if frozen_steps and (guess is None or not 0 < frozen_steps < table.coefficients.steps):
         raise ValueError(
-            f"frozen={frozen!r} keeps states of a guess: pass one, and 0 <= frozen < N = {table.local.steps}."
+            f"frozen_steps={frozen_steps!r} keeps states of a guess: pass one, and 0 <= frozen_steps < N = "
+            f"{table.coefficients.steps}."
         )
-    if frozen and (not hasattr(solver, "window") or table.local.lags):
-        raise ValueError("frozen needs a solver with a window and a one-step sampler: choose such, or frozen=0.")
+    if frozen_steps and (not hasattr(solver, "window") or table.coefficients.lags):
+        raise ValueError(
+            "frozen_steps needs a solver with a window and a one-step sampler: choose such, or frozen_steps=0."
+        )
     rounding = torch.finfo(dtype).eps / 2 if rounding is None else rounding
     problem = Problem(
-        table.local,
+        table.coefficients,
         float(tolerance),
         states[0].numel(),
         guess is not None,
         rounding,
-        frozen,
+        frozen_steps,
         transformed=sampler is not None and sampler.transform is not None,
     )
-    return [Run(batch, index, solver, problem, keep=keep) for index in range(len(states))]
+    return [Run(batch, index, solver, problem, keep_trajectory=keep_trajectory) for index in range(len(states))]
 
 
 def _offsets(runs: Sequence[Run], slots: Sequence[Slots]) -> Slots:
@@ -619,7 +609,7 @@ def _combine(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answeri
     noise, drawn = batch.table.noise, []
     if noise is not None and asks[0].noise is not None:
         point = np.concatenate([ask.noise for ask in asks])
-        first = np.repeat([run.index * batch.table.local.steps for run in runs], [len(ask.into) for ask in asks])
+        first = np.repeat([run.index * batch.table.coefficients.steps for run in runs], [len(ask.into) for ask in asks])
         places = np.flatnonzero(point >= 0)
         drawn = [places, (first + point)[places]] if len(places) else []
 
@@ -672,13 +662,15 @@ def _distance(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answer
 
 def _draw(batch: _Batch, runs: Sequence[Run], asks: Sequence[Any]) -> Answering[list[Any]]:
     if batch.table.noise is None:
-        raise ValueError("the table has no noise, though its steps add some: make it with sampler.table(noise).")
+        raise ValueError("the table has no noise, though its steps add some: make it with sampler.recurrence(noise).")
     points = np.concatenate([ask.noise for ask in asks])
     if len(points):
         shapes = [(len(ask.noise), batch.rows.shape[1]) for ask in asks]
         drawn = [batch.stream(run.index).standard_normal(shape) for run, shape in zip(runs, shapes, strict=True)]
-        first = np.repeat([run.index * batch.table.local.steps for run in runs], [len(ask.noise) for ask in asks])
-        batch.renew(*(yield [first + points, np.concatenate(drawn) * batch.table.local.noise[points, None]]))
+        first = np.repeat(
+            [run.index * batch.table.coefficients.steps for run in runs], [len(ask.noise) for ask in asks]
+        )
+        batch.renew(*(yield [first + points, np.concatenate(drawn) * batch.table.coefficients.noise_std[points, None]]))
     else:
         yield []
     return [1 - batch.stream(run.index).random(ask.uniforms) for run, ask in zip(runs, asks, strict=True)]
@@ -812,32 +804,14 @@ def _asked(runs: Sequence[Run]) -> int:
     return sum(share.own.stop - share.own.start for share in _shares(runs))
 
 
-def _merge(shares: Sequence[_Share]) -> Rows:
+def _merge(shares: Sequence[_Share]) -> EvalBatch:
     """Return all rows, in their order; the runs share one batch."""
     batch, runs = shares[0].run._batch, [share.run for share in shares]
     states = upload(_offsets(runs, [share.states for share in shares]), batch.rows.device)
     u = batch.gather(states).view(-1, *batch.shape)
     point = torch.from_numpy(np.concatenate([share.point for share in shares]))
     index = np.repeat([run.index for run in runs], [len(share.point) for share in shares])
-    return Rows(u.to(batch.dtype), point, torch.from_numpy(index))
-
-
-def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Slots) -> Tensor:
-    """Return what the network returned for points, or raise an :class:`OutputError` unless it is of this form."""
-    first, last = int(point.min()), int(point.max())
-    where = f"at step {first}" if first == last else f"at steps {first} to {last}"
-    if not isinstance(outputs, Tensor):
-        raise OutputError(
-            f"the network returned {type(outputs).__name__}, expected a tensor of shape {shape}, {where}: "
-            "return the prediction itself (for a diffusers model, its `.sample`)."
-        )
-    if tuple(outputs.shape) != shape:
-        raise OutputError(
-            f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}, {where}."
-        )
-    if outputs.dtype != dtype:
-        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}, {where}: convert it.")
-    return outputs
+    return EvalBatch(u.to(batch.dtype), point, torch.from_numpy(index))
 
 
 def _keep(shares: Sequence[_Share], outputs: Any) -> Answering[Read]:
@@ -873,7 +847,7 @@ def _answer(shares: Sequence[_Share], outputs: Any) -> None:
         run.rounds += 1
         run.evaluations += len(ask.point)
         run.peak_width = max(run.peak_width, len(ask.point))
-        run.history.append(Round(run.front, len(ask.point), run.error))
+        run.history.append(Round(run.accepted, len(ask.point), run.error))
         run._finite = [np.concatenate(run._finite)]
         if not run._finite[0].all():
             _replace(run, ask, run._finite[0])
@@ -901,9 +875,9 @@ def _replace(run: Run, ask: Query, finite: NDArray[np.bool_]) -> None:
     batch.rows.index_copy_(0, into, batch.gather(source).index_fill_(0, none, 0))
 
 
-def together(
+def drive(
     runs: Sequence[Run],
-    evaluate: Callable[[Rows], Tensor],
+    evaluate: Callable[[EvalBatch], Tensor],
     *,
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
@@ -914,7 +888,7 @@ def together(
 
     Args:
         runs: From :func:`start`; all of one call.
-        evaluate: The network: rows to outputs of the same shape and dtype as ``rows.u``.
+        evaluate: The network: rows to outputs of the same shape and dtype as ``rows.x``.
         on_round: Called after every round with all runs; ``run.estimate`` is the present guess of its sample.
         stop: Asked after every round for each unfinished run; true ends it with its present estimate.
 
@@ -938,7 +912,7 @@ def together(
             on_round(runs)
         for run in active:
             if stop is not None and not run.done and stop(run):
-                run.end(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
+                run.stop(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
         yield rounds
 
 
@@ -950,14 +924,14 @@ class Pool:
         rows: Most rows of a round; there are never more runs, as each asks for one at least.
     """
 
-    def __init__(self, begin: Callable[[Table], Run], rows: int) -> None:
+    def __init__(self, begin: Callable[[Recurrence], Run], rows: int) -> None:
         self.runs: list[Run] = []
         self._begin, self._rows = begin, rows
         self._free: list[int] = []
         self._places = 0
         self._last: Run | None = None
 
-    def enter(self, number: int, table: Table, generator: torch.Generator | None = None) -> Run:
+    def enter(self, number: int, table: Recurrence, generator: torch.Generator | None = None) -> Run:
         """Start a run for the one sample of a table; ``generator`` seeds its random stream, if its solver draws."""
         if self._last is None:
             run = self._begin(table)
@@ -969,13 +943,13 @@ class Pool:
             if place == len(batch.start):
                 batch.grow(min(2 * place, self._rows))
             batch.enter(place, table, generator)
-            run = Run(batch, place, self._last.solver, self._last.problem, keep=self._last.keep)
+            run = Run(batch, place, self._last.solver, self._last.problem, keep_trajectory=self._last.keep_trajectory)
         run.number = number
         self._last = run
         self.runs.append(run)
         return run
 
-    def rounds(self, evaluate: Callable[[Rows], Tensor], admit: Callable[[], bool]) -> Iterator[list[Run]]:
+    def rounds(self, evaluate: Callable[[EvalBatch], Tensor], admit: Callable[[], bool]) -> Iterator[list[Run]]:
         """Drive the runs: one call of ``evaluate`` a round, with all its rows as long as there is so much to do.
 
         The oldest runs are served first. What does not fit of a run's query waits for the next round; where there is

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ask", "Call", "Calls", "Merger", "Output", "Piece", "Refused", "Site", "WholeCalls", "equal"]
 
-Rows = NDArray[np.int64]
+RowIndex = NDArray[np.int64]
 COARSE = 0.1  # a wrong layout errs by order 1 on random rows
 ROUNDINGS = 10  # times the rounding of copies of one call that a layout may differ
 UNBATCHED = "the denoiser's input has no dimension for samples, so steps cannot share a call."
@@ -165,10 +165,10 @@ class Site:
     pieces: tuple[Piece, ...]
     rows: int
     batched: bool
-    owner: Rows
+    owner: RowIndex
 
     @cached_property
-    def slot(self) -> Rows:
+    def slot(self) -> RowIndex:
         """(R,) the place of each row in its group."""
         return np.array([int((self.owner[:r] == own).sum()) for r, own in enumerate(self.owner)])
 
@@ -206,7 +206,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """Rows wanted of a call: at which states.
+    """RowIndex wanted of a call: at which states.
 
     Attributes:
         call: Which call of the stage.
@@ -215,7 +215,7 @@ class Ask:
     """
 
     call: int
-    rows: Rows
+    rows: RowIndex
     states: Tensor
 
 
@@ -241,7 +241,7 @@ class Merger:
         layouts: Layouts found so far, by kind of call.
         limit: Most rows of one network call, lowered when memory runs out; None for no limit.
         calls: Network calls made.
-        rows: Rows evaluated.
+        rows: RowIndex evaluated.
         peak_rows: Most rows of one call.
         apart: Whether nothing is merged.
         merged: Whether any calls have been.
@@ -538,7 +538,7 @@ class _Work:
             outputs.append([_take(leaf, index, len(order)) for leaf in leaves])
         return outputs
 
-    def order(self, asks: Sequence[Ask]) -> Rows:
+    def order(self, asks: Sequence[Ask]) -> RowIndex:
         """Return the order of all rows in the merged batch: all first rows of groups, then all second ones."""
         slots = np.concatenate([self.site(ask.call).slot[ask.rows] for ask in asks])
         return np.argsort(slots, kind="stable")
@@ -693,11 +693,11 @@ def _feeders(call: Call) -> dict[int, list[tuple[int, int]]]:
     return found
 
 
-def _index(rows: Rows, like: Tensor) -> Tensor:
+def _index(rows: RowIndex, like: Tensor) -> Tensor:
     return upload(np.asarray(rows, np.int64), like.device)
 
 
-def _take(leaf: Any, rows: Rows, total: int) -> Any:
+def _take(leaf: Any, rows: RowIndex, total: int) -> Any:
     return leaf[_index(rows, leaf)] if _has_rows(leaf, total) else leaf
 
 
@@ -712,7 +712,7 @@ def _wider(number: Any, dtype: torch.dtype) -> bool:
     return isinstance(number, float) and torch.promote_types(dtype, torch.float32) != dtype
 
 
-def _numbers(values: Sequence[Any], counts: Sequence[int], order: Rows, like: Tensor) -> Tensor:
+def _numbers(values: Sequence[Any], counts: Sequence[int], order: RowIndex, like: Tensor) -> Tensor:
     """Return one entry a row of a number that differs between calls."""
     if isinstance(values[0], Tensor):
         column = torch.stack([value.reshape(()) for value in values])

@@ -30,13 +30,13 @@ from .recording import Changed, Ended, Stage, Structure, drawn
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
 
-__all__ = ["Loop", "Nested", "Passes", "Randomness", "reachable", "replaced"]
+__all__ = ["Loop", "AlreadyParallel", "Passes", "Randomness", "reachable", "replaced"]
 
 _MISSING = object()
 _REPLACING = threading.Lock()
 
 
-class Nested(RuntimeError):
+class AlreadyParallel(RuntimeError):
     """A denoiser's calls are replaced for another loop."""
 
 
@@ -228,7 +228,8 @@ class Passes:
         """Replace the networks' calls by stubs, and put everything back as it was.
 
         Raises:
-            Nested: If the calls of a denoiser are replaced already, or those of another module in another thread.
+            AlreadyParallel: If the calls of a denoiser are replaced already, or those of another module in another
+                thread.
         """
         loop = self.loop
         before: list[tuple[dict[str, Any], str, Any]] = []
@@ -244,7 +245,7 @@ class Passes:
                 others = [stub for owner, name in remembered if (stub := _stub(owner, name)) is not None]
                 beside = any(stub.passes.thread != self.thread for stub in others)
                 if beside or any(replaced(module) for module in loop.denoisers):
-                    raise Nested(
+                    raise AlreadyParallel(
                         "another parallel loop is calling a module of this one: it cannot run within another, nor "
                         "beside it in a second thread."
                     )
@@ -341,7 +342,7 @@ class Passes:
 
     def _stays(self, error: Exception) -> bool:
         """Return whether an error is none of the loop's own, or says nothing about the outputs that it was given."""
-        return error is self.stubbed or isinstance(error, (Nested, MemoryError, torch.OutOfMemoryError))
+        return error is self.stubbed or isinstance(error, (AlreadyParallel, MemoryError, torch.OutOfMemoryError))
 
     def close(self) -> None:
         """Let go of what the passes have learned: a cycle would keep it until the garbage collector runs."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from ..arrays import upload
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from ..samplers.recurrence import Part
 from .merge import Call, Calls, Output, Piece, Refused, Site, equal
 
@@ -80,7 +80,7 @@ class Structure:
         dim: Elements of a state.
         dtype: Of the states: float32, or float64 where the loop's own is.
         network: Dtype of the loop's states.
-        local: The equation; a heuristic for the slopes where ``linear`` is false.
+        coefficients: The equation; a heuristic for the slopes where ``linear`` is false.
         linear: Whether the equation was proved.
         weights: g of every level, for its calls' rows in the order of a group.
         final: Whether the loop ends with a tensor that is one more state.
@@ -102,7 +102,7 @@ class Structure:
     dim: int
     dtype: torch.dtype
     network: torch.dtype
-    local: LocalForm
+    coefficients: Coefficients
     linear: bool
     weights: list[Array]
     final: bool
@@ -118,14 +118,14 @@ class Structure:
         """N."""
         return len(self.levels)
 
-    def take(self, local: LocalForm) -> None:
+    def take(self, local: Coefficients) -> None:
         """Take the coefficients; without a last state one is added that equals the one before."""
-        decay, weight = local.decay, local.weight
+        decay, weight = local.state_weight, local.output_weight
         if len(decay) < self.steps:
             decay, weight = np.append(decay, 1.0), np.append(weight, np.zeros((1, weight.shape[1])), 0)
-        self.local = LocalForm(decay, weight, np.zeros(self.steps))
-        slopes = self.local.slopes(np.ones(self.steps))
-        moved = np.abs(self.local.weight.sum(1)) > 1e-8
+        self.coefficients = Coefficients(decay, weight, np.zeros(self.steps))
+        slopes = self.coefficients.slopes(np.ones(self.steps))
+        moved = np.abs(self.coefficients.output_weight.sum(1)) > 1e-8
         # Without an equation they are rough: larger ones would drive what wanders where no trajectory goes.
         most = np.inf if self.linear else 1.0
         self.slopes = np.where(moved & (np.abs(slopes) < 1e3), np.clip(slopes, -most, most), 0.0)
@@ -448,15 +448,15 @@ class Stage:
 
     def _rests(self) -> Iterator[tuple[Tensor, float]]:
         """Yield what each step of the last pass added, with the size of the terms that it is the rest of."""
-        local, outputs = self.structure.local, self.combined()
+        local, outputs = self.structure.coefficients, self.combined()
         states = [*self.inputs, *([] if self.end is None else [self.end])]
         for i in range(len(states) - 1):
-            rest = states[i + 1] - float(local.decay[i]) * states[i]
-            size = float(states[i + 1].norm()) + abs(float(local.decay[i])) * float(states[i].norm())
+            rest = states[i + 1] - float(local.state_weight[i]) * states[i]
+            size = float(states[i + 1].norm()) + abs(float(local.state_weight[i])) * float(states[i].norm())
             for lag in range(min(local.lags, i) + 1):
-                rest.sub_(outputs[i - lag], alpha=float(local.weight[i, lag]))
+                rest.sub_(outputs[i - lag], alpha=float(local.output_weight[i, lag]))
                 if lag < 2:
-                    size += abs(float(local.weight[i, lag])) * float(outputs[i - lag].norm())
+                    size += abs(float(local.output_weight[i, lag])) * float(outputs[i - lag].norm())
             yield rest, size
 
 
@@ -529,7 +529,7 @@ def analyse(
         dim=dim,
         dtype=dtype,
         network=_live(first, sites, levels[0][0]).dtype,
-        local=LocalForm(np.zeros(cut), np.zeros((cut, 1)), np.zeros(cut)),
+        coefficients=Coefficients(np.zeros(cut), np.zeros((cut, 1)), np.zeros(cut)),
         linear=False,
         weights=[],
         final=last is not None and ending(last, groups, dim, dtype) is not None,
@@ -711,15 +711,15 @@ def fit(
     structure.weights, local = found
     # At the first level nothing moved: A_0 says how much of the start is in the next state.
     start = states[0][0]
-    rest = states[0][1] - local.weight[0, 0] * (outputs[0][0].T @ structure.weights[0])
-    local.decay[0] = start @ rest / max(start @ start, 1e-300)
+    rest = states[0][1] - local.output_weight[0, 0] * (outputs[0][0].T @ structure.weights[0])
+    local.state_weight[0] = start @ rest / max(start @ start, 1e-300)
     structure.take(local)
     if structure.linear:
         added, scale = [], []
         for i in range(local.steps):
-            terms = [local.decay[i] * states[0][i]]
+            terms = [local.state_weight[i] * states[0][i]]
             for lag in range(min(local.lags, i) + 1):
-                terms.append(local.weight[i, lag] * (outputs[0][i - lag].T @ structure.weights[i - lag]))
+                terms.append(local.output_weight[i, lag] * (outputs[0][i - lag].T @ structure.weights[i - lag]))
             added.append(states[0][i + 1] - np.sum(terms, 0))
             scale.append(_size(states[0][i + 1]) + sum(_size(term) for term in terms))
         structure.proof = pick, np.array(added), 4 * bound * np.array(scale) + 1e-5
@@ -741,13 +741,13 @@ def linearise(structure: Structure, one: Stage, two: Stage) -> None:
         outputs.append([out[None].cpu().double().reshape(1, -1).numpy() for out in stage.combined()])
     found = _equation(states, outputs, len(states[0]) - 1, np.inf)
     assert found is not None
-    found[1].decay[0] = structure.local.decay[0]
+    found[1].state_weight[0] = structure.coefficients.state_weight[0]
     structure.take(found[1])
 
 
 def _equation(
     states: Sequence[Sequence[Array]], outputs: Sequence[Sequence[Array]], count: int, bound: float
-) -> tuple[list[Array], LocalForm] | None:
+) -> tuple[list[Array], Coefficients] | None:
     """Fit g and the equation of the first ``count`` steps; None if more than rounding is left."""
 
     def moved(values: Sequence[Array]) -> Array:
@@ -766,17 +766,17 @@ def _equation(
         return None
     memory, entering = found[0], found[1][:, :, 0]
     if memory.shape[1] == 1:
-        return weights, LocalForm(memory[:, 0].copy(), entering.copy(), np.zeros(count))
+        return weights, Coefficients(memory[:, 0].copy(), entering.copy(), np.zeros(count))
     dense = np.zeros((count + 1, count))
     for i in range(count):
         for lag in range(min(memory.shape[1] - 1, i) + 1):
             dense[i + 1] += memory[i, lag] * dense[i - lag]
             dense[i + 1, i - lag] += entering[i, lag]
-    local = LocalForm.from_dense(dense)
+    local = Coefficients.from_dense(dense)
     least = bound / 32 * np.abs(dense[1:]).max(1, keepdims=True)
-    weight = np.where(np.abs(local.weight) > least, local.weight, 0.0)
+    weight = np.where(np.abs(local.output_weight) > least, local.output_weight, 0.0)
     used = int(np.flatnonzero(weight.any(0))[-1]) + 1
-    return weights, LocalForm(local.decay, weight[:, :used].copy(), local.noise)
+    return weights, Coefficients(local.state_weight, weight[:, :used].copy(), local.noise_std)
 
 
 def _answers(structure: Structure, level: Sequence[int], seed: int, base: int) -> list[Tensor]:

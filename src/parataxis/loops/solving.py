@@ -1,12 +1,13 @@
 r"""Any sampling loop, unmodified: record, solve, replay.
 
 A loop belongs to someone else: a function, a pipeline. :func:`parallel` runs its Python several times with stubs in
-the place of the networks (:mod:`parataxis.passes`), and the networks only where the solver wants them.
+the place of the networks (:mod:`parataxis.loops.passes`), and the networks only where the solver wants them.
 
-1. *Record.* Two passes with outputs at random tell the loop's equation (:mod:`parataxis.recording`), a third proves
+1. *Record.* Two passes with outputs at random tell the loop's equation (:mod:`parataxis.loops.recording`), a third
+proves
    it and gives what the loop adds along the way.
 2. *Solve.* A solver works on that table; the recorded calls of the levels it asks for are merged into few network
-   calls (:mod:`parataxis.merge`). Where there is no equation, a pass of the loop answers the solver's Response in
+   calls (:mod:`parataxis.loops.merge`). Where there is no equation, a pass of the loop answers the solver's Response in
    every round: a stub says f_q + d_q (u - u_q), and the loop itself says what trajectory follows.
 3. *Replay.* A last pass with the same stubs decodes and returns as the loop always does. How far its last state U_N
    comes out from the one that was solved for, V_N, is added to the solver's estimate of its error, with a margin:
@@ -31,9 +32,10 @@ from torch import Tensor, nn
 
 from ..arrays import Answering, Read, upload
 from ..checks import check_solver, is_finite
-from ..engine.solve import Rows, Solver, start, together
-from ..samplers.coefficients import LocalForm
-from ..samplers.recurrence import Part, Steps, Table
+from ..engine.rows import EvalBatch
+from ..engine.solve import Solver, drive, start
+from ..samplers.coefficients import Coefficients
+from ..samplers.recurrence import Part, Recurrence, Steps
 from ..solvers.secant import Secant
 from ..solvers.sequential import Sequential
 from .merge import Ask, Refused, WholeCalls, equal
@@ -77,10 +79,10 @@ class Report:
     """What was done for the latest call of a loop; filled in by each call.
 
     Attributes:
-        mode: ``table`` (the loop's equation was solved), ``replay`` (the loop's Python answered every round),
+        mode: ``recurrence`` (the loop's equation was solved), ``replay`` (the loop's Python answered every round),
             ``sequential`` (as it is), or ``none`` before the first call.
         reason: Why so.
-        levels: N, over all stages.
+        steps: N, over all stages.
         samples: Samples of the loop's batch.
         rounds: Rounds of network calls that waited for one another.
         evaluations: Levels evaluated, over all samples.
@@ -89,8 +91,8 @@ class Report:
         peak_width: Most levels of one sample in a round.
         peak_rows: Most rows of one call.
         passes: Runs of the loop's Python.
-        certificate: Estimate of the relative error of the result to the sequential loop's, with a margin; at least the
-            floor, where that is above the tolerance.
+        error_estimate: Estimate of the relative error of the result to the sequential loop's, with a margin; at least
+            the floor, where that is above the tolerance.
         floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
             and what the network makes of one in the last place of its input.
         tolerance: As asked for.
@@ -99,7 +101,7 @@ class Report:
 
     mode: str = "none"
     reason: str = "not run yet"
-    levels: int = 0
+    steps: int = 0
     samples: int = 0
     rounds: int = 0
     evaluations: int = 0
@@ -108,7 +110,7 @@ class Report:
     peak_width: int = 0
     peak_rows: int = 0
     passes: int = 0
-    certificate: float = 0.0
+    error_estimate: float = 0.0
     floor: float = 0.0
     tolerance: float = 0.0
     converged: bool = False
@@ -117,11 +119,11 @@ class Report:
         """Return one readable line."""
         if self.mode in ("none", "sequential"):
             return f"{self.mode}: {self.reason}"
-        work = self.evaluations / max(self.levels * self.samples, 1)
+        work = self.evaluations / max(self.steps * self.samples, 1)
         return (
-            f"{self.mode}: {self.levels} levels in {self.rounds} rounds ({work:.2f} evaluations a level, "
+            f"{self.mode}: {self.steps} levels in {self.rounds} rounds ({work:.2f} evaluations a level, "
             f"{self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); certificate "
-            f"{self.certificate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
+            f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
             + ("" if self.converged else "; NOT CONVERGED")
             + (f"; {self.reason}" if self.reason else "")
         )
@@ -176,7 +178,7 @@ def solved(
     if told and tried:
         warn()
     report.mode, report.reason, report.converged, report.passes = "sequential", why, True, passes.count
-    report.certificate, report.rounds = 0.0, 0
+    report.error_estimate, report.rounds = 0.0, 0
     return value
 
 
@@ -242,7 +244,7 @@ class _Solving:
         floors = [one.floor for one in stages if one.floor > max(self.tolerance, ROUNDING * torch.finfo(one.dtype).eps)]
         if floors:
             report = self.report
-            report.certificate = max(report.certificate, *floors)
+            report.error_estimate = max(report.error_estimate, *floors)
             above = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
             report.reason = f"{report.reason} {above}".lstrip()
 
@@ -386,8 +388,8 @@ class _Solving:
     def rounds(self, stage: Stage, guess: Tensor | None) -> None:
         """Make the rounds of a solve."""
         structure, passes, report = stage.structure, self.passes, self.report
-        report.mode = "replay" if self.replayed or report.mode == "replay" else "table"
-        equation: Table = _Replayed.of(stage, passes) if self.replayed else _Solved.of(stage)
+        report.mode = "replay" if self.replayed or report.mode == "replay" else "recurrence"
+        equation: Recurrence = _Replayed.of(stage, passes) if self.replayed else _Solved.of(stage)
         if self.replayed and not hasattr(self.solver, "window"):
             raise ValueError(
                 f"{self.solver!r} needs a loop that is linear in what its denoisers return, and this one is not: "
@@ -412,27 +414,27 @@ class _Solving:
                 mode=report.mode,
             )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
-        for _ in together(runs, lambda rows: self.evaluate(stage, rows)):
-            self.loop.on_round(min(structure.steps if run.done else run.front for run in runs), structure.steps)
+        for _ in drive(runs, lambda rows: self.evaluate(stage, rows)):
+            self.loop.on_round(min(structure.steps if run.done else run.accepted for run in runs), structure.steps)
         if ranks is not None:
             ranks.end()
         stage.solved = torch.stack([run.solution.x for run in runs]).view(structure.groups, -1)
         stage.estimate = margin * max(run.error for run in runs)
-        report.levels = sum(one.structure.steps for one in passes.stages)
+        report.steps = sum(one.structure.steps for one in passes.stages)
         report.samples = structure.groups
         report.rounds += max(run.rounds for run in runs)
         report.evaluations += sum(run.evaluations for run in runs) * structure.groups // len(runs)
         report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
 
-    def evaluate(self, stage: Stage, rows: Rows) -> Tensor:
+    def evaluate(self, stage: Stage, rows: EvalBatch) -> Tensor:
         """Evaluate the network at states of runs: (R, dim) to the combined outputs of their levels, (R, dim)."""
         structure = stage.structure
-        states = rows.u.reshape(-1, structure.dim)
-        level = rows.point.numpy()
+        states = rows.x.reshape(-1, structure.dim)
+        level = rows.step.numpy()
         group = rows.sample.numpy()
         if structure.joint:
             level = np.repeat(level, structure.groups)
-            group = np.tile(np.arange(structure.groups), len(rows.point))
+            group = np.tile(np.arange(structure.groups), len(rows.step))
         asks, places = [], []
         for q in np.unique(level):
             own = np.flatnonzero(level == q)
@@ -465,7 +467,7 @@ class _Solving:
         for q in np.unique(level):
             items = np.flatnonzero(level == q)
             stage.place(int(q), group[items], given[upload(items, given.device)], finite[items])
-        return total.view(rows.u.shape)
+        return total.view(rows.x.shape)
 
     def certified(self, stage: Stage) -> bool:
         """Judge the replay of a stage: is its certificate within the tolerance, or as good as it gets?"""
@@ -491,7 +493,7 @@ class _Solving:
         if stage.settled:
             report = self.report
             first = stage is self.passes.stages[0]
-            report.certificate = certificate if first else max(report.certificate, certificate)
+            report.error_estimate = certificate if first else max(report.error_estimate, certificate)
             report.floor = structure.floor if first else max(report.floor, structure.floor)
             report.converged = good if first else good and report.converged
         return stage.settled
@@ -502,14 +504,14 @@ def _alike(one: Sequence[Any] | None, two: Sequence[Any] | None) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Solved(Table):
+class _Solved(Recurrence):
     """The loop's equation; a Response leaves its slopes with the stage, for the replay."""
 
     stage: Stage | None = None
 
     @classmethod
     def of(cls, stage: Stage) -> _Solved:
-        local = stage.structure.local
+        local = stage.structure.coefficients
         assert stage.start is not None
         noise = torch.stack([stage.runs(added) for added in stage.added], 1)
         return cls(local, stage.runs(stage.start), noise, stage)
@@ -524,7 +526,7 @@ class _Solved(Table):
 
 
 @dataclass(frozen=True, eq=False)
-class _Replayed(Table):
+class _Replayed(Recurrence):
     """A loop as its own equation: a pass of its Python answers a Response."""
 
     stage: Stage | None = None
@@ -532,9 +534,9 @@ class _Replayed(Table):
 
     @classmethod
     def of(cls, stage: Stage, passes: Passes) -> _Replayed:
-        local = stage.structure.local
+        local = stage.structure.coefficients
         # The coefficients only turn slopes into growth and back.
-        local = LocalForm(local.decay, local.weight.sum(1, keepdims=True), np.zeros(local.steps))
+        local = Coefficients(local.state_weight, local.output_weight.sum(1, keepdims=True), np.zeros(local.steps))
         assert stage.start is not None
         return cls(local, stage.runs(stage.start), None, stage, passes)
 
@@ -559,9 +561,9 @@ class _Replayed(Table):
         last = max(ask.first + len(ask.into) - 1 for ask in asks)
         if stage.note(parts) or last > len(stage.inputs) - (stage.end is None):
             ahead = max(len(ask.outputs) for ask in asks)
-            stage.reach = min(last + ahead, self.local.steps)
+            stage.reach = min(last + ahead, self.coefficients.steps)
             passes.play()
-            stage.reach = self.local.steps
+            stage.reach = self.coefficients.steps
         answers: list[Array | None] = []
         for sample, offset, ask in parts:
             levels = range(ask.first, ask.first + len(ask.into))
@@ -571,7 +573,7 @@ class _Replayed(Table):
                 assert ask.slopes is not None
                 change = new - rows[upload(offset + ask.states[1:], rows.device)]
                 # What the steps' own growth does not carry on stands for the residual.
-                growth = upload(self.local.growth(ask.slopes[: len(change)], ask.start), change)
+                growth = upload(self.coefficients.growth(ask.slopes[: len(change)], ask.start), change)
                 rest = change.clone()
                 rest[1:] -= growth[1:, None] * change[:-1]
                 norms = torch.stack([change.square().sum(1), rest.square().sum(1)], 1).double().cpu().numpy()

@@ -33,14 +33,14 @@ def euler(
         schedule: Default :func:`parataxis.vp`; :func:`parataxis.karras` for EDM networks.
         steps: N.
         prediction: What the network returns; ``edm`` for its own preconditioning with sigma_data = 0.5.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7) between the ends of the grid.
     """
     levels, first = variance_exploding(
         checked_schedule(schedule, vp), steps, spacing, offset, prediction, karras=karras
     )
-    local = levels.local(*one_step_coefficients(levels, np.zeros(steps)))
+    local = levels.coefficients(*one_step_coefficients(levels, np.zeros(steps)))
     return Sampler("euler", levels.grid.times, local, first)
 
 
@@ -61,7 +61,7 @@ def euler_ancestral(
         steps: N.
         eta: How much noise; 0 is :func:`euler`.
         prediction: What the network returns.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
@@ -72,5 +72,5 @@ def euler_ancestral(
     )
     sigma, after = levels.sigma[:-1], levels.sigma[1:]
     added = np.minimum(after, eta * after / sigma * np.sqrt(np.maximum(sigma**2 - after**2, 0.0)))
-    local = levels.local(*one_step_coefficients(levels, added))
+    local = levels.coefficients(*one_step_coefficients(levels, added))
     return Sampler("euler_ancestral", levels.grid.times, local, first)

@@ -7,7 +7,7 @@ loop reads all of its coefficients: every state, output and draw of noise is han
     x_{i+1} = sum_j S_{ij} x_j + sum_j F_{ij} f_j + sum_k Z_{ik} z_k
 
 in float64, exact zeros included, since a state that comes out is not the unit vector that goes in next. Two things
-make that the local form of :mod:`parataxis.table`:
+make that the local form of :mod:`parataxis.samplers.recurrence`:
 
 - What a multistep scheduler remembers of a step is rarely the output itself but a prediction p u + q f made of it, as
   the tensors in its attributes show. With y = p u + q f in the place of f the earlier states drop out (the sampler's
@@ -36,10 +36,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .coefficients import LocalForm
+from .coefficients import Coefficients
 from .sampler import OutputTransform, Sampler, data_prediction
 
-__all__ = ["read"]
+__all__ = ["from_scheduler"]
 
 Array = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ RANDOM = (
 )
 
 
-def read(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> Sampler:
+def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> Sampler:
     """Read the table of a diffusers scheduler, or of anything with its methods.
 
     :func:`parataxis.sample` with this sampler gives what the loop gives that starts at
@@ -252,7 +252,7 @@ class _Loop:
         states, outputs, noise = np.split(rows, [steps, 2 * steps], axis=1)
         return _Rows(states / scale[:-1], outputs, noise, scale, memory, data if told else None)
 
-    def levels(self) -> tuple[Array, Array] | None:
+    def alpha_sigma(self) -> tuple[Array, Array] | None:
         """Return (alpha, sigma) of the times, (N,) each, by the scheduler's own way to add noise, or None."""
         own = self.fresh()
         found = np.zeros((self.steps, 2))
@@ -317,7 +317,7 @@ class _Draws(TorchFunctionMode):
 
 def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
     """Build the sampler of these rows."""
-    levels = loop.levels()
+    levels = loop.alpha_sigma()
     data = rows.data if rows.data is not None else _data(loop, rows, levels)
     if clips and data is None:
         raise loop.refusal(f"{clips[0]} clips a data prediction that is not known at every step; switch it off")
@@ -328,11 +328,11 @@ def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
     transform = OutputTransform(p, q, np.ones(loop.steps)) if p.any() or (q != 1).any() or clips else None
     if transform is not None and clips:
         transform = _clipped(loop, rows, form, transform, clips)
-    local = LocalForm(form.decay, form.weight, np.linalg.norm(form.noise, axis=1))
+    local = Coefficients(form.decay, form.weight, np.linalg.norm(form.noise, axis=1))
     if data is not None and levels is not None:
         local = _with_levels(local, form, rows.scale, data, levels)
     if transform is not None:
-        local = transform.told(local)
+        local = transform.coefficients(local)
     return Sampler(
         loop.name,
         loop.times.double().numpy(),
@@ -400,7 +400,9 @@ def _eliminate(rows: _Rows, basis: Array) -> _Form | None:
     return _Form(result[:, 0], weight, result[:, 1 + steps :], basis)
 
 
-def _with_levels(local: LocalForm, form: _Form, scale: Array, data: Array, levels: tuple[Array, Array]) -> LocalForm:
+def _with_levels(
+    local: Coefficients, form: _Form, scale: Array, data: Array, levels: tuple[Array, Array]
+) -> Coefficients:
     """Add alpha, sigma and the data prediction, if they fit the steps.
 
     They do if a network that always predicts the same datum keeps it at alpha: the state is then followed through the
@@ -417,9 +419,9 @@ def _with_levels(local: LocalForm, form: _Form, scale: Array, data: Array, level
     for i in range(steps):
         outputs[i] = -into[i] * state[i] / gain[i]
         outputs[i, 0] += 1 / gain[i]
-        state[i + 1] = local.decay[i] * state[i]
+        state[i + 1] = local.state_weight[i] * state[i]
         for lag in range(min(local.lags, i) + 1):
-            state[i + 1] += local.weight[i, lag] * outputs[i - lag]
+            state[i + 1] += local.output_weight[i, lag] * outputs[i - lag]
         state[i + 1, 2:] += form.noise[i]
     share = state[:, 0] / scale
     if not (np.abs(share[:-1] - alpha) <= 0.05).all():
@@ -431,8 +433,8 @@ def _with_levels(local: LocalForm, form: _Form, scale: Array, data: Array, level
         alpha=np.append(alpha, ends[0]),
         sigma=np.append(sigma, ends[1]),
         scale=scale,
-        data_input=into,
-        data_output=gain,
+        x0_from_input=into,
+        x0_from_output=gain,
     )
 
 
@@ -470,7 +472,7 @@ def _beyond(transform: OutputTransform | None, i: int, u: Tensor, random: torch.
     """Return an output whose data prediction is far beyond the clip."""
     assert transform is not None
     target = 3 * (transform.clip or 1.0) * torch.randn(u.shape, generator=random, dtype=u.dtype)
-    return (target - transform.data_input[i] * u) / transform.data_output[i]
+    return (target - transform.x0_from_input[i] * u) / transform.x0_from_output[i]
 
 
 def _compare(
@@ -480,10 +482,10 @@ def _compare(
     entered = torch.stack(
         [sampler.output(torch.full((len(noise),), i), states[:, i], outputs[:, i]) for i in range(loop.steps)], 1
     )
-    local, table = sampler.local, sampler.table(noise, torch.Generator().manual_seed(0))
-    size = np.abs(local.decay) * _rms(states[:, :-1]) + _rms(states[:, 1:])
+    local, table = sampler.coefficients, sampler.recurrence(noise, torch.Generator().manual_seed(0))
+    size = np.abs(local.state_weight) * _rms(states[:, :-1]) + _rms(states[:, 1:])
     for lag in range(local.lags + 1):
-        size[lag:] += np.abs(local.weight[lag:, lag]) * _rms(entered[:, : loop.steps - lag])
+        size[lag:] += np.abs(local.output_weight[lag:, lag]) * _rms(entered[:, : loop.steps - lag])
     errors = _rms(table.residual(states, entered)) / size
     if not (errors <= AGREES).all():
         step = int(np.argmin(errors <= AGREES))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import is_finite
-from .coefficients import LocalForm
+from .coefficients import Coefficients
 from .sampler import OutputTransform, data_prediction
 from .schedules import Grid, Schedule, Spacing, Variance, karras_sigmas
 
@@ -42,8 +42,8 @@ class NetworkGrid:
 
     grid: Grid
     scale: Array
-    data_input: Array
-    data_output: Array
+    x0_from_input: Array
+    x0_from_output: Array
 
     @property
     def alpha(self) -> Array:
@@ -55,29 +55,29 @@ class NetworkGrid:
         """(N + 1,) noise level."""
         return self.grid.sigma
 
-    def local(self, decay: Array, weight: Array, noise: Array, *, data: bool = False) -> LocalForm:
+    def coefficients(self, decay: Array, weight: Array, noise: Array, *, data: bool = False) -> Coefficients:
         """Convert coefficients for x to the network's input u = scale x; ``data``: outputs are data predictions."""
-        p, q = self.data_input / self.scale[:-1], self.data_output
+        p, q = self.x0_from_input / self.scale[:-1], self.x0_from_output
         if data:
             p, q = np.zeros_like(p), np.ones_like(q)
         after = self.scale[1:]
-        return LocalForm(
-            decay=decay * after / self.scale[:-1],
-            weight=weight.reshape(len(decay), -1) * after[:, None],
-            noise=noise * after,
+        return Coefficients(
+            state_weight=decay * after / self.scale[:-1],
+            output_weight=weight.reshape(len(decay), -1) * after[:, None],
+            noise_std=noise * after,
             alpha=self.alpha,
             sigma=self.sigma,
             scale=self.scale,
-            data_input=p,
-            data_output=q,
+            x0_from_input=p,
+            x0_from_output=q,
         )
 
     def to_data(
         self, clip: float | None = None, quantile: float | None = None, gain: Array | None = None
     ) -> OutputTransform:
         """Return the transform from outputs to (clipped) data predictions."""
-        gain = np.ones(len(self.data_input)) if gain is None else gain
-        return OutputTransform(self.data_input / self.scale[:-1], self.data_output, gain, clip, quantile)
+        gain = np.ones(len(self.x0_from_input)) if gain is None else gain
+        return OutputTransform(self.x0_from_input / self.scale[:-1], self.x0_from_output, gain, clip, quantile)
 
 
 def network_grid(grid: Grid, prediction: str, scale: Array | None = None) -> NetworkGrid:
@@ -91,7 +91,7 @@ def one_step_coefficients(levels: NetworkGrid, noise: Array, added: Array | None
     alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
     alpha_next, sigma_next = levels.alpha[1:], levels.sigma[1:]
     direction = np.sqrt(np.maximum(sigma_next**2 - noise**2, 0.0))
-    p, q = levels.data_input, levels.data_output
+    p, q = levels.x0_from_input, levels.x0_from_output
     decay = alpha_next * p + direction * (1 - alpha * p) / sigma
     weight = alpha_next * q - direction * alpha * q / sigma
     return decay, weight, noise if added is None else added

@@ -33,7 +33,7 @@ def _ending(grid: Grid, schedule: Schedule, final: str) -> Grid:
         return grid
     if final != "first":
         raise ValueError(f"final must be 'zero' or 'first', got {final!r}.")
-    alpha, sigma = schedule.levels(np.zeros(1))
+    alpha, sigma = schedule.alpha_sigma(np.zeros(1))
     return Grid(grid.times, np.append(grid.alpha[:-1], alpha), np.append(grid.sigma[:-1], sigma))
 
 
@@ -50,14 +50,14 @@ def _sampled(
     check_clip(clip, quantile)
     decay, weight, drawn = one_step_coefficients(levels, noise, added)
     if clip is None and quantile is None:
-        return Sampler(name, levels.grid.times, levels.local(decay, weight, drawn))
+        return Sampler(name, levels.grid.times, levels.coefficients(decay, weight, drawn))
     alpha, sigma, after = levels.alpha[:-1], levels.sigma[:-1], levels.alpha[1:]
     direction = np.sqrt(np.maximum(levels.sigma[1:] ** 2 - noise**2, 0.0))
     data_weight = after - direction * alpha / sigma
     # The clipped prediction enters with alpha', the unclipped one through eps: one output carries both.
     gain = np.ones(len(alpha)) if clipped_eps else after / data_weight
     transform = levels.to_data(clip, quantile, gain)
-    local = transform.told(levels.local(direction / sigma, data_weight, drawn, data=True))
+    local = transform.coefficients(levels.coefficients(direction / sigma, data_weight, drawn, data=True))
     return Sampler(name, levels.grid.times, local, transform=transform)
 
 
@@ -81,7 +81,7 @@ def ddim(
         steps: N.
         eta: 0 deterministic, 1 as much noise as DDPM.
         prediction: What the network returns.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         final: The level after the last step: ``zero`` noise, or the ``first`` training level (diffusers:
             ``set_alpha_to_one=False``).
@@ -120,7 +120,7 @@ def ddpm(
         variance: s^2 is the posterior's (``fixed_small``) or 1 - alpha^2/alpha'^2 (``fixed_large``). A learned variance
             is a function of the output, so not linear, and is refused.
         prediction: What the network returns.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         clip: Clip the data prediction to [-clip, clip].
         quantile: Threshold it dynamically instead, at this quantile of |xhat| (0.995 is common).
@@ -156,7 +156,9 @@ def flow_euler(
         schedule: Default :func:`parataxis.flow`.
         steps: N.
         prediction: What the network returns.
-        spacing: ``trailing`` (1, 1 - 1/N, ..) or ``linspace``; see :meth:`parataxis.schedules.Flow.grid`.
+        spacing: ``trailing`` (1, 1 - 1/N, ..) or ``linspace``; see :meth:`parataxis.samplers.schedules.Flow.grid`.
     """
     levels = network_grid(checked_schedule(schedule, flow).grid(steps, spacing), prediction)
-    return Sampler("flow_euler", levels.grid.times, levels.local(*one_step_coefficients(levels, np.zeros(steps))))
+    return Sampler(
+        "flow_euler", levels.grid.times, levels.coefficients(*one_step_coefficients(levels, np.zeros(steps)))
+    )

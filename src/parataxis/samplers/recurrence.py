@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Answering, Read, Slots
-from .coefficients import LocalForm
+from .coefficients import Coefficients
 
-__all__ = ["Part", "Response", "Steps", "Table"]
+__all__ = ["Part", "Response", "Steps", "Recurrence"]
 
 
 Array = NDArray[np.float64]
@@ -118,64 +118,64 @@ class Steps(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class Recurrence:
     """The equations of a batch of samples: shared coefficients, own start and own noise.
 
     Attributes:
-        local: The coefficients.
+        coefficients: Of every step.
         start: (B, *shape) the first state u_0 of every sample.
         noise: (B, N, *shape) C_i z_i, or None where no step adds noise.
     """
 
-    local: LocalForm
+    coefficients: Coefficients
     start: Tensor
     noise: Tensor | None = None
 
     def __post_init__(self) -> None:
-        expected = (len(self.start), self.local.steps, *self.start.shape[1:])
+        expected = (len(self.start), self.coefficients.steps, *self.start.shape[1:])
         if self.noise is not None and tuple(self.noise.shape) != expected:
             raise ValueError(f"noise must have the shape (B, N, *shape) = {expected}, got {tuple(self.noise.shape)}.")
 
     @classmethod
-    def from_dense(cls, weight: Array, base: Tensor) -> Table:
+    def from_dense(cls, weight: Array, base: Tensor) -> Recurrence:
         """Build the table u_p = base_p + sum_q weight[p, q] f_q.
 
         Args:
             weight: (N + 1, N), strictly lower triangular, float64.
             base: (B, N + 1, *shape), the part that does not depend on outputs.
         """
-        local = LocalForm.from_dense(weight)
+        local = Coefficients.from_dense(weight)
         if base.shape[1] != local.steps + 1:
             raise ValueError(f"base must be (B, {local.steps + 1}, *shape), got {tuple(base.shape)}.")
-        decay = torch.as_tensor(local.decay).to(base).view(-1, *(1,) * (base.ndim - 2))
+        decay = torch.as_tensor(local.state_weight).to(base).view(-1, *(1,) * (base.ndim - 2))
         return cls(local, base[:, 0], base[:, 1:] - decay * base[:, :-1])
 
     def base(self) -> Tensor:
         """Return base of the dense form, (B, N + 1, *shape)."""
         rows = [self.start]
-        for i in range(self.local.steps):
-            row = self.local.decay[i] * rows[-1]
+        for i in range(self.coefficients.steps):
+            row = self.coefficients.state_weight[i] * rows[-1]
             rows.append(row if self.noise is None else row + self.noise[:, i])
         return torch.stack(rows, 1)
 
     def step(self, states: Tensor, outputs: Tensor) -> Tensor:
         """Return step_i(U) for i = 0..N-1, (B, N, *shape), of states (B, N + 1, ..) and outputs (B, N, ..)."""
         shape = (1, -1, *(1,) * (self.start.ndim - 1))
-        local, noise = self.local, self.noise
+        local, noise = self.coefficients, self.noise
 
         def column(values: Array) -> Tensor:
             return torch.as_tensor(values).to(states).view(shape)
 
-        result = column(local.decay) * states[:, :-1]
+        result = column(local.state_weight) * states[:, :-1]
         for lag in range(local.lags + 1):
-            result[:, lag:] += column(local.weight[lag:, lag]) * outputs[:, : local.steps - lag]
+            result[:, lag:] += column(local.output_weight[lag:, lag]) * outputs[:, : local.steps - lag]
         return result if noise is None else result + noise
 
     def residual(self, states: Tensor, outputs: Tensor) -> Tensor:
         """Return r_i = step_i(U) - u_{i+1}, (B, N, *shape); zero exactly where U is the loop's own trajectory."""
         return self.step(states, outputs) - states[:, 1:]
 
-    def hop(self, first: int, last: int, states: Tensor, outputs: Tensor) -> Tensor:
+    def coarse_step(self, first: int, last: int, states: Tensor, outputs: Tensor) -> Tensor:
         """Go from state ``first`` to state ``last`` with one evaluation over the whole way.
 
         The data prediction of the evaluation is held over the steps (their own noise is added); where alpha and
@@ -190,16 +190,18 @@ class Table:
         Raises:
             ValueError: For multistep tables, or a hop that does not go forward.
         """
-        local = self.local
+        local = self.coefficients
         if local.lags:
-            raise ValueError("hop needs a one-step table, and this one is multistep: choose a one-step sampler.")
+            raise ValueError(
+                "coarse_step needs a one-step table, and this one is multistep: choose a one-step sampler."
+            )
         if not 0 <= first < last <= local.steps:
-            raise ValueError(f"hop must go forward within 0..{local.steps}, got {first} to {last}.")
-        decay, weight = local.decay[first:last], local.weight[first:last, 0]
+            raise ValueError(f"coarse_step must go forward within 0..{local.steps}, got {first} to {last}.")
+        decay, weight = local.state_weight[first:last], local.output_weight[first:last, 0]
         held = outputs
-        if local.data_input is not None and local.data_output is not None:
-            held = local.data_input[first] * states + local.data_output[first] * outputs
-            p, q = local.data_input[first:last], local.data_output[first:last]
+        if local.x0_from_input is not None and local.x0_from_output is not None:
+            held = local.x0_from_input[first] * states + local.x0_from_output[first] * outputs
+            p, q = local.x0_from_input[first:last], local.x0_from_output[first:last]
             decay, weight = decay - weight * p / q, weight / q
         state = states
         for i in range(last - first):
@@ -221,7 +223,7 @@ class Table:
 
     def _needed(self, parts: Sequence[Part]) -> list[Array | Slots]:
         """Return slots of anchors, outputs and origins, points of noise and coefficients, of the steps of Responses."""
-        local, lags = self.local, self.local.lags
+        local, lags = self.coefficients, self.coefficients.lags
         spans = [part.response.span for part in parts]
         count, batch, measure = max(spans), len(parts), parts[0].response.measure
         # Shorter parts are padded with rows that enter nothing.
@@ -234,7 +236,10 @@ class Table:
             nearest = np.minimum(np.arange(count), len(ask.outputs) - 1)
             output[b, :lags], output[b, lags:] = offset + ask.history, offset + ask.outputs[nearest]
             drawn[b, : spans[b]] = sample * local.steps + np.arange(points.start, points.stop)
-            numbers[b, 0, : spans[b], 0], numbers[b, 1:, : spans[b], 0] = local.decay[points], local.weight[points].T
+            numbers[b, 0, : spans[b], 0], numbers[b, 1:, : spans[b], 0] = (
+                local.state_weight[points],
+                local.output_weight[points].T,
+            )
         origin = np.zeros((batch, 0), np.int64)
         if any(part.response.origin is not None for part in parts):
             moved = [
@@ -248,7 +253,7 @@ class Table:
 
     def _take(self, rows: Tensor, parts: Sequence[Part], needed: Sequence[Tensor]) -> Steps:
         anchor, output, origin, drawn, numbers = needed
-        lags, batch, count, columns = self.local.lags, len(numbers), numbers.shape[2], numbers.unbind(1)
+        lags, batch, count, columns = self.coefficients.lags, len(numbers), numbers.shape[2], numbers.unbind(1)
         if self.noise is not None:
             step = _gather(self.noise.view(-1, rows.shape[1]), drawn, batch)
         outputs = _gather(rows, output, batch)
@@ -301,7 +306,7 @@ class Table:
             chosen = np.minimum(index, batch * count - 1)
         ending = [b for b in range(batch) if asks[b].finals is not None]
         finals = _finals([parts[b] for b in ending], slope[ending])
-        carries = _carries(self.local, asks, spans, slope)
+        carries = _carries(self.coefficients, asks, spans, slope)
         before = [] if steps is not None else self._needed(parts)
 
         targets, index, *needed = yield [into.reshape(-1), chosen.reshape(-1), *finals, *carries, *before]
@@ -313,7 +318,7 @@ class Table:
         measured = torch.bmm(residual, residual.mT) if measure and asks[0].gram is None else None
         if len(chosen):
             step = _gather(step.view(batch * count, -1), index, batch)
-        lags = self.local.lags
+        lags = self.coefficients.lags
         for chunk, carry in zip(_chunks(carries), needed[len(finals) :], strict=False):
             changed = residual.narrow(1, max(chunk.start - lags, 0), carry.shape[2])
             part = step.narrow(1, chunk.start, carry.shape[1])
@@ -365,7 +370,7 @@ def _finish(rows: Tensor, outputs: Tensor, new: Tensor, old: Tensor, finals: Ten
     rows.index_copy_(0, finals, final.addcmul_(moved.sub_(before), slopes))
 
 
-def _carries(local: LocalForm, asks: Sequence[Response], spans: Sequence[int], slopes: Array) -> list[Array]:
+def _carries(local: Coefficients, asks: Sequence[Response], spans: Sequence[int], slopes: Array) -> list[Array]:
     """Return how changes spread, chunk by chunk: for each (batch, states of the chunk, what changes them).
 
     The states of a chunk are changed by those before it, as far as the steps look back, and by its own residuals.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import upload
-from .coefficients import LocalForm
-from .recurrence import Table
+from .coefficients import Coefficients
+from .recurrence import Recurrence
 
 __all__ = ["OutputTransform", "Prediction", "Sampler", "data_prediction"]
 
@@ -28,8 +28,8 @@ class OutputTransform:
     """What becomes of an output before it enters the table: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
 
     Attributes:
-        data_input: (N,) p.
-        data_output: (N,) q.
+        x0_from_input: (N,) p.
+        x0_from_output: (N,) q.
         gain: (N,) 1 where the table uses the clipped prediction alone.
         clip: c in clipping to [-c, c], or None.
         quantile: Dynamic thresholding instead (Imagen, 2205.11487): s = max(1, this quantile of |xhat|) of each sample,
@@ -37,8 +37,8 @@ class OutputTransform:
         largest: Upper bound of s.
     """
 
-    data_input: Array
-    data_output: Array
+    x0_from_input: Array
+    x0_from_output: Array
     gain: Array
     clip: float | None = None
     quantile: float | None = None
@@ -46,7 +46,7 @@ class OutputTransform:
 
     def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
-        chosen = np.stack([self.data_input, self.data_output, self.gain])[:, point.numpy()]
+        chosen = np.stack([self.x0_from_input, self.x0_from_output, self.gain])[:, point.numpy()]
         p, q, gain = upload(chosen, f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
         data = (q * f).addcmul_(p, u)
         if self.quantile is not None:
@@ -59,9 +59,9 @@ class OutputTransform:
             return data
         return data + gain * (clipped - data)
 
-    def told(self, local: LocalForm) -> LocalForm:
+    def coefficients(self, local: Coefficients) -> Coefficients:
         """Return the local form without a data prediction if these outputs do not tell it, which takes a gain of 1."""
-        return local if (self.gain == 1).all() else replace(local, data_input=None, data_output=None)
+        return local if (self.gain == 1).all() else replace(local, x0_from_input=None, x0_from_output=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Sampler:
     Attributes:
         name: Name of the function that made it.
         times: (N,) what the network is told.
-        local: The coefficients.
+        coefficients: Of every step.
         start_scale: First state over standard normal noise, in the coordinates of the network's input.
         transform: What becomes of an output before it enters the table, or None.
         draws: The steps that each draw of noise enters and its factors there, in the loop's order; None for one draw
@@ -81,7 +81,7 @@ class Sampler:
 
     name: str
     times: Array
-    local: LocalForm
+    coefficients: Coefficients
     start_scale: float = 1.0
     transform: OutputTransform | None = None
     draws: tuple[tuple[tuple[int, float], ...], ...] | None = None
@@ -90,7 +90,7 @@ class Sampler:
     @property
     def steps(self) -> int:
         """N, the number of network evaluations of the sequential loop."""
-        return self.local.steps
+        return self.coefficients.steps
 
     def network_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``times`` as the network is given them: int64 if all are whole, else of at least float32."""
@@ -98,12 +98,12 @@ class Sampler:
         whole = bool((times == times.round()).all())
         return times.long() if whole else times.to(torch.promote_types(dtype, torch.float32))
 
-    def table(
+    def recurrence(
         self,
         noise: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Table:
+    ) -> Recurrence:
         """Draw the noise that the steps add and return the table of a batch.
 
         Args:
@@ -116,10 +116,13 @@ class Sampler:
             ValueError: If there are not as many generators as samples.
         """
         drawn = None
-        if self.local.noise.any():
+        if self.coefficients.noise_std.any():
             draws = self.draws
             if draws is None:
-                draws = tuple(((int(i), float(self.local.noise[i])),) for i in np.flatnonzero(self.local.noise))
+                draws = tuple(
+                    ((int(i), float(self.coefficients.noise_std[i])),)
+                    for i in np.flatnonzero(self.coefficients.noise_std)
+                )
             dtype = self.draw_dtype or dtype or noise.dtype
             drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
             sources: list[tuple[slice, torch.Generator | None]] = [(slice(None), None)]
@@ -134,7 +137,7 @@ class Sampler:
                     normal = _normal(noise[rows].shape, noise, source, dtype)
                     for i, factor in steps:
                         drawn[rows, i] += factor * normal
-        return Table(self.local, noise * self.start_scale, drawn)
+        return Recurrence(self.coefficients, noise * self.start_scale, drawn)
 
     def output(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Return what enters the table for the network's outputs f at inputs u; the driver applies it."""

@@ -48,7 +48,7 @@ class Grid:
 class Schedule(Protocol):
     """What a sampler needs to know of a schedule."""
 
-    def levels(self, times: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, times: Array) -> tuple[Array, Array]:
         """Return (alpha, sigma) at ``times``, arrays of the same shape."""
         ...
 
@@ -88,7 +88,7 @@ class Variance:
         """(T,) sigma / alpha at every training step, rising."""
         return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
-    def levels(self, times: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, times: Array) -> tuple[Array, Array]:
         """Return (alpha, sigma) at ``times`` in [0, T - 1]."""
         ratio = np.interp(times, np.arange(self.training_steps), self.ratios)
         alpha = 1 / np.sqrt(1 + ratio**2)
@@ -133,7 +133,7 @@ class Variance:
             raise ValueError(f"offset {offset} puts the first time at {times[0]:g}, beyond {total - 1}: lower it.")
         if times[-1] < 0:
             raise ValueError(f"offset {offset} puts the last time at {times[-1]:g}, before 0: raise it.")
-        alpha, sigma = self.levels(times)
+        alpha, sigma = self.alpha_sigma(times)
         return Grid(times, np.append(alpha, 1.0), np.append(sigma, 0.0))
 
 
@@ -149,7 +149,7 @@ class Flow:
     shift: float = 1.0
     training_steps: int = 1000
 
-    def levels(self, times: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, times: Array) -> tuple[Array, Array]:
         """Return (alpha, sigma) at ``times`` in [0, T]."""
         sigma = np.asarray(times, np.float64) / self.training_steps
         return 1 - sigma, sigma
@@ -178,7 +178,7 @@ class Karras:
     sigma_max: float = 80.0
     rho: float = 7.0
 
-    def levels(self, times: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, times: Array) -> tuple[Array, Array]:
         """Return (alpha, sigma) at ``times``."""
         sigma = np.exp(4 * np.asarray(times, np.float64))
         return np.ones_like(sigma), sigma

@@ -33,7 +33,7 @@ def heun(
         schedule: Default :func:`parataxis.vp`.
         steps: Number of intervals.
         prediction: What the network returns.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
@@ -46,7 +46,7 @@ def heun(
     levels = network_grid(grid, prediction, np.append(single.scale[twice], 1.0))
     # eps = (x - xhat) / sigma = P x + Q f
     level = sigma[:-1]
-    eps_input, eps_output = (1 - levels.data_input) / level, -levels.data_output / level
+    eps_input, eps_output = (1 - levels.x0_from_input) / level, -levels.x0_from_output / level
     count = len(level)
     decay, weight = np.ones(count), np.zeros((count, 2))
     for k in range(0, count - 1, 2):
@@ -60,7 +60,7 @@ def heun(
         weight[k + 1, 1] = h / 2 * eps_output[k] - half / decay[k] * h * eps_output[k]
     h = -sigma[count - 1]
     decay[-1], weight[-1, 0] = 1 + h * eps_input[-1], h * eps_output[-1]
-    return Sampler("heun", grid.times, levels.local(decay, weight, np.zeros(count)), first)
+    return Sampler("heun", grid.times, levels.coefficients(decay, weight, np.zeros(count)), first)
 
 
 def dpmpp_2m(
@@ -86,7 +86,7 @@ def dpmpp_2m(
         schedule: Default :func:`parataxis.vp`.
         steps: N.
         prediction: What the network returns.
-        spacing: See :meth:`parataxis.schedules.Variance.grid`.
+        spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         offset: Likewise.
         karras: Space the noise levels evenly in (sigma/alpha)^(1/7) over all training levels; ``spacing`` is unused.
         clip: Clip the data prediction to [-clip, clip].
@@ -118,5 +118,5 @@ def dpmpp_2m(
         raise ValueError(
             "dpmpp_2m divides by log(alpha) = -inf at a first level with alpha = 0: choose another spacing."
         )
-    local = levels.local(decay, weight, np.zeros(steps), data=True)
+    local = levels.coefficients(decay, weight, np.zeros(steps), data=True)
     return Sampler("dpmpp_2m", grid.times, local, transform=levels.to_data(clip, quantile))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from ..engine.solve import Solver
 from .anderson import Anderson
-from .nested import Nested
+from .nested import CoarseToFine
 from .parareal import Parareal
 from .picard import Picard
 from .secant import Secant
 from .sequential import Sequential
 from .speculative import Speculative
 
-__all__ = ["LAW_EXACT", "SOLVERS", "Anderson", "Nested", "Parareal", "Picard", "Secant", "Sequential", "Speculative"]
+__all__ = [
+    "EXACT_IN_DISTRIBUTION",
+    "SOLVERS",
+    "Anderson",
+    "CoarseToFine",
+    "Parareal",
+    "Picard",
+    "Secant",
+    "Sequential",
+    "Speculative",
+]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
@@ -19,10 +29,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "anderson": Anderson,
     "parareal": Parareal,
     "secant": Secant,
-    "nested": Nested,
+    "coarse_to_fine": CoarseToFine,
 }
 
 # Exact in law: a sample as good as the sequential one, but not the same.
-LAW_EXACT: dict[str, type[Solver]] = {
+EXACT_IN_DISTRIBUTION: dict[str, type[Solver]] = {
     "speculative": Speculative,
 }

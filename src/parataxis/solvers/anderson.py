@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.solve import Asking, Combine, Inner, Problem
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from .picard import noise_variance
 from .window import Window, check_window
 
@@ -52,11 +52,11 @@ class Anderson:
         acceleration: ``triangular``, ``prefix``, ``anderson`` or ``none``.
         ridge: lam; relative to the mean diagonal of the Gram matrix, or as it is with ``absolute``.
         absolute: Whether ``ridge`` is absolute, as published (1e-3).
-        rule: ``budget`` (the tolerance bounds the relative error of the sample) or ``residual`` (as published: a state
+        rule: ``error`` (the tolerance bounds the relative error of the sample) or ``residual`` (as published: a state
             is finished when the root mean square of its one-step residual is at most ``threshold``, or at most
             ``threshold`` times the noise that DDPM adds there).
         threshold: Of the published rule; the tolerance is then not used.
-        entry: How states enter the window: ``roll`` (on from its end) or ``copy``.
+        entry: How states enter the window: ``extrapolate`` (on from its end) or ``copy``.
     """
 
     window: int | None = None
@@ -65,9 +65,9 @@ class Anderson:
     acceleration: Literal["triangular", "prefix", "anderson", "none"] = "triangular"
     ridge: float = 1e-8
     absolute: bool = False
-    rule: Literal["budget", "residual"] = "budget"
+    rule: Literal["error", "residual"] = "error"
     threshold: float = 1e-3
-    entry: Literal["roll", "copy"] = "roll"
+    entry: Literal["extrapolate", "copy"] = "extrapolate"
 
     def __post_init__(self) -> None:
         check_window(self.window)
@@ -81,22 +81,22 @@ class Anderson:
             )
         if not self.ridge >= 0:
             raise ValueError(f"ridge must be at least 0, got {self.ridge!r}.")
-        if self.rule not in ("budget", "residual"):
-            raise ValueError(f"rule must be 'budget' or 'residual', got {self.rule!r}.")
+        if self.rule not in ("error", "residual"):
+            raise ValueError(f"rule must be 'error' or 'residual', got {self.rule!r}.")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {self.threshold!r}.")
-        if self.entry not in ("roll", "copy"):
-            raise ValueError(f"entry must be 'roll' or 'copy', got {self.entry!r}.")
+        if self.entry not in ("extrapolate", "copy"):
+            raise ValueError(f"entry must be 'extrapolate' or 'copy', got {self.entry!r}.")
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Refuse the published rule where the variance of the noise is unknown."""
         if self.rule == "residual" and (local.alpha is None or local.sigma is None):
-            return "rule='residual' compares with alpha and sigma, unknown for this table: use rule='budget'."
+            return "rule='residual' compares with alpha and sigma, unknown for this table: use rule='error'."
         return None
 
     def __call__(self, problem: Problem) -> Asking:
         """Solve one trajectory."""
-        local = problem.local
+        local = problem.coefficients
         history = 1 if self.acceleration == "none" else self.history
         window = Window(problem, self.window, history=history)
         slopes = local.slopes(_frozen_growth(local))
@@ -115,13 +115,13 @@ class Anderson:
             response = window.response(slopes[lo:hi], order=self.order)
             norms, *grams = yield from window.evaluate(response, *corrections)
             norms = yield from window.checked(norms)
-            errors = window.errors(norms, local.moment_slopes(window.variance)[lo:hi])
+            errors = window.errors(norms, local.gaussian_slopes(window.variance)[lo:hi])
             count = window.accept(errors, None if floor is None else norms[:, 1] <= floor[lo + 1 : hi + 1])
             if history > 1:
                 yield Combine(news, self._factors(grams, spans, count), window.states(lo + 1, hi, -1))
             window.turn()
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(roll=self.entry == "roll")
+            yield from window.enter(roll=self.entry == "extrapolate")
         return window.sample()
 
     def _factors(self, grams: list[Array], spans: list[tuple[int, int]], count: int) -> Array:
@@ -168,11 +168,11 @@ class Anderson:
         return np.where(np.isfinite(weights), weights, 0.0)
 
 
-def _frozen_growth(local: LocalForm) -> Array:
+def _frozen_growth(local: Coefficients) -> Array:
     """Return J of a frozen noise prediction in the network's input: alpha'/alpha, or A where alpha may be 0."""
     if local.alpha is None or local.sigma is None or local.scale is None:
-        return local.decay
+        return local.state_weight
     if not np.allclose(local.alpha**2 + local.sigma**2, 1):
-        return local.decay
+        return local.state_weight
     alpha = local.alpha * local.scale
     return alpha[1:] / alpha[:-1]

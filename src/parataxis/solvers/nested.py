@@ -13,14 +13,14 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ..engine.solve import Asking, Problem, Solver
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from .secant import Secant
 
-__all__ = ["Nested"]
+__all__ = ["CoarseToFine"]
 
 
 @dataclass(frozen=True)
-class Nested:
+class CoarseToFine:
     """Another windowed solver whose first rounds evaluate fewer points: a full window for less work.
 
     Attributes:
@@ -44,7 +44,7 @@ class Nested:
         window: int | None = getattr(self.inner, "window", None)
         return window
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Refuse what the solver refuses."""
         return self.inner.refuses(local)
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..checks import is_whole
 from ..engine.solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 
 __all__ = ["Parareal"]
 
@@ -72,11 +72,11 @@ class Parareal:
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {self.threshold!r}.")
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Refuse multistep tables whose outputs are not data predictions, and more blocks than steps."""
-        data = local.data_input is not None and local.data_output is not None
+        data = local.x0_from_input is not None and local.x0_from_output is not None
         if local.lags:
-            known = data and not np.any(local.data_input) and np.all(local.data_output == 1)
+            known = data and not np.any(local.x0_from_input) and np.all(local.x0_from_output == 1)
             if local.lags > 1 or not known:
                 return (
                     "a hop needs a one-step table, or one earlier output that is a data prediction (dpmpp_2m): choose "
@@ -90,7 +90,7 @@ class Parareal:
 
     def __call__(self, problem: Problem) -> Asking:
         """Solve one trajectory."""
-        yield Memory(_rows(self, problem.steps, problem.local.lags, problem.guessed))
+        yield Memory(_rows(self, problem.steps, problem.coefficients.lags, problem.guessed))
         return (yield from _Pipeline(self, problem).run())
 
 
@@ -99,7 +99,7 @@ def _rows(solver: Parareal, steps: int, lags: int, guessed: bool) -> int:
     """Return how many rows the schedule needs: run it with nothing behind it."""
     flat = np.ones(steps)
     ends = np.ones(steps + 1)
-    local = LocalForm(flat, np.ones((steps, lags + 1)), flat, ends, ends, ends, flat, flat)
+    local = Coefficients(flat, np.ones((steps, lags + 1)), flat, ends, ends, ends, flat, flat)
     pipeline = _Pipeline(solver, Problem(local, 0.0, 1, guessed, 1e-7))
     requests = pipeline.run()
     answer: Any = None
@@ -155,13 +155,13 @@ class _Pipeline:
     """The data flow of one trajectory: what is known, what runs, and in which slot everything lies."""
 
     def __init__(self, solver: Parareal, problem: Problem) -> None:
-        self.solver, self.problem, self.local = solver, problem, problem.local
+        self.solver, self.problem, self.coefficients = solver, problem, problem.coefficients
         steps = problem.steps
         self.blocks = min(solver.blocks or max(1, round(np.sqrt(3 * steps))), steps)
         self.bounds = [round(j * steps / self.blocks) for j in range(self.blocks + 1)]
         self.limit = min(solver.iterations or self.blocks, self.blocks)
-        self.lagged = self.local.lags > 0
-        self.hops = _hops(self.local, self.bounds, two_step=solver.coarse == "two-step")
+        self.lagged = self.coefficients.lags > 0
+        self.hops = _hops(self.coefficients, self.bounds, two_step=solver.coarse == "two-step")
         self.peak = 0
         self.free: list[int] = []
         self.zero = self.take()
@@ -171,7 +171,7 @@ class _Pipeline:
         self.ended: list[_Chain] = []  # at the end of their block: F_j(x_j^p)
         self.newest = [-1] * self.blocks  # the newest iteration of which each block has made its hop
         self.known: dict[int, int] = {}  # the newest boundary states
-        self.front = 0
+        self.accepted = 0
         self.error = float("inf")
         self.changes: list[list[tuple[int, float]]] = [[] for _ in self.bounds]  # (p, relative change) of a boundary
         self.moved = float("inf")  # mean absolute change of the sample
@@ -206,8 +206,8 @@ class _Pipeline:
 
     def _fold_noise(self) -> Asking:
         """Fold the noise of every block's steps into one row: what a hop adds to its two factors."""
-        if self.local.noise.any():
-            decay, _ = _held(self.local)
+        if self.coefficients.noise_std.any():
+            decay, _ = _held(self.coefficients)
             for k in range(max(np.diff(self.bounds))):
                 inside = [j for j in range(self.blocks) if self.bounds[j] + k < self.bounds[j + 1]]
                 point = np.array([self.bounds[j] + k for j in inside])
@@ -271,10 +271,10 @@ class _Pipeline:
         point = np.array([chain.step for chain, _ in moving])
         x = np.array([chain.x for chain, _ in moving])
         rows = [x, np.array([f for _, f in moving])]
-        factors = [self.local.decay[point], self.local.weight[point, 0]]
+        factors = [self.coefficients.state_weight[point], self.coefficients.output_weight[point, 0]]
         if self.lagged:
             rows.append(np.array([chain.before for chain, _ in moving]))
-            factors.append(self.local.weight[point, 1])
+            factors.append(self.coefficients.output_weight[point, 1])
         yield Combine(tuple(rows), np.stack(factors, 1), x, point)
         for chain, output in moving:
             if self.lagged:
@@ -322,8 +322,8 @@ class _Pipeline:
         """Drop what the frontier has overtaken: older chains behind it, and those of its block that only wait."""
         for chains in (self.chains, self.ended):
             for chain in list(chains):
-                waiting = chain.j == self.front and chain.hop < 0 and chain.p < self.front
-                if chain.j < self.front or waiting:
+                waiting = chain.j == self.accepted and chain.hop < 0 and chain.p < self.accepted
+                if chain.j < self.accepted or waiting:
                     chains.remove(chain)
                     self.free += chain.slots
 
@@ -349,7 +349,7 @@ class _Pipeline:
         finished = -1
         for one in known:
             if one.p == one.j:
-                self.front = max(self.front, one.p)
+                self.accepted = max(self.accepted, one.p)
             if one.j < self.blocks:
                 self.chains.append(_Chain(one.p, one.j, self.bounds[one.j], one.x, one.before))
                 continue
@@ -359,14 +359,14 @@ class _Pipeline:
             if one.p == self.blocks:
                 self.error = 0.0
         self._retire()
-        place = self.bounds[self.front] if finished < 0 else self.problem.steps
+        place = self.bounds[self.accepted] if finished < 0 else self.problem.steps
         yield Settle(place, np.zeros(0, np.int64), self.error, self._estimate())
         return finished
 
     def _estimate(self) -> int:
         """Return the slot of the present guess of the sample: itself, or what the farthest hop held, or its end."""
         farthest = max(self.known)
-        if 0 < farthest < self.blocks and self.local.data_input is not None:
+        if 0 < farthest < self.blocks and self.coefficients.x0_from_input is not None:
             return self.data[farthest - 1]
         return self.known[farthest]
 
@@ -387,12 +387,12 @@ class _Pipeline:
         return self.error <= self.problem.tolerance
 
 
-def _held(local: LocalForm) -> tuple[Array, Array]:
+def _held(local: Coefficients) -> tuple[Array, Array]:
     """Return A and B of every step with the data prediction (else the output) in the place of the output."""
-    weight = local.weight.sum(1)
-    if local.data_input is None or local.data_output is None:
-        return local.decay, weight
-    return local.decay - weight * local.data_input / local.data_output, weight / local.data_output
+    weight = local.output_weight.sum(1)
+    if local.x0_from_input is None or local.x0_from_output is None:
+        return local.state_weight, weight
+    return local.state_weight - weight * local.x0_from_input / local.x0_from_output, weight / local.x0_from_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -408,7 +408,7 @@ class _Hops:
     factors: Array
 
 
-def _hops(local: LocalForm, bounds: list[int], *, two_step: bool) -> _Hops:
+def _hops(local: Coefficients, bounds: list[int], *, two_step: bool) -> _Hops:
     decay, weight = _held(local)
     blocks = len(bounds) - 1
     data, factors = np.tile([0.0, 1.0], (blocks, 1)), np.zeros((blocks, 4))
@@ -422,8 +422,8 @@ def _hops(local: LocalForm, bounds: list[int], *, two_step: bool) -> _Hops:
         extrapolate[~np.isfinite(extrapolate)] = 0.0
     for j in range(blocks):
         first, stop = bounds[j], bounds[j + 1]
-        if local.data_input is not None and local.data_output is not None:
-            data[j] = local.data_input[first], local.data_output[first]
+        if local.x0_from_input is not None and local.x0_from_output is not None:
+            data[j] = local.x0_from_input[first], local.x0_from_output[first]
         a, b = 1.0, 0.0
         for k in range(first, stop):
             a, b = decay[k] * a, decay[k] * b + weight[k]

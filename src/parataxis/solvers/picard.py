@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.solve import Asking, Problem
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from .window import Window, check_window
 
 __all__ = ["Picard", "noise_variance"]
@@ -30,36 +30,36 @@ class Picard:
 
     Attributes:
         window: Levels evaluated in a round; None for all.
-        rule: ``budget`` (the tolerance bounds the relative error of the sample) or ``paradigms``.
+        rule: ``error`` (the tolerance bounds the relative error of the sample) or ``paradigms``.
         threshold: tau of the published rule; the tolerance is then not used.
-        entry: How states enter the window: ``roll`` or ``copy``.
+        entry: How states enter the window: ``extrapolate`` or ``copy``.
     """
 
     window: int | None = None
-    rule: Literal["budget", "paradigms"] = "budget"
+    rule: Literal["error", "paradigms"] = "error"
     threshold: float = 0.1
-    entry: Literal["roll", "copy"] = "roll"
+    entry: Literal["extrapolate", "copy"] = "extrapolate"
 
     def __post_init__(self) -> None:
         check_window(self.window)
-        if self.rule not in ("budget", "paradigms"):
-            raise ValueError(f"rule must be 'budget' or 'paradigms', got {self.rule!r}.")
-        if self.entry not in ("roll", "copy"):
-            raise ValueError(f"entry must be 'roll' or 'copy', got {self.entry!r}.")
+        if self.rule not in ("error", "paradigms"):
+            raise ValueError(f"rule must be 'error' or 'paradigms', got {self.rule!r}.")
+        if self.entry not in ("extrapolate", "copy"):
+            raise ValueError(f"entry must be 'extrapolate' or 'copy', got {self.entry!r}.")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {self.threshold!r}.")
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Refuse the published rule where the variance of the noise is unknown."""
         if self.rule == "paradigms" and (local.alpha is None or local.sigma is None):
-            return "rule='paradigms' compares with alpha and sigma, unknown for this table: use rule='budget'."
+            return "rule='paradigms' compares with alpha and sigma, unknown for this table: use rule='error'."
         return None
 
     def __call__(self, problem: Problem) -> Asking:
         """Solve one trajectory."""
-        local = problem.local
+        local = problem.coefficients
         window = Window(problem, self.window)
-        slopes = local.slopes(local.size[1:] / local.size[:-1])
+        slopes = local.slopes(local.rms[1:] / local.rms[:-1])
         variance = noise_variance(local) if self.rule == "paradigms" else None
         yield from window.open()
         while not window.done:
@@ -73,11 +73,11 @@ class Picard:
                 passed = norms[:, 0] <= self.threshold**2 * problem.dim * variance[lo + 1 : hi + 1]
             count = window.accept(errors, passed)
             yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(roll=self.entry == "roll")
+            yield from window.enter(roll=self.entry == "extrapolate")
         return window.sample()
 
 
-def noise_variance(local: LocalForm) -> Array:
+def noise_variance(local: Coefficients) -> Array:
     """Return (N + 1,) v_j: the variance of the noise with which DDPM reaches state j, in the network's input."""
     assert local.alpha is not None
     assert local.sigma is not None

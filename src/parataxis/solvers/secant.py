@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.solve import Asking, Inner, Problem
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from .window import Window, check_window
 
 __all__ = ["Secant"]
@@ -40,13 +40,13 @@ class Secant:
     def __post_init__(self) -> None:
         check_window(self.window)
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Every table can be solved."""
         return None
 
     def __call__(self, problem: Problem) -> Asking:
         """Solve one trajectory."""
-        local = problem.local
+        local = problem.coefficients
         window = Window(problem, self.window, previous=True)
         slopes = np.full(problem.steps, np.nan)
         seen = 0
@@ -85,11 +85,11 @@ def _measured(window: Window, known: Array, secant: Array, origin: Array) -> Arr
     """Return the slopes of the window's points: secants, and from the origin behind them."""
     lo, old, hi, problem = window.lo, window.lo + len(secant), window.hi, window.problem
     found = known.copy()
-    moved = secant[:, 1, 1] > (10 * problem.rounding * window.local.size[lo:old]) ** 2 * problem.dim
+    moved = secant[:, 1, 1] > (10 * problem.rounding * window.coefficients.rms[lo:old]) ** 2 * problem.dim
     with np.errstate(divide="ignore", invalid="ignore"):
         found[: old - lo] = np.where(moved, secant[:, 0, 1] / secant[:, 1, 1], found[: old - lo])
         found[old - lo :] = origin[:, 0, 1] / origin[:, 1, 1]
-    matched = window.local.moment_slopes(window.variance)[lo:hi]
+    matched = window.coefficients.gaussian_slopes(window.variance)[lo:hi]
     # An output whose square overflows tells nothing either.
     measured = np.isfinite(found) & window.finite & (not window.coarse)
     measured &= np.isfinite(np.append(secant[:, 0, 0], origin[:, 0, 0]))
@@ -97,6 +97,6 @@ def _measured(window: Window, known: Array, secant: Array, origin: Array) -> Arr
 
 
 def _bounded(window: Window, slopes: Array) -> Array:
-    size = window.local.size[window.lo : window.hi + 1]
-    growth = window.local.growth(slopes, window.lo)
+    size = window.coefficients.rms[window.lo : window.hi + 1]
+    growth = window.coefficients.growth(slopes, window.lo)
     return np.clip(growth, 0.0, LARGEST * size[1:] / size[:-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engine.solve import Asking, Problem
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from .window import Window
 
 __all__ = ["Sequential"]
@@ -17,7 +17,7 @@ __all__ = ["Sequential"]
 class Sequential:
     """Forward substitution: x_{i+1} = step_i(x), N rounds of one level each."""
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Every table can be solved."""
         return None
 

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from ..arrays import Slots
 from ..engine.solve import Asking, Combine, Draw, Inner, Load, Memory, Problem, Query, Settle
-from ..samplers.coefficients import LocalForm
+from ..samplers.coefficients import Coefficients
 from ..samplers.recurrence import Response
 from .window import check_window
 
@@ -77,9 +77,9 @@ class Speculative:
         if self.proposal not in ("latest", "fresh"):
             raise ValueError(f"proposal must be 'latest' or 'fresh', got {self.proposal!r}.")
 
-    def refuses(self, local: LocalForm) -> str | None:
+    def refuses(self, local: Coefficients) -> str | None:
         """Refuse tables without noise, and multistep ones."""
-        if not local.noise.any():
+        if not local.noise_std.any():
             return (
                 "no step of this table adds noise of a known size, so there is no law to be exact in: choose ddpm, "
                 "euler_ancestral or ddim with eta > 0, or another solver."
@@ -131,15 +131,15 @@ class _Proposals:
     uniforms: Array
 
     def __init__(self, problem: Problem, window: int | None) -> None:
-        local, steps = problem.local, problem.steps
+        local, steps = problem.coefficients, problem.steps
         self.lo, self.hi, self.steps = 0, 1, steps
         self._local = local
-        self._coefficients = np.stack([local.decay, local.weight[:, 0]], 1)
-        self._data_input = np.zeros(steps) if local.data_input is None else local.data_input
-        self._data_output = np.ones(steps) if local.data_output is None else local.data_output
+        self._coefficients = np.stack([local.state_weight, local.output_weight[:, 0]], 1)
+        self._data_input = np.zeros(steps) if local.x0_from_input is None else local.x0_from_input
+        self._data_output = np.ones(steps) if local.x0_from_output is None else local.x0_from_output
         self._width = min(window or steps, steps)
         # A round goes no farther than behind the next step without noise.
-        stops = np.where(local.noise == 0, np.arange(1, steps + 1), steps)
+        stops = np.where(local.noise_std == 0, np.arange(1, steps + 1), steps)
         self._stops = np.minimum.accumulate(stops[::-1])[::-1]
         # Two sets of states take turns, so that previews find those of the last round together with their outputs.
         slots = np.arange(5 * self._width).reshape(5, -1)
@@ -181,7 +181,7 @@ class _Proposals:
         # The last step is not tested, nor is one that is not finite, nor what is behind it.
         tested = self._finite[:-1] & np.isfinite(self._gram).all((1, 2))
         tests = int(np.argmin(np.append(tested, False)))
-        noise, gram = self._local.noise[lo : lo + tests], self._gram[:tests]
+        noise, gram = self._local.noise_std[lo : lo + tests], self._gram[:tests]
         self.sizes = np.sqrt(gram[:, 0, 0]) / noise
         self.ratios = gram[:, 0, 1] / noise**2 - self.sizes**2 / 2
         return 0

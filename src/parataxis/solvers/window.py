@@ -48,7 +48,7 @@ class Window:
         With ``previous`` the outputs of the last round are kept too, for secants.
         """
         self.problem = problem
-        self.local = problem.local
+        self.coefficients = problem.coefficients
         self.steps = problem.steps
         self.width = min(width or self.steps, self.steps)
         self.lo = problem.frozen
@@ -58,8 +58,8 @@ class Window:
         self._strides = list(problem.strides)
         self._stride = 1
         self._begin()
-        self._held = self.local.held_slopes()
-        ring, lags = self.width + 1, self.local.lags
+        self._held = self.coefficients.frozen_prediction_slopes()
+        ring, lags = self.width + 1, self.coefficients.lags
         rings = max(2, history) + (history if history > 1 else 0)
         self._inputs = [ring * i for i in range(max(2, history))]
         self._news = [ring * i for i in range(len(self._inputs), rings)]
@@ -94,7 +94,7 @@ class Window:
         return self._outputs[(self._turn - age) % 2] + np.arange(first, stop) % self.width
 
     def _final(self, first: int, stop: int) -> Slots:
-        return self._finals + np.arange(first, stop) % (self.width + self.local.lags)
+        return self._finals + np.arange(first, stop) % (self.width + self.coefficients.lags)
 
     def open(self) -> Asking:
         """Fill the first window: the given guess, or the initial state in the proportion of the expected size."""
@@ -119,7 +119,7 @@ class Window:
 
     def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:
         """Ask for copies of a state of ``level``, in the proportion of the expected size."""
-        size = self.local.size
+        size = self.coefficients.rms
         factors = size[first : first + len(into), None] / size[level]
         return Combine((np.repeat(source, len(into)),), factors, into)
 
@@ -157,12 +157,12 @@ class Window:
 
         Lines are straight in log(alpha/sigma), or in the number of the step where that is unknown.
         """
-        local = self.local
+        local = self.coefficients
         after = np.searchsorted(nodes, points)
         left, right = nodes[after - 1], nodes[np.minimum(after, len(nodes) - 1)]
         place, inputs, data = np.arange(self.steps, dtype=np.float64), np.zeros(self.steps), np.ones(self.steps)
-        if local.data_input is not None and local.data_output is not None:
-            inputs, data = local.data_input, local.data_output
+        if local.x0_from_input is not None and local.x0_from_output is not None:
+            inputs, data = local.x0_from_input, local.x0_from_output
         if local.alpha is not None and local.sigma is not None and (local.alpha[:-1] > 0).all():
             place = np.log(local.alpha[:-1] / local.sigma[:-1])
         span = place[right] - place[left]
@@ -176,7 +176,7 @@ class Window:
 
     def response(self, slopes: Array | None = None, *, order: int | None = None) -> Response:
         """Return the request to correct the window into :meth:`news`; its answer is to be :meth:`checked`."""
-        lo, hi, lags = self.lo, self.hi, self.local.lags
+        lo, hi, lags = self.lo, self.hi, self.coefficients.lags
         return Response(
             start=lo,
             states=self.states(lo, hi),
@@ -215,18 +215,18 @@ class Window:
 
         Where it is unknown, that of the window's last state stands for it.
         """
-        local, point = self.local, self.hi - 1
-        if local.alpha is None or local.data_input is None or local.data_output is None:
+        local, point = self.coefficients, self.hi - 1
+        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
             return Inner((self.states(self.hi, self.hi),))
         return Inner((self.states(point, point), self.outputs(point, point + 1)))
 
     def _measure(self, gram: Array) -> None:
-        local, point = self.local, self.hi - 1
-        if local.alpha is None or local.data_input is None or local.data_output is None:
+        local, point = self.coefficients, self.hi - 1
+        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
             size = float(gram[0, 0, 0]) / self.problem.dim
             self.variance = size if np.isfinite(size) and size > 0 else 1.0
             return
-        weights = np.array([local.data_input[point], local.data_output[point]])
+        weights = np.array([local.x0_from_input[point], local.x0_from_output[point]])
         with np.errstate(invalid="ignore", over="ignore"):
             variance = float(weights @ gram[0] @ weights) / self.problem.dim
         if np.isfinite(variance) and variance > 0:
@@ -249,13 +249,13 @@ class Window:
         the schedule is unknown, and where outputs are clipped, it is at least the ratio of expected sizes, and SAFETY
         is BLIND. v is the mean square of the data prediction.
         """
-        local, lo, hi = self.local, self.lo, self.hi
+        local, lo, hi = self.coefficients, self.lo, self.hi
         if self.coarse:
             return np.append(0.0, np.full(hi - lo - 1, np.inf))
         growth = local.growth(slopes, lo)
-        behind = local.growth(local.moment_slopes(self.variance))[hi:]
+        behind = local.growth(local.gaussian_slopes(self.variance))[hi:]
         gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
-        least = local.size[-1] / local.size[lo + 1 : hi + 1]
+        least = local.rms[-1] / local.rms[lo + 1 : hi + 1]
         safety = BLIND
         if local.alpha is not None:
             reach = REACH * least / np.maximum(local.alpha[lo + 1 : hi + 1], np.finfo(np.float32).eps)
@@ -275,10 +275,10 @@ class Window:
         before = self._moved[lo:old]
         with np.errstate(divide="ignore", invalid="ignore"):
             found = residuals[: old - lo] / before
-        trusted = before > 10 * self.problem.rounding * self.local.size[lo:old] * np.sqrt(self.problem.dim)
+        trusted = before > 10 * self.problem.rounding * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
         trusted &= np.isfinite(before) & np.isfinite(found)
-        if self.local.alpha is not None:
-            trusted &= before < FAR * self.local.size[lo:old] * np.sqrt(self.problem.dim)
+        if self.coefficients.alpha is not None:
+            trusted &= before < FAR * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
         self._misfit[lo:old] = np.where(trusted, found, self._misfit[lo:old])
         self._moved[lo + 1 : hi + 1] = moves
         self._seen = hi
@@ -286,7 +286,7 @@ class Window:
         known = known[np.isfinite(known)]
         misfit = np.where(np.isfinite(self._misfit[lo:hi]), self._misfit[lo:hi], known.max(initial=0.0) or UNKNOWN)
         missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
-        return self.local.carried(missed, slopes, lo)
+        return self.coefficients.carried(missed, slopes, lo)
 
     def accept(self, errors: Array, passed: NDArray[np.bool_] | None = None) -> int:
         """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
@@ -330,7 +330,7 @@ class Window:
                 yield Load(np.arange(first, last + 1), into)
             elif not roll:
                 yield self._copies(self.states(self.hi, self.hi), self.hi, into, first)
-            elif self.local.noise.any() or self.local.alpha is None:
+            elif self.coefficients.noise_std.any() or self.coefficients.alpha is None:
                 yield Response(
                     start=point,
                     states=self.states(point, point, 1),
@@ -338,7 +338,7 @@ class Window:
                     slopes=self._held[point : point + 1],
                     first=first,
                     into=into,
-                    history=self._final(point - self.local.lags, point),
+                    history=self._final(point - self.coefficients.lags, point),
                     measure=False,
                     origin=int(self.states(point, point)[0]) if point > self.lo else None,
                 )
@@ -350,13 +350,13 @@ class Window:
 
     def _line(self, early: int, late: int, last: int) -> Combine:
         """Ask for the states hi + 1 .. last, with outputs on the line through those of two points."""
-        local, first = self.local, self.hi
+        local, first = self.coefficients, self.hi
         place = (np.arange(first - local.lags, last) - late) / max(late - early, 1)
         outputs = np.stack([np.zeros(len(place)), 1 + place, -place], 1)
         state, factors = np.array([1.0, 0.0, 0.0]), []
         for k in range(last - first):
-            weight = local.weight[first + k, ::-1]
-            state = local.decay[first + k] * state + weight @ outputs[k : k + len(weight)]
+            weight = local.output_weight[first + k, ::-1]
+            state = local.state_weight[first + k] * state + weight @ outputs[k : k + len(weight)]
             factors.append(state)
         count = len(factors)
         rows = (

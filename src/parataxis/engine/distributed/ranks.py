@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from ..solve import Rows, expect
+from ..rows import EvalBatch, expect
 
 __all__ = ["RankError", "Ranks", "Sharded", "fingerprint", "sharded"]
 
@@ -293,35 +293,35 @@ _known: dict[int, tuple[DeviceMesh, Ranks]] = {}
 class Sharded:
     """Rows to outputs, each rank evaluating its share; see :func:`sharded`."""
 
-    def __init__(self, evaluate: Callable[[Rows], Tensor], ranks: Ranks) -> None:
+    def __init__(self, evaluate: Callable[[EvalBatch], Tensor], ranks: Ranks) -> None:
         """Wrap ``evaluate``."""
         self.ranks = ranks
         self._evaluate = evaluate
         self._first = True
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows, on all ranks together."""
-        ranks, count = self.ranks, len(rows.u)
-        asked = rows.point.numpy().tobytes() + rows.sample.numpy().tobytes()
+        ranks, count = self.ranks, len(rows.x)
+        asked = rows.step.numpy().tobytes() + rows.sample.numpy().tobytes()
         if self._first:
             self._first = False
-            ranks.compare(states=rows.u)
-            one = Rows(*(part[-1:] for part in rows))  # at pure noise networks differ least
+            ranks.compare(states=rows.x)
+            one = EvalBatch(*(part[-1:] for part in rows))  # at pure noise networks differ least
             ranks.agree(ranks.work(asked, lambda: self._checked(one)))
         own = rows.take(torch.arange(count, device="cpu")[ranks.share(count)])
-        return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.u) else own.u), count)
+        return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.x) else own.x), count)
 
-    def _checked(self, rows: Rows) -> Tensor:
-        return expect(self._evaluate(rows), tuple(rows.u.shape), rows.u.dtype, rows.point.numpy())
+    def _checked(self, rows: EvalBatch) -> Tensor:
+        return expect(self._evaluate(rows), tuple(rows.x.shape), rows.x.dtype, rows.step.numpy())
 
 
-def sharded(evaluate: Callable[[Rows], Tensor], mesh: DeviceMesh | Ranks) -> Sharded:
+def sharded(evaluate: Callable[[EvalBatch], Tensor], mesh: DeviceMesh | Ranks) -> Sharded:
     """Evaluate the rows of a round on all ranks of a mesh, each its share.
 
     Every rank must make the same calls: run the same program on all of them, with the same noise.
 
     Args:
-        evaluate: Rows to outputs of the same shape and dtype, as :func:`parataxis.together` wants it.
+        evaluate: Rows to outputs of the same shape and dtype, as :func:`parataxis.drive` wants it.
         mesh: A mesh with a dimension ``time``, or its :class:`Ranks`, with a timeout of one's own.
 
     Returns:

@@ -1,0 +1,46 @@
+"""The rows of a network call, and what its outputs must look like."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arrays import Slots, upload
+
+__all__ = ["EvalBatch", "OutputError", "expect"]
+
+
+class OutputError(ValueError):
+    """The network returned something that is not an output: a wrong type, shape or dtype, NaN or Inf."""
+
+
+class EvalBatch(NamedTuple):
+    """Rows for the network: x (R, *shape), step (R,) and sample (R,), the last two int64 on the CPU."""
+
+    x: Tensor
+    step: Tensor
+    sample: Tensor
+
+    def take(self, index: Tensor) -> EvalBatch:
+        """Return some of the rows; ``index`` is on the CPU."""
+        return EvalBatch(self.x[upload(index, self.x.device)], self.step[index], self.sample[index])
+
+
+def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Slots) -> Tensor:
+    """Return what the network returned for points, or raise an :class:`OutputError` unless it is of this form."""
+    first, last = int(point.min()), int(point.max())
+    where = f"at step {first}" if first == last else f"at steps {first} to {last}"
+    if not isinstance(outputs, Tensor):
+        raise OutputError(
+            f"the network returned {type(outputs).__name__}, expected a tensor of shape {shape}, {where}: "
+            "return the prediction itself (for a diffusers model, its `.sample`)."
+        )
+    if tuple(outputs.shape) != shape:
+        raise OutputError(
+            f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}, {where}."
+        )
+    if outputs.dtype != dtype:
+        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}, {where}: convert it.")
+    return outputs
