@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..engine.solve import Solver
 from .anderson import Anderson
-from .nested import CoarseToFine
+from .coarse_to_fine import CoarseToFine
 from .parareal import Parareal
 from .picard import Picard
 from .secant import Secant
