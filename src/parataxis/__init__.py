@@ -4,7 +4,7 @@ from . import stopping
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
 from .engine.solve import Run, Solution, drive, start
-from .loops.solving import Report
+from .loops.report import Report
 from .parallel import parallel
 from .planning import Plan, plan
 from .sample import Job, Solutions, numerical_floor, sample, stream

@@ -34,9 +34,12 @@ from .checks import is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
 from .engine.solve import Solver, drive, start
-from .loops.merge import Refused
-from .loops.passes import Loop, Randomness, reachable, replaced
-from .loops.solving import Report, checked, solved
+from .loops.loop import Loop, reachable
+from .loops.randomness import RandomState
+from .loops.report import Report
+from .loops.signals import NotParallelizable
+from .loops.solver import check_options, solve_loop
+from .loops.stubs import has_stub
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
@@ -268,7 +271,7 @@ class _Told:
         max_rows: int | None,
     ) -> Tensor:
         """Solve the loop; ``noise`` is standard normal, by the point (or end) that it leads to."""
-        solver, tolerance = checked(solver, tolerance)
+        solver, tolerance = check_options(solver, tolerance)
         execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise_std.any() else None
@@ -361,7 +364,7 @@ def parallel(
     """
     if not callable(sampler):
         raise TypeError(f"sampler must be a function with k-diffusion's signature, got {sampler!r}.")
-    return Parallel(sampler, *checked(solver, tolerance), boundaries, on_round)
+    return Parallel(sampler, *check_options(solver, tolerance), boundaries, on_round)
 
 
 class Parallel:
@@ -415,7 +418,7 @@ class Parallel:
 
         loop.on_round = told
         try:
-            return solved(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
+            return solve_loop(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
         except OutputError:
             self._loops = {form: known for form, known in self._loops.items() if known is not loop}
             raise
@@ -481,9 +484,11 @@ class _Model:
         self.__dict__["_functions"] = [leaf for leaf in tree_leaves(extra_args) if callable(leaf)]
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-        for leaf in tree_leaves(extra) if replaced(self._network) else ():
+        for leaf in tree_leaves(extra) if has_stub(self._network) else ():
             if callable(leaf) and not any(leaf is one for one in self._functions):
-                raise Refused("the sampler listens inside the model's call, by a function of its own (CFG++).")
+                raise NotParallelizable(
+                    "the sampler listens inside the model's call, by a function of its own (CFG++)."
+                )
         return self._network(x, sigma, self._side(sigma), self._held, extra)
 
     def __getattr__(self, name: str) -> Any:
@@ -506,7 +511,7 @@ class _Noise:
     def __init__(self, draw: Callable[..., Tensor]) -> None:
         self.draw, self.next = draw, 0
         self.seen = [value for value in reachable(draw) if not isinstance(value, Tensor)]
-        self.drawn: list[tuple[Tensor, Randomness]] = []
+        self.drawn: list[tuple[Tensor, RandomState]] = []
 
     def again(self) -> None:
         """Begin a pass."""
@@ -515,7 +520,7 @@ class _Noise:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.next == len(self.drawn):
             noise = self.draw(*args, **kwargs)
-            self.drawn.append((noise.clone(), Randomness(self.seen)))
+            self.drawn.append((noise.clone(), RandomState(self.seen)))
         noise, after = self.drawn[self.next]
         self.next += 1
         after.restore()

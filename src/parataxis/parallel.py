@@ -11,7 +11,8 @@ from . import pipelines
 from .engine.executor import ranks_of
 from .engine.solve import Solver
 from .loops.function import Parallel
-from .loops.solving import checked, named
+from .loops.loop import check_denoisers
+from .loops.solver import check_options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -52,4 +53,4 @@ def parallel(
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
+    return Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))

@@ -17,8 +17,9 @@ from torch import nn
 
 from .engine.executor import ranks_of
 from .engine.solve import Solver
-from .loops.passes import Loop
-from .loops.solving import Report, checked, named, solved
+from .loops.loop import Loop, check_denoisers
+from .loops.report import Report
+from .loops.solver import check_options, solve_loop
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,7 +52,7 @@ def parallel(
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
         raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}.")
-    return ParallelPipeline(pipe, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
+    return ParallelPipeline(pipe, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
 
 
 def enable(
@@ -106,7 +107,7 @@ class ParallelPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline."""
-        return solved(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        return solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
 
     def __enter__(self) -> Report:
         """Enable the pipeline."""
@@ -141,18 +142,18 @@ class ParallelPipeline:
                 f"none of the components {', '.join(name for name, _ in components)} is known as a denoiser: name them "
                 "with denoisers=[...]."
             )
-        remembered: list[tuple[Any, str]] = []
+        memoized: list[tuple[Any, str]] = []
         for _, part in components:
             if not any(part is one for one in denoisers):
-                remembered.append((part, "__call__"))
-                remembered += [(part, name) for name in METHODS if callable(getattr(part, name, None))]
+                memoized.append((part, "__call__"))
+                memoized += [(part, name) for name in METHODS if callable(getattr(part, name, None))]
         loop = self._loop
-        if loop is None or loop.denoisers != denoisers or loop.remembered != tuple(remembered):
+        if loop is None or loop.denoisers != denoisers or loop.memoized != tuple(memoized):
             loop = self._loop = Loop(
                 run=self._run,
                 denoisers=denoisers,
-                remembered=tuple(remembered),
-                refuses=lambda: _refusal(denoisers),
+                memoized=tuple(memoized),
+                unsupported=lambda: _refusal(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
                 ranks=self._ranks,

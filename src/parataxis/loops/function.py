@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..engine.solve import Solver
-from .passes import Loop, reachable
-from .solving import Report, solved
+from .loop import Loop, reachable
+from .report import Report
+from .solver import solve_loop
 
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
@@ -35,7 +36,7 @@ class Parallel:
         self.report = Report()
         self._denoisers = denoisers
         self._ranks = ranks
-        self._loop: Loop | None = None
+        self.loop: Loop | None = None  # what is kept from call to call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""
@@ -49,14 +50,14 @@ class Parallel:
                 )
             found = (modules[0],)
         others = tuple((module, "__call__") for module in modules if not any(module is one for one in found))
-        loop = self._loop
-        if loop is None or loop.denoisers != found or loop.remembered != others:
+        loop = self.loop
+        if loop is None or loop.denoisers != found or loop.memoized != others:
 
             def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
                 return self.function(*args, **kwargs)
 
-            loop = self._loop = Loop(run, found, others, ranks=self._ranks)
-        return solved(loop, args, kwargs, self.solver, self.tolerance, self.report)
+            loop = self.loop = Loop(run, found, others, ranks=self._ranks)
+        return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
 
 
 def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:

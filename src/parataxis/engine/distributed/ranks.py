@@ -201,7 +201,7 @@ class Ranks:
         every = self._gather(_bits(own), [size * len(share) for share in shares])
         return every.view(own.dtype).view(count, *own.shape[1:])
 
-    def leaves(
+    def gather_trees(
         self, asked: bytes, evaluate: Callable[[], list[list[Any]]], forms: Sequence[Sequence[Any]]
     ) -> list[list[Any]]:
         """Do this rank's share of a round as :meth:`work` does, and return the leaves of all outputs.
