@@ -14,17 +14,14 @@ from .samplers.from_scheduler import from_scheduler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .samplers.schedules import cosine, flow, karras, vp
-from .solvers import (
-    EXACT_IN_DISTRIBUTION,
-    SOLVERS,
-    Anderson,
-    CoarseToFine,
-    Parareal,
-    Picard,
-    Secant,
-    Sequential,
-    Speculative,
-)
+from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers.anderson import Anderson
+from .solvers.coarse_to_fine import CoarseToFine
+from .solvers.parareal import Parareal
+from .solvers.picard import Picard
+from .solvers.secant import Secant
+from .solvers.sequential import Sequential
+from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 __all__ = [
-    "called",
+    "wrap_denoiser",
     "check_generators",
     "check_rows",
     "check_solver",
     "check_tolerance",
     "check_whole",
     "is_finite",
-    "is_whole",
+    "is_int",
 ]
 
 
@@ -28,14 +28,14 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
-def is_whole(value: Any, least: int = 1) -> bool:
+def is_int(value: Any, least: int = 1) -> bool:
     """Return whether this is a whole number, and not too small; flags are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise unless a number is whole and not too small."""
-    if not is_whole(value, least):
+    if not is_int(value, least):
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
@@ -43,7 +43,7 @@ def check_rows(max_rows: Any, buckets: Any) -> None:
     """Raise unless these limit the rows of a call; see :func:`parataxis.sample`."""
     if max_rows is not None:
         check_whole("max_rows", max_rows)
-    if buckets is not None and not (isinstance(buckets, Sequence) and buckets and all(map(is_whole, buckets))):
+    if buckets is not None and not (isinstance(buckets, Sequence) and buckets and all(map(is_int, buckets))):
         raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
     if buckets is not None and max_rows is not None and min(buckets) > max_rows:
         raise ValueError(f"the smallest of buckets={buckets!r} must be at most max_rows={max_rows}: add a smaller one.")
@@ -78,7 +78,7 @@ def check_generators(generator: Any, count: int) -> None:
         raise ValueError(f"pass one generator a sample: {count} samples, {len(every)} generators.")
 
 
-def called(denoise: Any) -> Callable[..., Any]:
+def wrap_denoiser(denoise: Any) -> Callable[..., Any]:
     """Return a network whose call says, if its arguments do not fit, what decides how many there are.
 
     Raises:
@@ -91,7 +91,7 @@ def called(denoise: Any) -> Callable[..., Any]:
         try:
             return denoise(*told)
         except TypeError as error:
-            if _takes(denoise, told):
+            if _accepts(denoise, told):
                 raise
             given = "denoise(x, t, condition), as there is a" if len(told) > 2 else "denoise(x, t), as there is no"
             raise TypeError(f"the network is called as {given} condition=, which it does not admit: {error}") from error
@@ -99,7 +99,7 @@ def called(denoise: Any) -> Callable[..., Any]:
     return call
 
 
-def _takes(function: Any, told: Sequence[Any]) -> bool:
+def _accepts(function: Any, told: Sequence[Any]) -> bool:
     """Return whether a call fits the function's signature, as far as that is known."""
     try:
         inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function).bind(*told)

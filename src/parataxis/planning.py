@@ -31,8 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checks import check_tolerance, check_whole
-from .engine.executor import Executor, Network, check
-from .engine.latency import Latency, agree, duration, latency, seconds_of
+from .engine.executor import Executor, Network, check_inputs
+from .engine.latency import Latency, format_seconds, latency, seconds_of, timings_agree
 from .engine.rows import EvalBatch, OutputError
 from .engine.solve import Solution, Solver, drive, start
 from .samplers.coefficients import Coefficients
@@ -186,19 +186,19 @@ class Plan:
         """Say what was expected, and how far from it are the seconds that the solve took."""
         one = self.chosen
         return (
-            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(duration)}; "
-            f"took {duration(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
+            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(format_seconds)}; "
+            f"took {format_seconds(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
         )
 
     def __str__(self) -> str:
         """Return the plan as a table."""
         lines = [self.setting, str(self.latency)]
         lines.append(f"  {'':<12}{'window':>8}{'rounds':>16}{'seconds':>30}{'speed-up':>22}")
-        lines.append(f"  {'plain loop':<12}{1:>8}{self.steps:>16}{duration(self.loop_seconds):>30}{'1.00':>22}")
+        lines.append(f"  {'plain loop':<12}{1:>8}{self.steps:>16}{format_seconds(self.loop_seconds):>30}{'1.00':>22}")
         for one in self.candidates:
             mark, name = ">" if one.solver == self.solver else " ", type(one.solver).__name__
             window = getattr(one.solver, "window", 1) or "all"
-            rounds, seconds = one.rounds.text("{:.0f}".format), one.seconds.text(duration)
+            rounds, seconds = one.rounds.text("{:.0f}".format), one.seconds.text(format_seconds)
             speed = self.speedup_of(one).text("{:.2f}".format)
             lines.append(f"{mark} {name:<12}{window:>8}{rounds:>16}{seconds:>30}{speed:>22}")
         return "\n".join([*lines, f"{self.solver!r}: {self.reason}."])
@@ -248,7 +248,7 @@ def plan(
         torch.cuda.OutOfMemoryError: If there is no memory for one row.
     """
     begun = time.perf_counter()
-    check(noise, sampler, condition)
+    check_inputs(noise, sampler, condition)
     check_tolerance(tolerance)
     check_whole("devices", devices)
     check_whole("rows_per_level", rows_per_level)
@@ -356,7 +356,8 @@ def _reason(candidates: Sequence[Candidate], steps: int, call: float, cost: str)
     if steps < 1.5 * fewest:
         return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
     if best.seconds.median - best.rounds.median * best.overhead < loop:
-        return f"the solver's own work, {duration(best.overhead)} a round, is too much beside calls of {duration(call)}"
+        overhead, one_call = format_seconds(best.overhead), format_seconds(call)
+        return f"the solver's own work, {overhead} a round, is too much beside calls of {one_call}"
     return f"the network's batch is not free: {cost}"
 
 
@@ -383,7 +384,7 @@ def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[
         ends.append(time.perf_counter())
         taken = np.diff(ends) - np.diff(inside)
         taken = taken[1:] if len(taken) > 1 else taken  # the first one makes room
-        if len(ends) == 9 or (len(ends) > 2 and (ends[-1] - ends[0] > 0.1 or agree(taken, seconds))):
+        if len(ends) == 9 or (len(ends) > 2 and (ends[-1] - ends[0] > 0.1 or timings_agree(taken, seconds))):
             break
     return float(np.median(taken))
 

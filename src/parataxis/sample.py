@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .arrays import upload
-from .checks import called, check_generators, check_rows, check_solver, check_tolerance, check_whole
-from .engine.executor import Executor, Network, check, pick, ranks_of
-from .engine.latency import duration
+from .checks import check_generators, check_rows, check_solver, check_tolerance, check_whole, wrap_denoiser
+from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
+from .engine.latency import format_seconds
 from .engine.rows import EvalBatch
 from .engine.solve import Pool, Run, Solution, Solver, drive, start
 from .planning import Plan, plan
@@ -83,7 +83,7 @@ class Solutions(Sequence[Solution]):
         reasons = sorted({solution.reason for solution in self})
         text = (
             f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
-            f"{work:.2f} evaluations / N, {duration(self.seconds)}"
+            f"{work:.2f} evaluations / N, {format_seconds(self.seconds)}"
         )
         return text if self.plan is None else f"{text}\n{self.plan.compare(self.seconds)}"
 
@@ -164,7 +164,7 @@ def sample(
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
-    network = called(denoise)
+    network = wrap_denoiser(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     if 0 < tolerance < numerical_floor:
@@ -173,7 +173,7 @@ def sample(
             "differs between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
     if isinstance(noise, Tensor):
-        check(noise, sampler, condition)
+        check_inputs(noise, sampler, condition)
         check_generators(generator, len(noise))
     if rows_per_round is not None or not isinstance(noise, Tensor):
         if rows_per_round is None or not isinstance(noise, Iterable):
@@ -228,7 +228,7 @@ def sample(
             max_rows=max_rows,
             buckets=buckets,
         )
-        planned = planned if ranks is None else ranks.first(planned)
+        planned = planned if ranks is None else ranks.broadcast(planned)
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
@@ -292,7 +292,7 @@ def _jobs(
         if table is not None:
             added = None if table.noise is None else table.noise[b : b + 1]
             drawn = Recurrence(table.coefficients, table.start[b : b + 1], added)
-        yield Job(noise[b], pick(condition, torch.tensor(b, device="cpu")), own, drawn)
+        yield Job(noise[b], select_condition(condition, torch.tensor(b, device="cpu")), own, drawn)
 
 
 def _gathered(found: Stream, bar: Any) -> dict[int, Solution]:
@@ -346,11 +346,11 @@ def numerical_floor(
         The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
         :func:`parataxis.sample`.
     """
-    check(noise, sampler, condition)
+    check_inputs(noise, sampler, condition)
     check_generators(generator, len(noise))
     check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
-    network = Network(called(denoise), sampler.network_times(noise.dtype), condition)
+    network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
 
     def samples(count: int) -> Tensor:
         def repeated(row: EvalBatch) -> Tensor:
@@ -529,7 +529,7 @@ def stream(
         ValueError: Also on the way, for a job that does not fit: what was given and what was expected.
         OutputError: On the way, if the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
     """
-    network = called(denoise)
+    network = wrap_denoiser(denoise)
     check_whole("rows_per_round", rows_per_round)
     check_rows(max_rows, buckets)
     check_solver(solver)
@@ -541,7 +541,7 @@ def stream(
     def entries() -> Iterator[tuple[Recurrence, Any, torch.Generator | None]]:
         for number, given in enumerate(jobs):
             job = given if isinstance(given, Job) else Job(given)
-            check(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
+            check_inputs(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
             check_generators(None if job.generator is None else [job.generator], 1)
             _check_alike(number, job, first[0] if first else job)
             first[:] = first or [job]

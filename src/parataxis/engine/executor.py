@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .distributed.ranks import Ranks
 
-__all__ = ["Executor", "Network", "check", "out_of_memory", "pick", "ranks_of"]
+__all__ = ["Executor", "Network", "check_inputs", "out_of_memory", "select_condition", "ranks_of"]
 
 
 Array = NDArray[np.float64]
@@ -50,22 +50,22 @@ class Network:
         t = upload(self.times[rows.step], rows.x.device)
         if self.condition is None:
             return self.denoise(rows.x, t)
-        return self.denoise(rows.x, t, pick(self.condition, rows.sample))
+        return self.denoise(rows.x, t, select_condition(self.condition, rows.sample))
 
 
-def pick(condition: Any, index: Tensor) -> Any:
+def select_condition(condition: Any, index: Tensor) -> Any:
     """Return what the network is told of some samples."""
     if isinstance(condition, Tensor):
         return condition[upload(index, condition.device)]
     if isinstance(condition, dict):
-        return {name: pick(value, index) for name, value in condition.items()}
+        return {name: select_condition(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):
-        parts = [pick(value, index) for value in condition]
+        parts = [select_condition(value, index) for value in condition]
         return condition._make(parts) if hasattr(condition, "_make") else type(condition)(parts)
     return condition
 
 
-def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
+def check_inputs(noise: Tensor, sampler: Sampler, condition: Any) -> None:
     """Raise unless a batch can be drawn from these; see :func:`parataxis.sample`."""
     if not isinstance(sampler, Sampler):
         raise TypeError(

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import is_whole
+from ..checks import is_int
 from ..engine.solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..samplers.coefficients import Coefficients
 
@@ -61,7 +61,7 @@ class Parareal:
     def __post_init__(self) -> None:
         for name in ("blocks", "width", "iterations"):
             value = getattr(self, name)
-            if value is not None and not is_whole(value):
+            if value is not None and not is_int(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}.")
         if not isinstance(self.pipelined, bool):
             raise ValueError(f"pipelined must be True or False, got {self.pipelined!r}.")

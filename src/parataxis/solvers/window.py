@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Slots
-from ..checks import is_whole
+from ..checks import is_int
 from ..engine.solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..samplers.recurrence import Response
 
@@ -35,7 +35,7 @@ UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remai
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
-    if window is not None and not is_whole(window):
+    if window is not None and not is_int(window):
         raise ValueError(f"window must be a whole number of levels, at least 1, or None for all, got {window!r}.")
 
 
