@@ -3,11 +3,12 @@
 from . import stopping
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
-from .engine.solve import Run, Solution, drive, start
+from .engine.run import Run, drive, start
+from .engine.solution import Solution, Solutions
 from .loops.solving import Report
 from .parallel import parallel
 from .planning import Plan, plan
-from .sample import Job, Solutions, numerical_floor, sample, stream
+from .sample import Job, numerical_floor, sample, stream
 from .samplers import SAMPLERS
 from .samplers.coefficients import Coefficients
 from .samplers.from_scheduler import from_scheduler
@@ -15,26 +16,21 @@ from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
-from .solvers.anderson import Anderson
-from .solvers.nested import CoarseToFine
-from .solvers.parareal import Parareal
+from .solvers.coarse_to_fine import CoarseToFine
 from .solvers.picard import Picard
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
-from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
     "EXACT_IN_DISTRIBUTION",
     "SAMPLERS",
     "SOLVERS",
-    "Anderson",
     "Job",
     "Latency",
     "Coefficients",
     "CoarseToFine",
     "OutputError",
-    "Parareal",
     "Picard",
     "Plan",
     "Report",
@@ -44,7 +40,6 @@ __all__ = [
     "Sequential",
     "Solution",
     "Solutions",
-    "Speculative",
     "Recurrence",
     "cosine",
     "numerical_floor",

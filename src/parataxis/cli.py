@@ -24,7 +24,8 @@ from torch import Tensor
 from . import models
 from .checks import is_finite
 from .engine.rows import OutputError
-from .engine.solve import Run, Solver
+from .engine.run import Run
+from .solvers.base import Solver
 from .planning import Plan, plan
 from .sample import Solutions, sample
 from .samplers import SAMPLERS, options

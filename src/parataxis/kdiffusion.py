@@ -33,7 +33,8 @@ from .arrays import upload
 from .checks import is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
-from .engine.solve import Solver, drive, start
+from .engine.run import drive, start
+from .solvers.base import Solver
 from .loops.merge import Refused
 from .loops.passes import Loop, Randomness, reachable, replaced
 from .loops.solving import Report, checked, solved

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import pipelines
 from .engine.executor import ranks_of
-from .engine.solve import Solver
+from .solvers.base import Solver
 from .loops.function import Parallel
 from .loops.solving import checked, named
 

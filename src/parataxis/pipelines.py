@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .engine.executor import ranks_of
-from .engine.solve import Solver
+from .solvers.base import Solver
 from .loops.passes import Loop
 from .loops.solving import Report, checked, named, solved
 

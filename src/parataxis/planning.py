@@ -32,9 +32,11 @@ from torch import Tensor
 
 from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check
-from .engine.latency import Latency, agree, duration, latency, seconds_of
+from .engine.latency import Latency, agree, format_seconds, latency, seconds_of
 from .engine.rows import EvalBatch, OutputError
-from .engine.solve import Solution, Solver, drive, start
+from .engine.run import drive, start
+from .engine.solution import Solution
+from .solvers.base import Solver
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
@@ -186,19 +188,19 @@ class Plan:
         """Say what was expected, and how far from it are the seconds that the solve took."""
         one = self.chosen
         return (
-            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(duration)}; "
-            f"took {duration(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
+            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(format_seconds)}; "
+            f"took {format_seconds(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
         )
 
     def __str__(self) -> str:
         """Return the plan as a table."""
         lines = [self.setting, str(self.latency)]
         lines.append(f"  {'':<12}{'window':>8}{'rounds':>16}{'seconds':>30}{'speed-up':>22}")
-        lines.append(f"  {'plain loop':<12}{1:>8}{self.steps:>16}{duration(self.loop_seconds):>30}{'1.00':>22}")
+        lines.append(f"  {'plain loop':<12}{1:>8}{self.steps:>16}{format_seconds(self.loop_seconds):>30}{'1.00':>22}")
         for one in self.candidates:
             mark, name = ">" if one.solver == self.solver else " ", type(one.solver).__name__
             window = getattr(one.solver, "window", 1) or "all"
-            rounds, seconds = one.rounds.text("{:.0f}".format), one.seconds.text(duration)
+            rounds, seconds = one.rounds.text("{:.0f}".format), one.seconds.text(format_seconds)
             speed = self.speedup_of(one).text("{:.2f}".format)
             lines.append(f"{mark} {name:<12}{window:>8}{rounds:>16}{seconds:>30}{speed:>22}")
         return "\n".join([*lines, f"{self.solver!r}: {self.reason}."])
@@ -260,7 +262,7 @@ def plan(
     if solvers is None:
         curves_of = _fitted()["curves"]
         every = [cls() for cls in SOLVERS.values() if _kind(local) in curves_of.get(cls.__name__, {})]
-        solvers = [solver for solver in every if solver.refuses(local) is None]
+        solvers = [solver for solver in every if solver.unsupported(local) is None]
     curves = [RoundsCurve.load(solver, local) for solver in solvers]
     for window in windows:
         check_window(window)
@@ -356,7 +358,7 @@ def _reason(candidates: Sequence[Candidate], steps: int, call: float, cost: str)
     if steps < 1.5 * fewest:
         return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
     if best.seconds.median - best.rounds.median * best.overhead < loop:
-        return f"the solver's own work, {duration(best.overhead)} a round, is too much beside calls of {duration(call)}"
+        return f"the solver's own work, {format_seconds(best.overhead)} a round, is too much beside calls of {format_seconds(call)}"
     return f"the network's batch is not free: {cost}"
 
 

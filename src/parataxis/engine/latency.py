@@ -16,7 +16,7 @@ from torch import Tensor
 from .executor import out_of_memory
 from .rows import EvalBatch
 
-__all__ = ["Latency", "agree", "duration", "latency", "seconds_of"]
+__all__ = ["Latency", "agree", "format_seconds", "latency", "seconds_of"]
 
 
 Array = NDArray[np.float64]
@@ -86,7 +86,7 @@ class Latency:
         points = [f"{rows} rows {float(self.seconds(rows)) / one:.1f}" for rows in self.rows if rows > 1]
         multiples = f", times that: {', '.join(points)}" if points else ""
         limit = "" if self.limit is None else f", at most {self.limit} rows a call"
-        return f"1 row {duration(one)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
+        return f"1 row {format_seconds(one)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
 
 
 def latency(
@@ -173,6 +173,6 @@ def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:
     return bool(third > 1.5 * second and abs(third - expected) < 0.1 * third)
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Return seconds as a person reads them."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

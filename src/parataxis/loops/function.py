@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..engine.solve import Solver
+from ..solvers.base import Solver
 from .passes import Loop, reachable
 from .solving import Report, solved
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
-from ..arrays import upload
+from ..arrays import Indices, upload
 from ..samplers.coefficients import Coefficients
-from ..samplers.recurrence import Part
+
 from .merge import Call, Calls, Output, Piece, Refused, Site, equal
 
 __all__ = ["Changed", "Ended", "Minded", "Refused", "Stage", "Structure", "analyse", "drawn", "fit"]
@@ -367,20 +367,13 @@ class Stage:
         """Return the last state of the last pass, (G, dim)."""
         return self.inputs[-1] if self.end is None else self.end
 
-    def note(self, parts: Sequence[Part]) -> bool:
-        """Keep the slopes of Responses; return whether any is new, or there is a new evaluation to respond to."""
-        changed = False
-        for sample, _, ask in parts:
-            groups = slice(None) if self.structure.joint else slice(sample, sample + 1)
-            assert ask.slopes is not None
-            count = len(ask.outputs)
-            inside, behind = ask.slopes[:count], ask.slopes[min(count, len(ask.slopes) - 1)]
-            before = self.slopes[ask.start : ask.start + len(inside), groups]
-            same = (before == inside[:, None]).all() and (self.beyond[groups] == behind).all()
-            changed |= ask.measure or not bool(same)
-            before[:] = inside[:, None]
-            self.beyond[groups] = behind
-        return changed
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes d (S, W) of runs, of the steps first .. first + count - 1; the last holds for later steps."""
+        for run, start, count, own in zip(sample, first, counts, slopes, strict=True):
+            groups = slice(None) if self.structure.joint else slice(run, run + 1)
+            if count:
+                self.slopes[start : start + count, groups] = own[:count, None]
+                self.beyond[groups] = own[count - 1]
 
     def certificate(self) -> float:
         """Return what error to expect of the last pass: the solver's own, and how far it came out from what was solved.

@@ -30,12 +30,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..arrays import Answering, Read, upload
+from ..arrays import Array, Indices, upload
 from ..checks import check_solver, is_finite
 from ..engine.rows import EvalBatch
-from ..engine.solve import Solver, drive, start
+from ..engine.run import drive, start
+from ..solvers.base import Solver
 from ..samplers.coefficients import Coefficients
-from ..samplers.recurrence import Part, Recurrence, Steps
+from ..samplers.recurrence import Recurrence
 from ..solvers.secant import Secant
 from ..solvers.sequential import Sequential
 from .merge import Ask, Refused, WholeCalls, equal
@@ -505,78 +506,52 @@ def _alike(one: Sequence[Any] | None, two: Sequence[Any] | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Solved(Recurrence):
-    """The loop's equation; a Response leaves its slopes with the stage, for the replay."""
+    """The loop's equation; a correction leaves its slopes with the stage, for the replay."""
 
     stage: Stage | None = None
 
     @classmethod
     def of(cls, stage: Stage) -> _Solved:
-        local = stage.structure.coefficients
         assert stage.start is not None
         noise = torch.stack([stage.runs(added) for added in stage.added], 1)
-        return cls(local, stage.runs(stage.start), noise, stage)
+        return cls(stage.structure.local, stage.runs(stage.start), noise, stage)
 
-    def respond(
-        self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None
-    ) -> Answering[list[Array | None] | Read]:
-        """Answer from the equation."""
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes for the replay."""
         assert self.stage is not None
-        self.stage.note(parts)
-        return (yield from super().respond(rows, parts, steps))
+        self.stage.note_slopes(sample, first, counts, slopes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Replayed(Recurrence):
-    """A loop as its own equation: a pass of its Python answers a Response."""
+    """A loop as its own equation: a pass of its Python says which trajectory follows."""
 
     stage: Stage | None = None
     passes: Passes | None = None
+    replays = True
 
     @classmethod
     def of(cls, stage: Stage, passes: Passes) -> _Replayed:
-        local = stage.structure.coefficients
+        local = stage.structure.local
         # The coefficients only turn slopes into growth and back.
         local = Coefficients(local.state_weight, local.output_weight.sum(1, keepdims=True), np.zeros(local.steps))
         assert stage.start is not None
         return cls(local, stage.runs(stage.start), None, stage, passes)
 
-    def steps(self, rows: Tensor, parts: Sequence[Part]) -> Answering[Steps | None]:
-        """Return None: nothing of a pass is known before the slopes are."""
-        yield []
-        return None
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes for the next pass."""
+        assert self.stage is not None
+        self.stage.note_slopes(sample, first, counts, slopes)
 
-    def respond(
-        self, rows: Tensor, parts: Sequence[Part], steps: Steps | None = None
-    ) -> Answering[list[Array | None] | Read]:
-        """Answer by one pass of the loop for all runs, which goes on as far as windows may reach next."""
-        yield []
-        stage, passes = self.stage, self.passes
-        assert stage is not None
-        assert passes is not None
-        asks = [part.response for part in parts]
-        if any(ask.order is not None for ask in asks):
-            raise ValueError(
-                "this solver asks for truncated responses, and a replayed loop has none: choose Secant or Picard."
-            )
-        last = max(ask.first + len(ask.into) - 1 for ask in asks)
-        if stage.note(parts) or last > len(stage.inputs) - (stage.end is None):
-            ahead = max(len(ask.outputs) for ask in asks)
-            stage.reach = min(last + ahead, self.coefficients.steps)
-            passes.play()
-            stage.reach = self.coefficients.steps
-        answers: list[Array | None] = []
-        for sample, offset, ask in parts:
-            levels = range(ask.first, ask.first + len(ask.into))
-            new = torch.stack([stage.state(level, sample) for level in levels]).to(rows)
-            norms = None
-            if ask.measure:
-                assert ask.slopes is not None
-                change = new - rows[upload(offset + ask.states[1:], rows.device)]
-                # What the steps' own growth does not carry on stands for the residual.
-                growth = upload(self.coefficients.growth(ask.slopes[: len(change)], ask.start), change)
-                rest = change.clone()
-                rest[1:] -= growth[1:, None] * change[:-1]
-                norms = torch.stack([change.square().sum(1), rest.square().sum(1)], 1).double().cpu().numpy()
-            rows[upload(offset + ask.into, rows.device)] = new
-            answers.append(norms)
-        return answers
+    def run_pass(self, last: int) -> None:
+        """Run one pass of the loop for all runs, as far as windows may reach next."""
+        assert self.stage is not None
+        assert self.passes is not None
+        self.stage.reach = last
+        self.passes.play()
+        self.stage.reach = self.coefficients.steps
+
+    def states(self, sample: int, first: int, last: int) -> Tensor:
+        """Return (n, dim) the states first .. last of a run in the last pass."""
+        assert self.stage is not None
+        return torch.stack([self.stage.state(step, sample) for step in range(first, last + 1)]).flatten(1)

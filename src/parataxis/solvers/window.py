@@ -1,371 +1,759 @@
-"""The sliding window that windowed solvers share: its rows, its queries, and when a state is settled.
+r"""A batch of sliding windows: S samples side by side, W steps of each. Measure, decide, move.
 
-Rows of memory live in rings indexed by level, so the window moves without copying. Several rings of states take
-turns: one holds the inputs that are being evaluated, the next takes the corrected trajectory, and the ones before
-are the history of accelerated methods.
+The window of a sample reaches over its states lo .. hi, of which lo is accepted. A round is
+
+1. *evaluate*: the states lo .. hi - 1 go through the network, all samples in one :class:`~.base.Query`;
+2. *measure*: the steps, the residuals r_i = step_i(U) - u_{i+1}, their Gram matrix and the few inner products that a
+   solver wants, read from the device once;
+3. *decide*: numpy on (S, W) and (S, W, W) arrays in float64: see :mod:`.windowed`;
+4. *move*: corrected states, the shift of every window and the states that enter it, after one upload.
+
+Arrays have entries for W steps of every sample. Windows are shorter than W near the end of the loop, and empty where a
+place is free or its sample has ended: entries beyond a window are harmless zeros. Tensors are flat, with one more row
+that stays zero, for whatever indices must not point to anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..arrays import Slots
-from ..checks import is_whole
-from ..engine.solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
-from ..samplers.recurrence import Response
+from ..arrays import Array, Indices, Packed, read
+from ..checks import OutputError, is_whole
+from ..samplers.coefficients import Coefficients
+from ..samplers.recurrence import Recurrence
+from . import correction, extrapolation
+from .base import Problem, Query
+from .batch import Batch
 
-__all__ = ["Window", "check_window"]
+__all__ = ["Measured", "Tables", "Window", "check_window"]
 
-Array = NDArray[np.float64]
-
-# Of the error estimate, from trained networks and exact mixtures: errors are larger than their estimate by average
-# slopes, because they lie along directions that grow more.
-SAFETY = 8.0  # in the misfit of a slope
-DIRECTIONS = 24.0  # in the growth behind a state,
-REACH = 1.5  # but no more than this over alpha: all that a state u can tell of the data is u / alpha
-FAR = 0.1  # of a state: a larger move does not tell the misfit of a slope at smaller ones
-BLIND = 16.0  # in the misfit, where the schedule is unknown, or slopes are not the network's as outputs are clipped
-SMALLEST = 0.1  # part of a move that may remain, at least
-UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
+Flags = NDArray[np.bool_]
 
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
     if window is not None and not is_whole(window):
-        raise ValueError(f"window must be a whole number of levels, at least 1, or None for all, got {window!r}.")
+        raise ValueError(f"window must be a whole number of steps, at least 1, or None for all, got {window!r}.")
+
+
+class Tables:
+    """The coefficients of a loop, continued with zeros behind its end so that every window finds its entries.
+
+    Attributes:
+        a: (N + 2 W,) A_i.
+        b: (N + 2 W, L + 1) B_{i,l}.
+        b_sum: (N + 2 W,) sum_l B_{i,l}.
+        rms: (N + 2 W + 1,) expected rms of the states; 1 behind the end.
+        p, q: (N + 2 W,) of the data prediction p u + q f; 0 and 1 where it is unknown.
+    """
+
+    def __init__(self, coefficients: Coefficients, width: int) -> None:
+        more = 2 * width
+
+        def padded(values: Array, fill: float = 0.0) -> Array:
+            return np.concatenate([values, np.full((more, *values.shape[1:]), fill)])
+
+        steps = coefficients.steps
+        self.a, self.b = padded(coefficients.state_weight), padded(coefficients.output_weight)
+        self.b_sum, self.rms = self.b.sum(1), padded(coefficients.rms, 1.0)
+        self.predicts = coefficients.x0_from_input is not None and coefficients.x0_from_output is not None
+        self.p = padded(coefficients.x0_from_input if self.predicts else np.zeros(steps))  # type: ignore[arg-type]
+        self.q = padded(coefficients.x0_from_output if self.predicts else np.ones(steps), 1.0)  # type: ignore[arg-type]
+        self.alpha = None if coefficients.alpha is None else padded(coefficients.alpha, 1.0)
+        self.sigma = None if coefficients.sigma is None else padded(coefficients.sigma, 1.0)
+        self.scale = None if coefficients.scale is None else padded(coefficients.scale, 1.0)
+        self.frozen = padded(coefficients.frozen_prediction_slopes())
+
+
+@dataclass(eq=False)
+class Measured:
+    """What one round has measured, float64 on the host.
+
+    Attributes:
+        gram: (S, W, W) inner products of the residuals.
+        pairs: (S, W, 2, 2) inner products of (dx, df): moves of input and output since the evaluation before, or from
+            the origin for steps that are new; empty unless the solver measures them.
+        finite: (S, W) whether the outputs were finite.
+    """
+
+    gram: Array
+    pairs: Array
+    finite: Flags
 
 
 class Window:
-    """The levels lo .. hi of one trajectory, of which points lo .. hi - 1 are evaluated in a round."""
+    """The windows of S samples; see the module.
 
-    def __init__(self, problem: Problem, width: int | None, *, history: int = 1, previous: bool = False) -> None:
-        """Lay out the rows; ``history`` rounds of inputs and, above 1, of corrected states are kept.
+    Args:
+        batch: The samples.
+        width: W; None for N.
+        measures_pairs: Whether inputs and outputs of the evaluation before are kept, for secants.
+        history: Rounds of corrected states that an accelerated method combines; 1 for none.
+        order: Terms kept of the correction (I - K)^{-1}; None for all.
 
-        With ``previous`` the outputs of the last round are kept too, for secants.
-        """
-        self.problem = problem
-        self.coefficients = problem.coefficients
-        self.steps = problem.steps
-        self.width = min(width or self.steps, self.steps)
-        self.lo = problem.frozen
-        self.spent = 0.0
-        self.finite = np.ones(0, bool)
-        self.variance = 1.0
-        self._strides = list(problem.strides)
-        self._stride = 1
-        self._begin()
-        self._held = self.coefficients.frozen_prediction_slopes()
-        ring, lags = self.width + 1, self.coefficients.lags
-        rings = max(2, history) + (history if history > 1 else 0)
-        self._inputs = [ring * i for i in range(max(2, history))]
-        self._news = [ring * i for i in range(len(self._inputs), rings)]
-        self._outputs = [ring * rings, ring * rings + (self.width if previous else 0)]
-        self._finals = self._outputs[1] + self.width
-        self._rows = self._finals + (self.width + lags if lags else 0)
-        self._turn = 0
-        self._advance = 0
-        self._seen = self.lo  # points before it have been evaluated
-        self._moved = np.full(self.steps + 1, np.nan)  # |new - old| of every state, as last corrected
-        self._misfit = np.full(self.steps, np.nan)  # per unit of input, as last measured
+    Attributes:
+        lo, hi, width: (S,) first and last state, and steps, of each window.
+        steps: (S, W) numbers of its steps.
+        inside: (S, W) entries within a window.
+        a, b, b_sum: (S, W, ..) coefficients of its steps; zeros beyond it.
+        variance: (S,) mean square of the data prediction.
+        error_used: (S,) error of the sample that has been accepted.
+        slope_errors: (S, 2 W) of the steps lo - W .. lo + W - 1, as last measured, or NaN.
+        last_moves: (S, W + 1) |new - old| of the states lo .. lo + W, as last corrected, or NaN.
+        slopes: (S, W) of the last round, or NaN.
+        evaluated: (S, W) steps that have been evaluated before, on all steps.
+        x, f: (S, W + 1, dim) states, (S, L + W, dim) outputs; the first L outputs are those of the steps before lo.
+    """
 
-    @property
-    def done(self) -> bool:
-        """Whether every level is settled."""
-        return self.lo == self.steps
+    def __init__(
+        self,
+        batch: Batch,
+        width: int | None,
+        *,
+        measures_pairs: bool = False,
+        history: int = 1,
+        order: int | None = None,
+    ) -> None:
+        problem = batch.problem
+        self.batch, self.problem = batch, problem
+        self.order, self.whole = order, order is not None
+        self.W = min(width or problem.steps, problem.steps)
+        self.lags = problem.coefficients.lags
+        self.tables = Tables(problem.coefficients, self.W)
+        self.measures_pairs, self.history = measures_pairs, history
+        self._packs: dict[Any, Packed] = {}
+        self.places: Indices = np.zeros(0, np.int64)
+        self._allocate(np.arange(len(batch)))
+        self.reset(np.arange(len(batch)))
 
-    def states(self, first: int, last: int, age: int = 0) -> Slots:
-        """Return the slots of the states first .. last: the present inputs, those ``age`` rounds ago, or (-1) next."""
-        ring = self._inputs[(self._turn - age) % len(self._inputs)]
-        return ring + np.arange(first, last + 1) % (self.width + 1)
+    # -- places ---------------------------------------------------------------------------------------------------
 
-    def news(self, first: int, last: int, age: int = 0) -> Slots:
-        """Return the slots of the corrected states first .. last of this round, or of ``age`` rounds ago."""
-        if not self._news:
-            return self.states(first, last, age - 1)
-        ring = self._news[(self._turn - age) % len(self._news)]
-        return ring + np.arange(first, last + 1) % (self.width + 1)
+    def _allocate(self, places: Indices) -> None:
+        """Make room for the samples at these places."""
+        count, width, like = len(places), self.W, self.batch.start
+        self.places = places
+        self.row_of_place = {int(place): row for row, place in enumerate(places)}
+        self.lo = np.zeros(count, np.int64)
+        self.error_used, self.variance = np.zeros(count), np.ones(count)
+        self.rounds = np.zeros(count, np.int64)
+        self.slope_errors = np.full((count, 2 * width), np.nan)
+        self.last_moves = np.full((count, width + 1), np.nan)
+        self.slopes = np.full((count, width), np.nan)
+        self.evaluated_until = np.zeros(count, np.int64)
+        self.tensors = {name: like.new_zeros(rows * count + 1, like.shape[1]) for name, rows in self._rows().items()}
+        self.reached = np.zeros(count, bool)  # the last round has corrected the sample itself
+        self.last_step = np.zeros(count, np.int64)  # farthest step of the present round
+        self.last_evaluated = np.zeros(count, np.int64)  # and of the last one
+        self._frame_sent = False
 
-    def outputs(self, first: int, stop: int, age: int = 0) -> Slots:
-        """Return the slots of the outputs of points first .. stop - 1, of this round or the one before."""
-        return self._outputs[(self._turn - age) % 2] + np.arange(first, stop) % self.width
+    def _rows(self) -> dict[str, int]:
+        """Return the tensors of a window and how many rows each has for a sample."""
+        width = self.W
+        rows = {"x": width + 1, "moved": width + 1, "r": width, "f": self.lags + width, "last_x": 1, "last_f": 1}
+        if self.measures_pairs:
+            rows |= {"dx": width, "df": width}
+        for age in range(1, self.history):
+            rows |= {f"new{age}": width + 1, f"old{age}": width + 1}
+        return rows
 
-    def _final(self, first: int, stop: int) -> Slots:
-        return self._finals + np.arange(first, stop) % (self.width + self.coefficients.lags)
+    def _states(self) -> dict[str, Any]:
+        names = ("lo", "error_used", "variance", "rounds", "slope_errors", "last_moves", "slopes", "evaluated_until", "reached", "last_step", "last_evaluated")
+        return {name: getattr(self, name) for name in names}
 
-    def open(self) -> Asking:
-        """Fill the first window: the given guess, or the initial state in the proportion of the expected size."""
-        yield Memory(self._rows)
-        if self.problem.guessed:
-            if self.lo:
-                yield from self._frozen()
-            yield Load(np.arange(self.lo, self.hi + 1), self.states(self.lo, self.hi))
-        else:
-            yield Load(np.zeros(1, np.int64), self.states(0, 0))
-            yield self._copies(self.states(0, 0), 0, self.states(1, self.hi), 1)
-        return 0
+    def take(self, rows: Indices) -> Window:
+        """Return a window of some of the samples only, a copy."""
+        part: Window = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        part.__dict__.pop("all_finite", None)
+        part._allocate(self.places[rows])
+        for name, values in self._states().items():
+            getattr(part, name)[:] = values[rows]
+        for name, count in self._rows().items():
+            part.tensors[name][:-1] = self.tensors[name].index_select(0, self._index(rows, count))
+        part.frame()
+        return part
 
-    def _frozen(self) -> Asking:
-        """Settle the states of the guess that stay as they are, as many at a time as there is room for."""
-        for first in range(1, self.lo + 1, self.width):
-            last = min(first + self.width - 1, self.lo)
-            yield Load(np.arange(first, last + 1), self.states(first, last))
-            slot = int(self.states(last, last)[0])
-            yield Settle(last, self.states(first, last), 0.0, slot)
-        return 0
+    def put(self, rows: Indices, part: Window) -> None:
+        """Take back what :meth:`take` has given."""
+        for name, values in part._states().items():
+            getattr(self, name)[rows] = values
+        for name, count in self._rows().items():
+            self.tensors[name].index_copy_(0, self._index(rows, count), part.tensors[name][:-1])
+        self.frame()
+        self._frame_sent = False
 
-    def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:
-        """Ask for copies of a state of ``level``, in the proportion of the expected size."""
-        size = self.coefficients.rms
-        factors = size[first : first + len(into), None] / size[level]
-        return Combine((np.repeat(source, len(into)),), factors, into)
+    def _index(self, rows: Indices, count: int) -> Tensor:
+        index = (rows[:, None] * count + np.arange(count)).reshape(-1)
+        return torch.from_numpy(index).to(self.batch.start.device)
 
-    def _begin(self) -> None:
-        """Lay out the next round: on points lo .. hi - 1, or on every so many of them while strides are left."""
-        self.hi = min(self.lo + self.width, self.steps)
-        self._rough = bool(self._strides) or self.coarse  # no round has been on all points yet
-        self._stride = self._strides.pop(0) if self._strides else 1
-
-    @property
-    def coarse(self) -> bool:
-        """Whether some outputs of this round are interpolated."""
-        return self._stride > 1
-
-    def evaluate(self, *asks: Request) -> Generator[list[Request], Any, list[Any]]:
-        """Evaluate the window: one round; return what is answered to ``asks`` once the outputs are there.
-
-        The mean square of the data prediction is measured as well.
-        """
-        points = np.arange(self.lo, self.hi)
-        nodes = np.unique(np.append(points[:: self._stride], points[-1])) if self.coarse else points
-        place = nodes - self.lo
-        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
-        between = [self._interpolated(nodes, np.setdiff1d(points, nodes))] if self.coarse else []
-        size = [self._size()] if self.width > 1 else []  # errors of a single state are not estimated
-        query = Query(nodes, states[place], outputs[place], settled=1)
-        finite, *answers = yield [query, *between, *size, *asks]
-        self.finite = np.interp(points, nodes, finite) == 1 if self.coarse else finite
-        if size:
-            self._measure(answers[len(between)])
-        return answers[len(between) + len(size) :]
-
-    def _interpolated(self, nodes: Slots, points: Slots) -> Combine:
-        """Ask for outputs between the nodes: the data prediction (else the output) on straight lines.
-
-        Lines are straight in log(alpha/sigma), or in the number of the step where that is unknown.
-        """
-        local = self.coefficients
-        after = np.searchsorted(nodes, points)
-        left, right = nodes[after - 1], nodes[np.minimum(after, len(nodes) - 1)]
-        place, inputs, data = np.arange(self.steps, dtype=np.float64), np.zeros(self.steps), np.ones(self.steps)
-        if local.x0_from_input is not None and local.x0_from_output is not None:
-            inputs, data = local.x0_from_input, local.x0_from_output
-        if local.alpha is not None and local.sigma is not None and (local.alpha[:-1] > 0).all():
-            place = np.log(local.alpha[:-1] / local.sigma[:-1])
-        span = place[right] - place[left]
-        share = np.divide(place[points] - place[left], span, out=np.zeros(len(points)), where=span != 0)
-        factors = [(1 - share) * data[left], (1 - share) * inputs[left]]
-        factors += [share * data[right], share * inputs[right], -inputs[points]]
-        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
-        lo = self.lo
-        rows = (outputs[left - lo], states[left - lo], outputs[right - lo], states[right - lo], states[points - lo])
-        return Combine(rows, np.stack(factors, 1) / data[points, None], outputs[points - lo])
-
-    def response(self, slopes: Array | None = None, *, order: int | None = None) -> Response:
-        """Return the request to correct the window into :meth:`news`; its answer is to be :meth:`checked`."""
-        lo, hi, lags = self.lo, self.hi, self.coefficients.lags
-        return Response(
-            start=lo,
-            states=self.states(lo, hi),
-            outputs=self.outputs(lo, hi),
-            slopes=slopes,
-            first=lo + 1,
-            into=self.news(lo + 1, hi),
-            history=self._final(lo - lags, lo),
-            finals=self._final(lo, hi) if lags else None,
-            order=order,
-        )
-
-    def checked(self, norms: Array) -> Generator[Request, Any, Array]:
-        """Return the squared norms (R, 2) of the change and of the residual of the states lo + 1 .. hi.
-
-        They are infinite where the network's output was not finite or the correction overflowed. The first state is
-        right even so: it is the loop's own step from a settled state.
-        """
-        lo, hi = self.lo, self.hi
-        norms = np.where(np.isfinite(norms), norms, np.inf)
-        broken = np.isinf(norms[1:]).any(1)
-        if broken.any():
-            # The correction overflowed: go on from the last state that did not, and settle none of the others.
-            good = lo + 1 + int(np.argmax(broken))
-            yield self._copies(self.news(good, good), good, self.news(good + 1, hi), good + 1)
-            norms[good - lo :] = np.inf
-        norms[~self.finite] = np.inf
-        return norms
-
-    def turn(self) -> None:
-        """Take the states written to the next ring of inputs as the present ones."""
-        self._turn += 1
-
-    def _size(self) -> Inner:
-        """Ask for the mean square of the data prediction at the last point evaluated, before the response.
-
-        Where it is unknown, that of the window's last state stands for it.
-        """
-        local, point = self.coefficients, self.hi - 1
-        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
-            return Inner((self.states(self.hi, self.hi),))
-        return Inner((self.states(point, point), self.outputs(point, point + 1)))
-
-    def _measure(self, gram: Array) -> None:
-        local, point = self.coefficients, self.hi - 1
-        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
-            size = float(gram[0, 0, 0]) / self.problem.dim
-            self.variance = size if np.isfinite(size) and size > 0 else 1.0
+    def adopt(self) -> None:
+        """Take up the samples that have been added to the batch since the last round."""
+        batch = self.batch
+        if not batch.added:
             return
-        weights = np.array([local.x0_from_input[point], local.x0_from_output[point]])
-        with np.errstate(invalid="ignore", over="ignore"):
-            variance = float(weights @ gram[0] @ weights) / self.problem.dim
-        if np.isfinite(variance) and variance > 0:
+        places = np.array(sorted(set(batch.added)))
+        batch.added.clear()
+        if places[-1] >= len(self.places):
+            before, old = self.take(np.arange(len(self.places))), np.arange(len(self.places))
+            self._allocate(np.arange(len(batch)))
+            self.__dict__.pop("all_finite", None)
+            self.put(old, before)
+        self.reset(places)
+
+    def refresh(self) -> None:
+        """Look again at which samples are being solved."""
+        self.frame()
+        self._frame_sent = False
+
+    def shrink(self) -> None:
+        """Drop samples that have ended, once they are more than half."""
+        active = np.flatnonzero(self.batch.active[self.places])
+        if 0 < len(active) <= len(self.places) // 2 and not self.batch.refilled:
+            part = self.take(active)
+            self.__dict__.pop("all_finite", None)
+            self.__dict__.update(part.__dict__)
+
+    def reset(self, rows: Indices) -> None:
+        """Fill the windows of new samples: the given guess, or the initial state in the proportion of expected sizes."""
+        batch, problem, width = self.batch, self.problem, self.W
+        for name, values in self._states().items():
+            values[rows] = np.nan if values.ndim > 1 else 0
+        lo = problem.frozen_steps
+        self.lo[rows], self.evaluated_until[rows], self.variance[rows] = lo, lo, 1.0
+        places = torch.from_numpy(self.places[rows]).to(batch.start.device)
+        for name, count in self._rows().items():
+            self.tensors[name].index_fill_(0, self._index(rows, count), 0)
+        if batch.guess is not None:
+            if lo:
+                whole = batch.guess.index_select(0, places)
+                counts = np.full(len(rows), lo)
+                batch.accept(self.places[rows], counts, whole[:, 1 : lo + 1], np.zeros(len(rows)))
+            states = batch.guess.index_select(0, places)[:, lo : lo + width + 1]
+        else:
+            rms = self.tables.rms[: width + 1]
+            factors = torch.from_numpy(rms / rms[0]).to(batch.start)
+            states = batch.start.index_select(0, places)[:, None] * factors[:, None]
+        held = min(width, problem.steps - lo) + 1
+        self.x[torch.from_numpy(rows).to(places.device), :held] = states[:, :held]
+        self.frame()
+        self._frame_sent = False
+
+    # -- views ----------------------------------------------------------------------------------------------------
+
+    def view(self, name: str) -> Tensor:
+        """Return a tensor as (S, rows, dim)."""
+        flat = self.tensors[name]
+        return flat[:-1].view(len(self.places), -1, flat.shape[1])
+
+    @property
+    def x(self) -> Tensor:
+        """(S, W + 1, dim) the states lo .. lo + W."""
+        return self.view("x")
+
+    @property
+    def f(self) -> Tensor:
+        """(S, L + W, dim) the outputs of the steps lo - L .. lo + W - 1."""
+        return self.view("f")
+
+    @property
+    def coarse(self) -> Flags:
+        """(S,) whether some outputs of this round are interpolated."""
+        return self.stride > 1
+
+    def frame(self) -> None:
+        """Read off what follows from where the windows stand."""
+        problem, tables = self.problem, self.tables
+        active = self.batch.active[self.places]
+        self.hi = np.where(active, np.minimum(self.lo + self.W, problem.steps), self.lo)
+        self.width = self.hi - self.lo
+        self.steps = self.lo[:, None] + np.arange(self.W)
+        self.inside = np.arange(self.W) < self.width[:, None]
+        # Beyond the end of the loop the tables hold zeros; the windows of places without a sample are empty.
+        self.a, self.b, self.b_sum = tables.a[self.steps], tables.b[self.steps], tables.b_sum[self.steps]
+        if not active.all():
+            self.a, self.b, self.b_sum = self.a * active[:, None], self.b * active[:, None, None], self.b_sum * active[:, None]
+        strides = problem.strides
+        if strides:
+            padded = np.array([1, *strides, 1, 1])  # of round -1, 0, 1, ..
+            at = np.minimum(self.rounds + 1, len(padded) - 1)
+            self.stride = padded[at]
+            self.rough = (self.rounds < len(strides)) | (padded[at - 1] > 1)  # no round has been on all steps yet
+        else:
+            self.stride = np.ones(len(self.places), np.int64)
+            self.rough = np.zeros(len(self.places), bool)
+
+    @property
+    def evaluated(self) -> Flags:
+        """(S, W) steps that have been evaluated before."""
+        return self.steps < np.minimum(self.evaluated_until, self.hi)[:, None]
+
+    # -- evaluate -------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether every row of every window is evaluated."""
+        return bool((self.width == self.W).all()) and not (self.problem.strides and self.coarse.any())
+
+    def nodes(self) -> Flags:
+        """Return (S, W) the steps that are evaluated: all, or every so many and the last."""
+        if not self.problem.strides:
+            return self.inside
+        offset = np.arange(self.W)
+        last = offset == self.width[:, None] - 1
+        return self.inside & ((offset % self.stride[:, None] == 0) | last)
+
+    def query(self) -> Query:
+        """Return the states to be evaluated."""
+        widths = np.zeros(len(self.batch), np.int64)
+        if self.full:
+            widths[self.places] = self.width
+            rows = self.x[:, : self.W].reshape(-1, self.x.shape[2])
+            if len(self.places) == 1:
+                rows = rows.clone()  # the network may write into its input
+            self._chosen: Indices | None = None
+            return Query(rows, self.steps.reshape(-1), np.repeat(self.places, self.W), widths)
+        chosen = self.nodes()
+        widths[self.places] = chosen.sum(1)
+        sample, offset = np.nonzero(chosen)
+        self._chosen = sample * (self.lags + self.W) + self.lags + offset
+        index = torch.from_numpy(sample * (self.W + 1) + offset).to(self.tensors["x"].device)
+        rows = self.tensors["x"].index_select(0, index)
+        return Query(rows, self.steps[chosen], self.places[sample], widths)
+
+    # -- measure --------------------------------------------------------------------------------------------------
+
+    @property
+    def pack(self) -> Packed:
+        """What a round sends to the device."""
+        count, width, lags = len(self.places), self.W, self.lags
+        key = (count, self.whole)
+        if key not in self._packs:
+            tail = 5 + lags + (width + 1 if self.batch.recurrence.noise is not None else 0)
+            numbers: dict[str, tuple[int, ...]] = {
+                "a": (count, width, 1), "b": (lags + 1, count, width, 1), "pq": (count, 2),
+                "slopes": (count, width, 1), "enter": (count, width + 1, tail),
+            }
+            for i, shape in enumerate(correction.chunk_shapes(width, lags, whole=self.whole)):
+                numbers[f"chunk{i}"] = (count, *shape)
+            indices = {"noise": count * width, "last_x": count, "last_f": count, "size_x": count, "before_x": count * width, "before_f": count * width, "shift": count * (width + 1), "history": count * lags}
+            indices |= {"tail_moved": 2 * count, "tail_f": count, "tail_history": count * lags, "tail_noise": count * (width + 1)}
+            self._packs[key] = Packed(numbers, indices, self.batch.start)
+        return self._packs[key]
+
+    def write_frame(self) -> None:
+        """Write down what the device needs to know of where the windows stand."""
+        pack, tables, count = self.pack, self.tables, np.arange(len(self.places))
+        pack.begin()
+        numbers, indices = pack.numbers, pack.indices
+        numbers["a"][:, :, 0] = self.a
+        numbers["b"][:, :, :, 0] = self.b.transpose(2, 0, 1)
+        last = np.maximum(self.width - 1, 0)
+        indices["last_x"][:] = count * (self.W + 1) + last
+        indices["last_f"][:] = count * (self.lags + self.W) + self.lags + last
+        point = self.lo + last
+        if self.known_size:
+            indices["size_x"][:] = indices["last_x"]
+            numbers["pq"][:, 0], numbers["pq"][:, 1] = tables.p[point], tables.q[point]
+        else:  # where the data prediction is unknown, the last state of the window stands for it
+            indices["size_x"][:] = count * (self.W + 1) + self.width
+            numbers["pq"][:, 0], numbers["pq"][:, 1] = 1.0, 0.0
+        self.last_step = np.where(self.width > 0, point, self.last_step)
+        if self.batch.recurrence.noise is not None:
+            steps = np.minimum(self.steps, self.problem.steps - 1) + self.places[:, None] * self.problem.steps
+            indices["noise"][:] = steps.reshape(-1)
+        self._frame_sent = False
+
+    @property
+    def known_size(self) -> bool:
+        """Whether the schedule tells a data prediction of every step."""
+        return self.tables.alpha is not None and self.tables.predicts
+
+    def measure(self, outputs: Tensor, *more: Tensor) -> Measured:
+        """Store outputs (R, dim) of the last query, and measure.
+
+        Raises:
+            OutputError: If an output is not finite though its input is accepted.
+        """
+        gram, pairs, size, largest = self._measure(outputs, pairs=self.measures_pairs)
+        finite = np.isfinite(largest)
+        flags = self.all_finite
+        if not finite.all():
+            flags, outputs = self._repair(outputs, finite)
+            gram, _, size, _ = self._measure(outputs, pairs=False)
+        self._note_size(size)
+        return Measured(gram, pairs, flags)
+
+    def _measure(self, outputs: Tensor, *, pairs: bool) -> list[Array]:
+        self.store(outputs)
+        if not self._frame_sent:
+            self.write_frame()
+            self.pack.send()
+            self._frame_sent = True
+        parts = [*self.measure_tensors(pairs=pairs), torch.linalg.vector_norm(outputs, float("inf"), dim=1)]
+        flat = read(torch.cat([part.reshape(-1) for part in parts]))
+        found, first = [], 0
+        for part in parts:
+            found.append(flat[first : first + part.numel()].reshape(part.shape))
+            first += part.numel()
+        return found
+
+    def store(self, outputs: Tensor) -> None:
+        """Put the outputs of the last query in their places; between nodes they are interpolated."""
+        outputs_of_steps = self.f[:, self.lags :]
+        if self._chosen is None:
+            outputs_of_steps.copy_(outputs.view(outputs_of_steps.shape))
+            return
+        self.tensors["f"].index_copy_(0, torch.from_numpy(self._chosen).to(outputs.device), outputs)
+        if self.problem.strides and self.coarse.any():
+            factors = extrapolation.between_nodes(self.nodes(), self.inside, self.steps, self.problem.coefficients, self.tables)
+            by_output, by_state = (torch.from_numpy(own).to(outputs) for own in factors)
+            whole = torch.bmm(by_output, outputs_of_steps).baddbmm_(by_state, self.x[:, : self.W])
+            outputs_of_steps.copy_(whole)
+
+    def measure_tensors(self, *, pairs: bool = True) -> list[Tensor]:
+        """Return the Gram matrix of the residuals, the inner products of (dx, df) and the norm of the prediction."""
+        width, lags, sent = self.W, self.lags, self.pack.tensors
+        x, f, moved, r = self.x, self.f, self.view("moved"), self.view("r")
+        noise = self.batch.noise
+        moved[:, :1] = x[:, :1]
+        step = moved[:, 1:]
+        if noise is None:
+            torch.mul(f.narrow(1, lags, width), sent["b"][0], out=step)
+        else:
+            step.copy_(noise.view(-1, noise.shape[2]).index_select(0, sent["noise"]).view(step.shape))
+            step.addcmul_(f.narrow(1, lags, width), sent["b"][0])
+        for lag in range(1, lags + 1):
+            step.addcmul_(f.narrow(1, lags - lag, width), sent["b"][lag])
+        step.addcmul_(x[:, :width], sent["a"])
+        torch.sub(step, x[:, 1:], out=r)
+        inner = r.new_zeros(0)
+        if pairs:
+            dx, df = self.view("dx"), self.view("df")
+            torch.sub(x[:, :width], dx, out=dx)
+            torch.sub(f[:, lags:], df, out=df)
+            inner = torch.stack([torch.linalg.vecdot(one, two) for one, two in ((dx, dx), (df, dx), (df, df))], -1)
+        last_x, last_f = self.tensors["last_x"][:-1], self.tensors["last_f"][:-1]
+        torch.index_select(self.tensors["x"], 0, sent["last_x"], out=last_x)
+        torch.index_select(self.tensors["f"], 0, sent["last_f"], out=last_f)
+        sized = last_x if self.known_size else self.tensors["x"].index_select(0, sent["size_x"])
+        prediction = (sized * sent["pq"][:, :1]).addcmul_(last_f, sent["pq"][:, 1:])
+        return [torch.bmm(r, r.mT), inner, torch.linalg.vector_norm(prediction, dim=1)]
+
+    def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
+        """Put the last finite output before it in the place of each output that is not finite.
+
+        Returns:
+            (S, W) which outputs are finite; an interpolated one is if its neighbours are. And the outputs repaired.
+        """
+        chosen = self.nodes()
+        sample, offset = np.nonzero(chosen)
+        broken = (offset == 0) & ~finite
+        if broken.any():
+            row = sample[np.argmax(broken)]
+            raise OutputError(
+                f"the network returned NaN or Inf at step {self.lo[row]} of {self.problem.steps}, sample "
+                f"{self.batch.numbers[self.places[row]]}, for an accepted input, so the sequential loop meets it too: check the network at that time, "
+                "its dtype and its conditioning."
+            )
+        nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
+        outputs = outputs.index_select(0, torch.from_numpy(nearest).to(outputs.device))
+        flags = np.ones((len(self.places), self.W), bool)
+        flags[chosen] = finite
+        for row in np.flatnonzero(self.coarse):
+            at = np.flatnonzero(chosen[row])
+            inside = np.arange(self.width[row])
+            flags[row, inside] = np.interp(inside, at, flags[row, at]) == 1
+        return flags, outputs
+
+    def _note_size(self, norm: Array) -> None:
+        """Take the mean square of the data prediction."""
+        variance = norm**2 / self.problem.dim
+        known = np.isfinite(variance) & (variance > 0) & (self.W > 1) & (self.width > 0)
+        if self.known_size:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
-            self.variance = min(variance, 1.0) if local.alpha[point] < 0.05 else variance
+            assert self.tables.alpha is not None
+            variance = np.where(self.tables.alpha[self.last_step] < 0.05, np.minimum(variance, 1.0), variance)
+            self.variance = np.where(known, variance, self.variance)
+        else:
+            self.variance = np.where(known, variance, 1.0)
 
-    def errors(self, norms: Array, slopes: Array) -> Array:
-        """Return the estimated relative error of the sample if states lo + 1 .. hi were accepted as corrected, (R,).
+    @cached_property
+    def all_finite(self) -> Flags:
+        """(S, W) ones."""
+        return np.ones((len(self.places), self.W), bool)
 
-        The first state comes from a settled input: no error. For the others the response assumed slopes, and what
-        it missed is known of every point that is evaluated again: the residual that it leaves, per unit that its
-        input was moved, is the misfit m_i of the slope. A move c_i of this round then leaves about m_i c_i, carried
-        on by the response, with the steps' growth J = A + B d:
+    # -- decide ---------------------------------------------------------------------------------------------------
 
-            eps_{j+1} = J_j eps_j + m_j c_j,     e_j = gain_j SAFETY eps_j / sqrt(v)
+    def growth(self, slopes: Array) -> Array:
+        """Return J (S, W) of slopes d (S, W): how a change of each state is carried on by its step."""
+        return np.asarray(self.a + self.b_sum * slopes)
 
-        Points that are new in the window take the largest misfit of those before them; until there is one, eps_j is
-        the whole move, and it is never less than a tenth of it. gain_j carries an error of state j to the sample: the
-        growth of the steps in the window, then the moment-matched one, times DIRECTIONS or up to REACH / alpha. Where
-        the schedule is unknown, and where outputs are clipped, it is at least the ratio of expected sizes, and SAFETY
-        is BLIND. v is the mean square of the data prediction.
+    def slopes_for_growth(self, growth: Array) -> Array:
+        """Return d (S, W) for which :meth:`growth` is ``growth``; 0 where no output enters the step."""
+        return np.divide(growth - self.a, self.b_sum, out=np.zeros_like(self.a), where=self.b_sum != 0)
+
+    def rms_ratio(self) -> Array:
+        """Return (S, W) expected rms of the state behind each step over that of the state before it."""
+        return np.asarray(self.tables.rms[self.steps + 1] / self.tables.rms[self.steps])
+
+    def gaussian_slopes(self) -> Array:
+        """Return d (S, W) of the exact network for Gaussian data of the measured variance; else for a growth of 1."""
+        tables = self.tables
+        if tables.alpha is None or tables.sigma is None or tables.scale is None or not tables.predicts:
+            return self.slopes_for_growth(np.ones_like(self.a))
+        return self._gaussian(self.steps, self.variance[:, None])
+
+    def _gaussian(self, steps: Indices, variance: Array) -> Array:
+        tables = self.tables
+        assert tables.alpha is not None
+        assert tables.sigma is not None
+        assert tables.scale is not None
+        alpha, sigma = tables.alpha[steps], tables.sigma[steps]
+        target = alpha * variance / (alpha**2 * variance + sigma**2) / tables.scale[steps]
+        return np.asarray((target - tables.p[steps]) / tables.q[steps])
+
+    def growth_behind(self) -> Array:
+        """Return (S,) growth of all steps behind the window, for Gaussian data of the measured variance."""
+        steps = np.arange(self.problem.steps)
+        local = self.problem.coefficients
+        tables = self.tables
+        if tables.alpha is None or tables.sigma is None or tables.scale is None or not tables.predicts:
+            growth = np.broadcast_to(local.growth(local.slopes(np.ones(len(steps)))), (len(self.places), len(steps)))
+        else:
+            slopes = self._gaussian(steps[None], self.variance[:, None])
+            growth = tables.a[steps] + tables.b_sum[steps] * slopes
+        return np.asarray(np.prod(np.where(steps >= self.hi[:, None], np.abs(growth), 1.0), axis=1))
+
+    def correct(self, slopes: Array, measured: Measured | None = None) -> None:
+        """Take the slopes of a round: what trajectory follows is now decided, and is put in place by :meth:`move`.
+
+        Args:
+            slopes: (S, W) d.
+            measured: What the round has measured; None if it is not known yet: :meth:`norms` is then to be called.
         """
-        local, lo, hi = self.coefficients, self.lo, self.hi
-        if self.coarse:
-            return np.append(0.0, np.full(hi - lo - 1, np.inf))
-        growth = local.growth(slopes, lo)
-        behind = local.growth(local.gaussian_slopes(self.variance))[hi:]
-        gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
-        least = local.rms[-1] / local.rms[lo + 1 : hi + 1]
-        safety = BLIND
-        if local.alpha is not None:
-            reach = REACH * least / np.maximum(local.alpha[lo + 1 : hi + 1], np.finfo(np.float32).eps)
-            reach = np.minimum(reach, DIRECTIONS * gain)
-            least, safety = (np.maximum(least, reach), BLIND) if self.problem.transformed else (reach, SAFETY)
-        gain = np.maximum(gain, least)
-        moves = np.sqrt(norms[:, 0])
-        left = np.clip(safety * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
-        with np.errstate(invalid="ignore"):  # of an overflow nothing is known, whatever its gain
-            errors = gain * left / np.sqrt(self.problem.dim * self.variance)
-        errors[0] = 0.0
-        return np.asarray(np.where(np.isnan(errors), np.inf, errors))
+        self.slopes = np.where(self.inside, slopes, np.nan)
+        slopes = np.where(self.inside, slopes, 0.0)
+        self.chunks = correction.propagation(self.a, self.b, slopes, self.order)
+        self.pack.begin()
+        for i, chunk in enumerate(self.chunks):
+            self.pack.numbers[f"chunk{i}"][:] = chunk
+        self.pack.numbers["slopes"][:, :, 0] = slopes
+        self.batch.recurrence.note_slopes(self.places, self.lo, self.width, slopes)
+        self.overflowed = np.zeros(len(self.places), np.int64)
+        if measured is not None:
+            self.norms(measured)
 
-    def _left(self, moves: Array, residuals: Array, slopes: Array) -> Array:
-        """Return eps of the states lo + 1 .. hi, (R,): what the response is expected to have missed."""
-        lo, hi, old = self.lo, self.hi, min(max(self._seen, self.lo), self.hi)
-        before = self._moved[lo:old]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = residuals[: old - lo] / before
-        trusted = before > 10 * self.problem.rounding * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
-        trusted &= np.isfinite(before) & np.isfinite(found)
-        if self.coefficients.alpha is not None:
-            trusted &= before < FAR * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
-        self._misfit[lo:old] = np.where(trusted, found, self._misfit[lo:old])
-        self._moved[lo + 1 : hi + 1] = moves
-        self._seen = hi
-        known = self._misfit[max(old - self.width, 0) : old]
-        known = known[np.isfinite(known)]
-        misfit = np.where(np.isfinite(self._misfit[lo:hi]), self._misfit[lo:hi], known.max(initial=0.0) or UNKNOWN)
-        missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
-        return self.coefficients.carried(missed, slopes, lo)
+    def norms(self, measured: Measured) -> None:
+        """Derive the norms of the corrections and of the residuals, (S, W) each, infinite where they are unknown.
 
-    def accept(self, errors: Array, passed: NDArray[np.bool_] | None = None) -> int:
-        """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
-
-        The last point stays for another evaluation, which measures the misfit of its slope, unless it ends the loop.
-        A published test tells instead which states ``passed``; then the first that did not is taken too. Of outputs
-        that were interpolated, and in the first round on all points, only the first state is.
+        A correction that overflowed goes on from the last state that did not; none of the others is accepted. The first
+        state is right even so: it is the loop's own step from an accepted state.
         """
-        if self._rough:
-            return 1
-        if passed is not None:
-            return len(passed) if passed.all() else int(np.argmin(passed)) + 1
-        share = self.problem.tolerance * np.arange(self.lo + 1, self.hi + 1) / self.steps
-        allowed = (errors == 0) | (self.spent + errors <= share)
-        count = len(allowed) if allowed.all() else max(int(np.argmin(allowed)), 1)
-        ahead = self.lo + count == self.hi < self.steps and self.width > 2
-        return max(count - 1, 1) if ahead else count
+        with np.errstate(over="ignore", invalid="ignore"):
+            changes, residuals = correction.corrected_norms(self.chunks, self.lags, measured.gram)
+        self._take_norms(np.sqrt(changes), np.sqrt(residuals), measured.finite)
 
-    def settle(self, count: int, error: float) -> Asking:
-        """Settle the first ``count`` states, after :meth:`turn`; ``error`` is what that adds to the sample's error."""
-        self.spent += error
-        last = self.hi - 1
-        place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
-        estimate = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else (last, *place)
-        states = self.states(self.lo + 1, self.lo + count)
-        self._advance = count
-        yield Settle(self.lo + count, states, self.spent, estimate)
-        return 0
+    def _take_norms(self, changes: Array, residuals: Array, finite: Flags) -> None:
+        changes, residuals = (np.where(np.isfinite(one), one, np.inf) for one in (changes, residuals))
+        broken = (np.isinf(changes) | np.isinf(residuals)) & self.inside
+        broken[:, 0] = False
+        if broken.any():
+            good = np.argmax(broken, 1)  # the first that overflowed; the state before it is the last to go on from
+            self.overflowed = np.where(broken.any(1), good, 0)
+            lost = broken.any(1)[:, None] & (np.arange(self.W) >= good[:, None])
+            changes, residuals = np.where(lost, np.inf, changes), np.where(lost, np.inf, residuals)
+        if not finite.all():
+            changes, residuals = np.where(finite, changes, np.inf), np.where(finite, residuals, np.inf)
+        self.moves, self.residuals = np.where(self.inside, changes, 0.0), np.where(self.inside, residuals, 0.0)
 
-    def enter(self, *, roll: bool = True) -> Asking:
-        """Move the window and fill its new rows: from the given guess; else by rolling on, or by copies.
+    # -- move -----------------------------------------------------------------------------------------------------
 
-        Where steps add noise, the last data prediction is held while rolling on; else outputs follow their line
-        through the window. In a recorded loop, of which less is known, the last output is held.
+    def move(self, count: Indices, error: Array, entry: str) -> None:
+        """Accept the first ``count`` states of every window, and move it behind them.
+
+        Args:
+            count: (S,) at least 1, but 0 for empty windows.
+            error: (S,) what accepting them adds to the error of the sample.
+            entry: How states enter the window: ``extrapolate`` or ``copy``.
         """
-        lo = self.lo + self._advance
-        first, last = self.hi + 1, min(lo + self.width, self.steps)
-        if first <= last:
-            into, point = self.states(first, last), self.hi - 1
-            if self.problem.guessed:
-                yield Load(np.arange(first, last + 1), into)
-            elif not roll:
-                yield self._copies(self.states(self.hi, self.hi), self.hi, into, first)
-            elif self.coefficients.noise_std.any() or self.coefficients.alpha is None:
-                yield Response(
-                    start=point,
-                    states=self.states(point, point, 1),
-                    outputs=self.outputs(point, point + 1, 1),
-                    slopes=self._held[point : point + 1],
-                    first=first,
-                    into=into,
-                    history=self._final(point - self.coefficients.lags, point),
-                    measure=False,
-                    origin=int(self.states(point, point)[0]) if point > self.lo else None,
-                )
-            else:
-                yield self._line(max(self.lo, point - self.width // 2), point, last)
-        self.lo = lo
-        self._begin()
-        return 0
+        lo, hi, width, W, steps = self.lo, self.hi, self.width, self.W, self.problem.steps
+        ended = lo + count
+        entering = np.where(width > 0, np.minimum(ended + W, steps) - hi, 0)
+        reached = np.where(self.overflowed > 0, self.overflowed, width)  # the last state to go on from
+        self._write_move(count, reached)
+        enter = bool(entering.any()) or bool((reached < width).any())
+        if enter and self.batch.guess is None:
+            self._write_entering(count, reached, entering, entry)
+        elif enter and bool((reached < width).any()):
+            self._write_entering(count, reached, np.zeros_like(entering), "copy")
+        self.error_used = self.error_used + error
+        self._shift(count)
+        self.reached = self.reached | ((hi == steps) & (width > 0))
+        self.last_evaluated = np.where(width > 0, hi - 1, self.last_evaluated)
+        self.lo = ended
+        self.rounds = self.rounds + (width > 0)
+        self.frame()
+        self.write_frame()
+        self.pack.send()
+        self._frame_sent = True
+        self.move_tensors(enter=enter and (self.batch.guess is None or bool((reached < width).any())))
+        if bool(count.any()):
+            self.batch.accept(self.places, count, self.view("moved")[:, 1:], self.error_used)
+        if enter and self.batch.guess is not None:
+            self._load_guess(entering)
+        for row in np.flatnonzero((self.lo == steps) & (width > 0)):
+            place = int(self.places[row])
+            self.batch.finished[place] = True
+            self.batch.results[place] = self.x[row, 0].clone()
 
-    def _line(self, early: int, late: int, last: int) -> Combine:
-        """Ask for the states hi + 1 .. last, with outputs on the line through those of two points."""
-        local, first = self.coefficients, self.hi
-        place = (np.arange(first - local.lags, last) - late) / max(late - early, 1)
-        outputs = np.stack([np.zeros(len(place)), 1 + place, -place], 1)
-        state, factors = np.array([1.0, 0.0, 0.0]), []
-        for k in range(last - first):
-            weight = local.output_weight[first + k, ::-1]
-            state = local.state_weight[first + k] * state + weight @ outputs[k : k + len(weight)]
-            factors.append(state)
-        count = len(factors)
-        rows = (
-            self.states(first, first),
-            self.outputs(late, late + 1, 1),
-            self.outputs(early, early + 1, 1),
-        )
-        return Combine(tuple(np.repeat(row, count) for row in rows), np.array(factors), self.states(first + 1, last))
+    def _write_move(self, count: Indices, reached: Indices) -> None:
+        """Write down where every row of the next window comes from."""
+        indices, W, lags = self.pack.indices, self.W, self.lags
+        row, offset = np.arange(len(self.places))[:, None], np.arange(W + 1)
+        nothing = len(self.places)
+        source = count[:, None] + offset
+        here = row * (W + 1) + source
+        indices["shift"][:] = np.where(source <= reached[:, None], here, nothing * (W + 1)).reshape(-1)
+        if self.measures_pairs:
+            # States and outputs of steps that stay; interpolated outputs are no measurement.
+            stays = (source[:, :W] < self.width[:, None]) & ~self.coarse[:, None]
+            indices["before_x"][:] = np.where(stays, here[:, :W], nothing * (W + 1)).reshape(-1)
+            place = row * (lags + W) + lags + source[:, :W]
+            indices["before_f"][:] = np.where(stays, place, nothing * (lags + W)).reshape(-1)
+        if lags:
+            indices["history"][:] = (row * (lags + W) + count[:, None] + np.arange(lags)).reshape(-1)
 
-    def sample(self) -> int:
-        """Return the slot of the sample."""
-        return int(self.states(self.steps, self.steps)[0])
+    def _write_entering(self, count: Indices, reached: Indices, entering: Indices, entry: str) -> None:
+        """Write down the states that enter as combinations of the tail; see :mod:`.extrapolation`."""
+        numbers, indices, W, lags = self.pack.numbers, self.pack.indices, self.W, self.lags
+        tables, local, row = self.tables, self.problem.coefficients, np.arange(len(self.places))
+        overflowed = reached < self.width
+        lost = np.where(overflowed, self.width - reached, 0)  # states of the window that are copies of the last good one
+        new, origin = entering + lost, self.lo + reached
+        most = int(new.max())
+        tail = numbers["enter"].shape[2]
+        if entry == "copy":
+            factors = extrapolation.copied(tables, origin, most, tail)
+        elif local.stochastic or local.alpha is None:
+            factors = extrapolation.frozen(tables, origin, most, tail)
+        else:
+            factors = extrapolation.line(tables, self.lo, origin, W, most, tail)
+        if overflowed.any():
+            factors = np.where(overflowed[:, None, None], extrapolation.copied(tables, origin, most, tail), factors)
+        enter = numbers["enter"]
+        enter[:] = 0.0
+        place = (reached - count + 1)[:, None] + np.arange(most)
+        used = (np.arange(most) < new[:, None]) & (place <= W)
+        sample, at = np.nonzero(used)
+        enter[sample, place[used]] = factors[sample, at]
+        last = np.maximum(reached - 1, 0)
+        indices["tail_moved"][:] = (row[:, None] * (W + 1) + np.stack([reached, last], 1)).reshape(-1)
+        early = np.maximum(0, last - W // 2)
+        indices["tail_f"][:] = row * (lags + W) + lags + early
+        if lags:
+            history = row[:, None] * (lags + W) + last[:, None] + np.arange(lags)
+            history[overflowed] = len(row) * (lags + W)
+            indices["tail_history"][:] = history.reshape(-1)
+        if self.batch.recurrence.noise is not None:
+            steps = self.lo[:, None] + last[:, None] + np.arange(W + 1)
+            steps = np.minimum(steps, self.problem.steps - 1) + self.places[:, None] * self.problem.steps
+            indices["tail_noise"][:] = steps.reshape(-1)
+
+    def _shift(self, count: Indices) -> None:
+        """Shift what is known of states and steps with the windows."""
+        W = self.W
+        seen = np.where(self.coarse, self.lo, self.hi)
+        self.evaluated_until = np.where(self.width > 0, seen, self.evaluated_until)
+
+        def shifted(values: Array) -> Array:
+            padded = np.concatenate([values, np.full((len(values), W + 1), np.nan)], 1)
+            index = count[:, None] + np.arange(values.shape[1])
+            return np.take_along_axis(padded, index, 1)
+
+        self.slope_errors, self.last_moves, self.slopes = map(shifted, (self.slope_errors, self.last_moves, self.slopes))
+
+    def move_tensors(self, *, enter: bool) -> None:
+        """Put the corrected states, the shift and the entering states in place."""
+        W, lags, sent, tensors = self.W, self.lags, self.pack.tensors, self.tensors
+        self.correct_tensors()
+        x, f, moved = self.x, self.f, self.view("moved")
+        if self.measures_pairs:
+            torch.index_select(tensors["x"], 0, sent["before_x"], out=tensors["dx"][:-1])
+            torch.index_select(tensors["f"], 0, sent["before_f"], out=tensors["df"][:-1])
+        parts = []
+        if enter:
+            count, dim = len(self.places), x.shape[2]
+            parts = [
+                tensors["moved"].index_select(0, sent["tail_moved"]).view(count, 2, dim),
+                tensors["last_x"][:-1, None],
+                tensors["last_f"][:-1, None],
+                tensors["f"].index_select(0, sent["tail_f"])[:, None],
+            ]
+        if lags:
+            # What was evaluated at an earlier guess, moved along its slope to the accepted state.
+            f[:, lags:].addcmul_(moved[:, :W] - x[:, :W], sent["slopes"])
+            if enter:
+                parts.append(tensors["f"].index_select(0, sent["tail_history"]).view(count, lags, dim))
+            f[:, :lags] = tensors["f"].index_select(0, sent["history"]).view(len(f), lags, -1)
+        torch.index_select(tensors["moved"], 0, sent["shift"], out=tensors["x"][:-1])
+        if enter:
+            noise = self.batch.noise
+            if noise is not None:
+                parts.append(noise.view(-1, dim).index_select(0, sent["tail_noise"]).view(count, W + 1, dim))
+            x.baddbmm_(sent["enter"], torch.cat(parts, 1))
+
+    def correct_tensors(self) -> None:
+        """Turn the steps into the corrected states: new = step + M r, chunk by chunk."""
+        lags, sent = self.lags, self.pack.tensors
+        step, r = self.view("moved")[:, 1:], self.view("r")
+        if self.overflowed.any():
+            r.nan_to_num_(0.0, 0.0, 0.0)
+        for i, rows in enumerate(correction.rows_of(self.chunks)):
+            part = step[:, rows]
+            carried = torch.bmm(sent[f"chunk{i}"], r[:, max(rows.start - lags - 1, 0) if rows.start else 0 : rows.stop])
+            part += carried
+            if rows.stop < self.W:
+                # What the next chunk starts from: the whole change of the states before it.
+                r[:, rows.stop - lags - 1 : rows.stop] += carried[:, -lags - 1 :]
+
+    def _load_guess(self, entering: Indices) -> None:
+        """Fill the states that enter from the given trajectories."""
+        guess, offset = self.batch.guess, np.arange(self.W + 1)
+        assert guess is not None
+        state = self.lo[:, None] + offset
+        new = (state > (self.hi - entering)[:, None]) & (state <= self.hi[:, None])
+        sample, at = np.nonzero(new)
+        into = torch.from_numpy(sample * (self.W + 1) + at).to(guess.device)
+        source = torch.from_numpy(self.places[sample] * guess.shape[1] + state[new]).to(guess.device)
+        rows = guess.view(-1, guess.shape[2]).index_select(0, source)
+        self.tensors["x"].index_copy_(0, into, rows)
+
+    # -- what others look at ---------------------------------------------------------------------------------------
+
+    def estimate(self, place: int) -> Tensor:
+        """Return (dim,) the present guess of a sample: its row if the window reaches it, else the data prediction.
+
+        Where that is unknown, it is one coarse step from the farthest evaluation, and in multistep samplers the state
+        there.
+        """
+        row = self.row_of_place[place]
+        local, steps = self.problem.coefficients, self.problem.steps
+        if self.rounds[row] == 0:
+            return self.batch.start[place]
+        if self.reached[row] or self.lo[row] == steps:
+            return self.x[row, steps - self.lo[row]]
+        u, f, step = self.tensors["last_x"][row], self.tensors["last_f"][row], int(self.last_evaluated[row])
+        if self.tables.predicts:
+            return self.tables.p[step] * u + self.tables.q[step] * f
+        if local.lags:
+            return u
+        noise = self.batch.noise
+        one = Recurrence(local, u[None], None if noise is None else noise[place][None])
+        return one.coarse_step(step, steps, u[None], f[None])[0]
