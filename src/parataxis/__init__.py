@@ -16,6 +16,7 @@ from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers.anderson import Anderson
 from .solvers.coarse_to_fine import CoarseToFine
 from .solvers.picard import Picard
 from .solvers.secant import Secant
@@ -26,6 +27,7 @@ __all__ = [
     "EXACT_IN_DISTRIBUTION",
     "SAMPLERS",
     "SOLVERS",
+    "Anderson",
     "Job",
     "Latency",
     "Coefficients",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .anderson import Anderson
 from .base import Solver
 from .coarse_to_fine import CoarseToFine
 from .picard import Picard
@@ -11,6 +12,7 @@ from .sequential import Sequential
 __all__ = [
     "EXACT_IN_DISTRIBUTION",
     "SOLVERS",
+    "Anderson",
     "CoarseToFine",
     "Picard",
     "Secant",
@@ -20,6 +22,7 @@ __all__ = [
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
     "picard": Picard,
+    "anderson": Anderson,
     "secant": Secant,
     "coarse_to_fine": CoarseToFine,
 }

@@ -81,11 +81,14 @@ class Measured:
         pairs: (S, W, 2, 2) inner products of (dx, df): moves of input and output since the evaluation before, or from
             the origin for steps that are new; empty unless the solver measures them.
         finite: (S, W) whether the outputs were finite.
+        corrections: (S, W, m, m) inner products of the corrections of the last m rounds, the present one first; empty
+            unless the solver combines them.
     """
 
     gram: Array
     pairs: Array
     finite: Flags
+    corrections: Array
 
 
 class Window:
@@ -123,12 +126,12 @@ class Window:
     ) -> None:
         problem = batch.problem
         self.batch, self.problem = batch, problem
-        self.order, self.whole = order, order is not None
+        self.order = order
         self.W = min(width or problem.steps, problem.steps)
         self.lags = problem.coefficients.lags
         self.tables = Tables(problem.coefficients, self.W)
         self.measures_pairs, self.history = measures_pairs, history
-        self._packs: dict[Any, Packed] = {}
+        self._packs: dict[int, Packed] = {}
         self.places: Indices = np.zeros(0, np.int64)
         self._allocate(np.arange(len(batch)))
         self.reset(np.arange(len(batch)))
@@ -146,6 +149,7 @@ class Window:
         self.slope_errors = np.full((count, 2 * width), np.nan)
         self.last_moves = np.full((count, width + 1), np.nan)
         self.slopes = np.full((count, width), np.nan)
+        self.spans = np.zeros((count, 2, self.history - 1))  # lo and hi of the rounds that are kept, the latest first
         self.evaluated_until = np.zeros(count, np.int64)
         self.tensors = {name: like.new_zeros(rows * count + 1, like.shape[1]) for name, rows in self._rows().items()}
         self.reached = np.zeros(count, bool)  # the last round has corrected the sample itself
@@ -164,7 +168,7 @@ class Window:
         return rows
 
     def _states(self) -> dict[str, Any]:
-        names = ("lo", "error_used", "variance", "rounds", "slope_errors", "last_moves", "slopes", "evaluated_until", "reached", "last_step", "last_evaluated")
+        names = ("lo", "error_used", "variance", "rounds", "slope_errors", "last_moves", "slopes", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
         return {name: getattr(self, name) for name in names}
 
     def take(self, rows: Indices) -> Window:
@@ -224,7 +228,7 @@ class Window:
         """Fill the windows of new samples: the given guess, or the initial state in the proportion of expected sizes."""
         batch, problem, width = self.batch, self.problem, self.W
         for name, values in self._states().items():
-            values[rows] = np.nan if values.ndim > 1 else 0
+            values[rows] = np.nan if values.ndim == 2 else 0
         lo = problem.frozen_steps
         self.lo[rows], self.evaluated_until[rows], self.variance[rows] = lo, lo, 1.0
         places = torch.from_numpy(self.places[rows]).to(batch.start.device)
@@ -332,20 +336,33 @@ class Window:
     @property
     def pack(self) -> Packed:
         """What a round sends to the device."""
-        count, width, lags = len(self.places), self.W, self.lags
-        key = (count, self.whole)
-        if key not in self._packs:
-            tail = 5 + lags + (width + 1 if self.batch.recurrence.noise is not None else 0)
-            numbers: dict[str, tuple[int, ...]] = {
-                "a": (count, width, 1), "b": (lags + 1, count, width, 1), "pq": (count, 2),
-                "slopes": (count, width, 1), "enter": (count, width + 1, tail),
-            }
-            for i, shape in enumerate(correction.chunk_shapes(width, lags, whole=self.whole)):
-                numbers[f"chunk{i}"] = (count, *shape)
-            indices = {"noise": count * width, "last_x": count, "last_f": count, "size_x": count, "before_x": count * width, "before_f": count * width, "shift": count * (width + 1), "history": count * lags}
-            indices |= {"tail_moved": 2 * count, "tail_f": count, "tail_history": count * lags, "tail_noise": count * (width + 1)}
-            self._packs[key] = Packed(numbers, indices, self.batch.start)
-        return self._packs[key]
+        count = len(self.places)
+        if count not in self._packs:
+            self._packs[count] = Packed(self._numbers(count), self._indices(count), self.batch.start)
+        return self._packs[count]
+
+    def _numbers(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is sent for so many samples."""
+        width, lags = self.W, self.lags
+        tail = extrapolation.HISTORY + lags + (width + 1 if self.batch.recurrence.noise is not None else 0)
+        numbers: dict[str, tuple[int, ...]] = {
+            "a": (count, width, 1),
+            "b": (lags + 1, count, width, 1),
+            "pq": (count, 2),
+            "slopes": (count, width, 1),
+            "enter": (count, width + 1, tail),
+        }
+        for i, shape in enumerate(correction.chunk_shapes(width, lags, whole=self.order is not None)):
+            numbers[f"chunk{i}"] = (count, *shape)
+        return numbers
+
+    def _indices(self, count: int) -> dict[str, int]:
+        """Return how many indices of each kind are sent for so many samples."""
+        width, lags = self.W, self.lags
+        indices = {"noise": width, "last_x": 1, "last_f": 1, "size_x": 1, "before_x": width, "before_f": width}
+        indices |= {"shift": width + 1, "history": lags}
+        indices |= {"tail_moved": 2, "tail_f": 1, "tail_history": lags, "tail_noise": width + 1}
+        return {name: size * count for name, size in indices.items()}
 
     def write_frame(self) -> None:
         """Write down what the device needs to know of where the windows stand."""
@@ -375,20 +392,20 @@ class Window:
         """Whether the schedule tells a data prediction of every step."""
         return self.tables.alpha is not None and self.tables.predicts
 
-    def measure(self, outputs: Tensor, *more: Tensor) -> Measured:
+    def measure(self, outputs: Tensor) -> Measured:
         """Store outputs (R, dim) of the last query, and measure.
 
         Raises:
             OutputError: If an output is not finite though its input is accepted.
         """
-        gram, pairs, size, largest = self._measure(outputs, pairs=self.measures_pairs)
+        gram, pairs, size, corrections, largest = self._measure(outputs, pairs=self.measures_pairs)
         finite = np.isfinite(largest)
         flags = self.all_finite
         if not finite.all():
             flags, outputs = self._repair(outputs, finite)
-            gram, _, size, _ = self._measure(outputs, pairs=False)
+            gram, _, size, corrections, _ = self._measure(outputs, pairs=False)
         self._note_size(size)
-        return Measured(gram, pairs, flags)
+        return Measured(gram, pairs, flags, corrections)
 
     def _measure(self, outputs: Tensor, *, pairs: bool) -> list[Array]:
         self.store(outputs)
@@ -418,7 +435,9 @@ class Window:
             outputs_of_steps.copy_(whole)
 
     def measure_tensors(self, *, pairs: bool = True) -> list[Tensor]:
-        """Return the Gram matrix of the residuals, the inner products of (dx, df) and the norm of the prediction."""
+        """Return what is measured: Gram matrix of the residuals, products of (dx, df), norm of the prediction, products
+        of corrections.
+        """
         width, lags, sent = self.W, self.lags, self.pack.tensors
         x, f, moved, r = self.x, self.f, self.view("moved"), self.view("r")
         noise = self.batch.noise
@@ -444,7 +463,7 @@ class Window:
         torch.index_select(self.tensors["f"], 0, sent["last_f"], out=last_f)
         sized = last_x if self.known_size else self.tensors["x"].index_select(0, sent["size_x"])
         prediction = (sized * sent["pq"][:, :1]).addcmul_(last_f, sent["pq"][:, 1:])
-        return [torch.bmm(r, r.mT), inner, torch.linalg.vector_norm(prediction, dim=1)]
+        return [torch.bmm(r, r.mT), inner, torch.linalg.vector_norm(prediction, dim=1), r.new_zeros(0)]
 
     def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
         """Put the last finite output before it in the place of each output that is not finite.

@@ -125,10 +125,9 @@ def estimate_errors(window: Window, slopes: Array) -> Array:
     slope_errors[:, W:] = estimates.slope_error(window.residuals, moves, trusted, slope_errors[:, W:])
     window.last_moves[:, 1:] = np.where(window.inside & fine, window.moves, window.last_moves[:, 1:])
 
+    corrected = slopes is window.slopes and window.order is None
     slopes = np.where(window.inside, slopes, 0.0)
-    chunks = window.chunks
-    if slopes is not window.slopes or window.whole:
-        chunks = correction.propagation(window.a, window.b, slopes)
+    chunks = window.chunks if corrected else correction.propagation(window.a, window.b, slopes)
     largest = estimates.largest_slope_error(slope_errors, window.evaluated.sum(1))
     remaining = estimates.remaining_error(slope_errors[:, W:], largest, window.moves, chunks)
     least = tables.rms[problem.steps] / tables.rms[window.steps + 1]
