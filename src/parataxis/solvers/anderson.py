@@ -37,6 +37,7 @@ from .base import Answer
 from .batch import Batch
 from .picard import noise_variance
 from .replayed import ReplayedWindow
+from .tensors import WindowTensors
 from .window import Measured, Window, check_window
 from .windowed import Windowed
 
@@ -142,7 +143,8 @@ class Anderson(Windowed):
             window.norms(measured)
             corrections = measured.corrections
         count, error = self.accept(window)
-        window.mix(self._factors(corrections, window, count) if window.history > 1 else None)
+        if window.history > 1:
+            window.mix(self._factors(corrections, window, count))
         window.move(count, error, self.entry)
 
     def _factors(self, gram: Array, window: Window, count: Indices) -> Array:
@@ -194,93 +196,111 @@ def _frozen_growth(coefficients: Coefficients) -> Array:
     return np.asarray(alpha[1:] / alpha[:-1])
 
 
-class _Accelerated(Window):
-    """Windows that keep guess and correction of the last rounds, moved along with them: old1, new1, old2, .."""
+class _AcceleratedTensors(WindowTensors):
+    """Tensors of windows that keep guess and correction of the last rounds, moved along: old1, new1, old2, .."""
 
     corrected = False  # whether the corrected states of this round are in place already
 
-    def _numbers(self, count: int) -> dict[str, tuple[int, ...]]:
-        return {**super()._numbers(count), "mix": (self.history, count, self.W, 1)}
+    def rows(self) -> dict[str, int]:
+        kept = {f"{kind}{age}": self.width + 1 for age in range(1, self.history) for kind in ("new", "old")}
+        return {**super().rows(), **kept}
 
-    def _indices(self, count: int) -> dict[str, int]:
-        return {**super()._indices(count), "shift_history": (self.W + 1) * count}
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        return {**super().numbers(), "mix": (self.history, self.count, self.width, 1)}
+
+    def indices(self) -> dict[str, int]:
+        return {**super().indices(), "shift_history": (self.width + 1) * self.count}
+
+    def look(self) -> None:
+        super().look()
+        self.history_states = [
+            (self._states("moved"), self._states("x")),
+            *((self._states(f"new{age}"), self._states(f"old{age}")) for age in range(1, self.history)),
+        ]
+
+    def _states(self, name: str) -> Tensor:
+        """Return the states lo + 1 .. lo + W of a tensor, (S, W, dim)."""
+        return self.flat[name][:-1].view(self.x.shape)[:, 1:]
+
+    def correct(self) -> None:
+        """Put the corrected states in place, once."""
+        if not self.corrected:
+            super().correct()
+        self.corrected = True
+
+    def measure_corrections(self) -> Tensor:
+        """Correct, and return the inner products of the corrections of the last rounds, (S, W, m, m)."""
+        self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
+        self.corrected = False
+        self.correct()
+        if self.history == 1:
+            return self.r.new_zeros(0)
+        stacked = torch.stack([new - old for new, old in self.history_states], 2).flatten(0, 1)
+        return torch.bmm(stacked, stacked.mT).view(self.count, self.width, self.history, self.history)
+
+    def move(self, *, enter: bool) -> None:
+        """Mix the corrections, and move what is kept of them."""
+        if self.history > 1:
+            sent, flat = self.pack.tensors, self.flat
+            self.correct()
+            mixed = flat["moved"].clone()
+            states = mixed[:-1].view(self.x.shape)[:, 1:]
+            states.mul_(sent["mix"][0])
+            for age in range(1, self.history):
+                states.addcmul_(self.history_states[age][0], sent["mix"][age])
+            for age in range(self.history - 1, 0, -1):
+                before = ("moved", "x") if age == 1 else (f"new{age - 1}", f"old{age - 1}")
+                for kind, source in zip(("new", "old"), before, strict=True):
+                    torch.index_select(flat[source], 0, sent["shift_history"], out=flat[f"{kind}{age}"][:-1])
+            flat["moved"].copy_(mixed)
+        super().move(enter=enter)
+
+
+class _Accelerated(Window):
+    """Windows that combine the corrections of the last rounds."""
+
+    tensors_type: type[WindowTensors] = _AcceleratedTensors
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Take the slopes, which are known before anything is measured."""
         super().correct(slopes, measured)
-        self.corrected = False
         self._frame_sent = False  # they are sent with what the measurement needs
-
-    def measure_tensors(self, *, pairs: bool = True) -> list[Tensor]:
-        """Correct, and measure the corrections too."""
-        parts = super().measure_tensors(pairs=pairs)
-        self.view("r").nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
-        self.corrected = False
-        self.correct_tensors()
-        return [*parts[:3], *([self._corrections()] if self.history > 1 else parts[3:])]
-
-    def correct_tensors(self) -> None:
-        """Put the corrected states in place, once."""
-        if not self.corrected:
-            super().correct_tensors()
-        self.corrected = True
-
-    def _corrections(self) -> Tensor:
-        """Return (S, W, m, m) inner products of the corrections of the last rounds."""
-        rounds = [("moved", "x"), *((f"new{age}", f"old{age}") for age in range(1, self.history))]
-        stacked = torch.stack([self.view(new)[:, 1:] - self.view(old)[:, 1:] for new, old in rounds], 2)
-        flat = stacked.flatten(0, 1)
-        return torch.bmm(flat, flat.mT).view(*stacked.shape[:2], self.history, self.history)
 
     def measure_corrections(self) -> Array:
         """Return the inner products of the corrections by a read of their own."""
-        return self._corrections().cpu().double().numpy() if self.history > 1 else np.zeros(0)
+        return self.tensors.measure_corrections().cpu().double().numpy()
 
-    def mix(self, factors: Array | None) -> None:
+    def mix(self, factors: Array) -> None:
         """Take the factors (S, W, m) of the last rounds in the next states."""
-        if factors is not None:
-            self.pack.numbers["mix"][..., 0] = factors.transpose(2, 0, 1)
+        self.pack.numbers["mix"][..., 0] = factors.transpose(2, 0, 1)
 
-    def _write_move(self, count: Indices, reached: Indices) -> None:
-        super()._write_move(count, reached)
-        source = count[:, None] + np.arange(self.W + 1)
-        here = np.arange(len(count))[:, None] * (self.W + 1) + source
-        self.pack.indices["shift_history"][:] = np.where(
-            source <= self.width[:, None], here, len(count) * (self.W + 1)
-        ).reshape(-1)
+    def _write_shift(self, count: Indices, last: Indices) -> None:
+        super()._write_shift(count, last)
+        source, nothing = count[:, None] + self.offset, len(count) * (self.W + 1)
+        here = np.where(source <= self.width[:, None], self.rows[:, None] * (self.W + 1) + source, nothing)
+        self.pack.indices["shift_history"][:] = here.reshape(-1)
         # Rounds on interpolated outputs begin a new history.
         now = np.stack([self.lo, self.hi], 1)[..., None]
         before = np.where(self.coarse[:, None, None], 0, self.spans)
         self.spans = np.concatenate([now, before], 2)[..., : self.history - 1]
 
-    def move_tensors(self, *, enter: bool) -> None:
-        """Mix the corrections, and move what is kept of them."""
-        if self.history == 1:
-            super().move_tensors(enter=enter)
-            return
-        sent, tensors = self.pack.tensors, self.tensors
-        self.correct_tensors()
-        mixed = tensors["moved"].clone()
-        states = mixed[:-1].view(len(self.places), -1, mixed.shape[1])[:, 1:]
-        states.mul_(sent["mix"][0])
-        for age in range(1, self.history):
-            states.addcmul_(self.view(f"new{age}")[:, 1:], sent["mix"][age])
-        for age in range(self.history - 1, 0, -1):
-            new, old = ("moved", "x") if age == 1 else (f"new{age - 1}", f"old{age - 1}")
-            for into, source in ((f"new{age}", new), (f"old{age}", old)):
-                torch.index_select(tensors[source], 0, sent["shift_history"], out=tensors[into][:-1])
-        tensors["moved"] = mixed
-        super().move_tensors(enter=enter)
+
+class _ReplayedTensors(_AcceleratedTensors):
+    """The same where a pass of the loop puts the corrected states in place."""
+
+    def gram(self) -> Tensor:
+        """Return nothing: residuals are not known."""
+        return self.r.new_zeros(0)
+
+    def correct(self) -> None:
+        """Do nothing: the corrected states are there."""
 
 
 class _ReplayedAccelerated(_Accelerated, ReplayedWindow):
     """The same over a loop that has no recurrence."""
 
-    def measure_tensors(self, *, pairs: bool = True) -> list[Tensor]:
-        """Measure what is there before the pass."""
-        return ReplayedWindow.measure_tensors(self, pairs=pairs)
+    tensors_type = _ReplayedTensors
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Run one pass of the loop."""
         ReplayedWindow.correct(self, slopes, measured)
-        self.corrected = True

@@ -31,6 +31,8 @@ class Batch:
     Attributes:
         problem: What all samples share.
         recurrence: Coefficients, starts and noise of all places.
+        start: (S, dim) the first states.
+        noise: (S, N, dim) what the steps add, or None; ``noise_rows`` (S N, dim) the same.
         guess: (S, N + 1, dim) trajectories to start from, or None.
         generator: Seeds what the solver draws, if it draws: one for the batch, or one for each place.
         accepted: (S,) how many steps are accepted.
@@ -51,7 +53,8 @@ class Batch:
         keep_trajectory: bool = False,
     ) -> None:
         count = len(recurrence.start)
-        self.problem, self.recurrence, self.guess, self.generator = problem, recurrence, guess, generator
+        self.problem, self.guess, self.generator = problem, guess, generator
+        self.recurrence = recurrence
         self.accepted = np.zeros(count, np.int64)
         self.error = np.zeros(count)
         self.finished = np.zeros(count, bool)
@@ -69,14 +72,18 @@ class Batch:
             self.trajectory[:, 0] = self.start
 
     @property
-    def start(self) -> Tensor:
-        """(S, dim) the first states."""
-        return self.recurrence.start.detach().flatten(1)
+    def recurrence(self) -> Recurrence:
+        """Coefficients, starts and noise of all places."""
+        return self._recurrence
 
-    @property
-    def noise(self) -> Tensor | None:
-        """(S, N, dim) what the steps add, or None."""
-        return None if self.recurrence.noise is None else self.recurrence.noise.flatten(2)
+    @recurrence.setter
+    def recurrence(self, recurrence: Recurrence) -> None:
+        self._recurrence = recurrence
+        noise = recurrence.noise
+        # Views of these, made once: (S, dim) the first states, (S, N, dim) and (S N, dim) what the steps add, or None.
+        self.start = recurrence.start.detach().flatten(1)
+        self.noise = None if noise is None else noise.flatten(2)
+        self.noise_rows = None if self.noise is None else self.noise.view(-1, self.noise.shape[2])
 
     def __len__(self) -> int:
         """Return the number of places."""

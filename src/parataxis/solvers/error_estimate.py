@@ -112,8 +112,7 @@ def error_to_sample(remaining: Array, moves: Array, gain: Array, size: Array, sa
     with np.errstate(invalid="ignore", over="ignore"):  # of an overflow nothing is known, whatever its gain
         errors = gain * np.clip(safety * remaining, MIN_REMAINING * moves, moves) / size[:, None]
     errors[:, 0] = 0.0
-    errors[np.isnan(errors)] = np.inf
-    return errors
+    return np.where(np.isnan(errors), np.inf, errors)
 
 
 def choose_accepted(errors: Array, used: Array, share: Array, width: Indices, last: NDArray[np.bool_]) -> Indices:

@@ -50,7 +50,7 @@ class Picard(Windowed):
 
     def slopes(self, window: Window, measured: Measured) -> Array:
         """Return the slopes for which each step has the growth of the expected rms."""
-        return window.slopes_for_growth(window.rms_ratio())
+        return window.slopes_for_growth(window.rms_ratio)
 
     def passed(self, window: Window) -> NDArray[np.bool_] | None:
         """Return (S, W) which states pass the published test; NaN never does."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array, Indices, read
+from .tensors import WindowTensors
 from .window import Measured, Window
 
-__all__ = ["ReplayedWindow", "Replays"]
+__all__ = ["ReplayedTensors", "ReplayedWindow", "Replays"]
 
 
 class Replays(Protocol):
@@ -35,22 +36,28 @@ class Replays(Protocol):
         ...
 
 
+class ReplayedTensors(WindowTensors):
+    """Tensors of windows whose corrected states are put in place by a pass of the loop."""
+
+    def gram(self) -> Tensor:
+        """Return nothing: residuals are not known."""
+        return self.r.new_zeros(0)
+
+    def correct(self) -> None:
+        """Do nothing: the corrected states are there."""
+
+
 class ReplayedWindow(Window):
     """Windows whose trajectory follows by a pass of the loop."""
 
-    def measure_tensors(self, *, pairs: bool = True) -> list[Tensor]:
-        """Return nothing of residuals; otherwise as :meth:`Window.measure_tensors`."""
-        parts = super().measure_tensors(pairs=pairs)
-        return [parts[0].new_zeros(0), *parts[1:]]
+    tensors_type = ReplayedTensors
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Run one pass of the loop with these slopes; the norms are those of what it gives."""
         super().correct(slopes, None)
-        finite = self.all_finite if measured is None else measured.finite
         slopes = np.where(self.inside, slopes, 0.0)
-        loop, moved, x = self._loop, self.view("moved"), self.x
-        last = int(self.hi.max())
-        loop.run_pass(min(last + int(self.width.max()), self.problem.steps))
+        loop, moved, x = self._loop, self.tensors.moved, self.tensors.x
+        loop.run_pass(min(int(self.hi.max()) + int(self.width.max()), self.problem.steps))
         for row in np.flatnonzero(self.width):
             states = loop.states(int(self.places[row]), int(self.lo[row]) + 1, int(self.hi[row]))
             moved[row, 1 : 1 + self.width[row]] = states.to(moved)
@@ -62,10 +69,7 @@ class ReplayedWindow(Window):
         rest[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
         changes, residuals = read(torch.stack([change.square().sum(2), rest.square().sum(2)])).reshape(2, *growth.shape)
         with np.errstate(over="ignore", invalid="ignore"):
-            self._take_norms(np.sqrt(changes), np.sqrt(residuals), finite)
-
-    def correct_tensors(self) -> None:
-        """The pass has left the corrected states in place."""
+            self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
 
     @property
     def _loop(self) -> Replays:
@@ -74,17 +78,16 @@ class ReplayedWindow(Window):
 
     def move(self, count: Indices, error: Array, entry: str) -> None:
         """Accept states and move; entering states come from a pass with the last output of each window frozen."""
-        lo, hi, width = self.lo, self.hi, self.width
+        lo, hi, width, frozen = self.lo, self.hi, self.width, self.tables.frozen
         entering = np.where(width > 0, np.minimum(lo + count + self.W, self.problem.steps) - hi, 0)
         super().move(count, error, entry)
         if entry == "copy" or self.batch.guess is not None or not entering.any():
             return
         rows = np.flatnonzero(entering > 0)
-        places = self.places[rows]
-        frozen = self.tables.frozen[hi[rows] - 1][:, None]
-        self._loop.note_slopes(places, hi[rows] - 1, np.ones(len(rows), np.int64), frozen)
+        self._loop.note_slopes(self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None])
         self._loop.run_pass(int((hi + entering)[rows].max()))
+        x = self.tensors.x
         for row in rows:
             states = self._loop.states(int(self.places[row]), int(hi[row]) + 1, int(hi[row] + entering[row]))
             first = int(hi[row] - self.lo[row]) + 1
-            self.x[row, first : first + len(states)] = states.to(self.x)
+            x[row, first : first + len(states)] = states.to(x)

@@ -43,13 +43,19 @@ class Secant(Windowed):
 
     def slopes(self, window: Window, measured: Measured) -> Array:
         """Return secants, and slopes from the origin for steps that are new."""
-        problem = window.problem
-        dx_dx, df_dx, df_df = np.moveaxis(measured.pairs, 2, 0)
-        rounding = 10 * problem.rounding * window.tables.rms[window.steps]
-        moved = ~window.evaluated | (dx_dx > rounding**2 * problem.dim)
+        problem, pairs = window.problem, measured.pairs
+        dx_dx, df_dx = pairs[..., 0, 0], pairs[..., 0, 1]
+        rounding = (10 * problem.rounding * np.sqrt(problem.dim)) * window.rms
+        moved = ~window.evaluated | (dx_dx > rounding * rounding)
         with np.errstate(divide="ignore", invalid="ignore"):
             slopes = np.where(moved, df_dx / dx_dx, window.slopes)
         # An output whose square overflows says nothing either.
-        known = np.isfinite(slopes) & np.isfinite(df_df) & measured.finite & ~window.coarse[:, None]
-        slopes = np.where(known, slopes, window.gaussian_slopes())
-        return window.slopes_for_growth(np.clip(window.growth(slopes), 0.0, MAX_GROWTH * window.rms_ratio()))
+        known = np.isfinite(slopes) & np.isfinite(pairs[..., 1, 1])
+        if measured.finite is not None:
+            known &= measured.finite
+        if window.strided:
+            known &= ~window.coarse[:, None]
+        if not known.all():
+            slopes = np.where(known, slopes, window.gaussian_slopes())
+        growth = window.growth(slopes)
+        return window.slopes_for_growth(np.minimum(np.maximum(growth, 0.0), MAX_GROWTH * window.rms_ratio))
