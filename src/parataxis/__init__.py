@@ -1,6 +1,7 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .engine.captured import cuda_graph
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
 from .engine.run import Run, drive, start
@@ -44,6 +45,7 @@ __all__ = [
     "Solutions",
     "Recurrence",
     "cosine",
+    "cuda_graph",
     "numerical_floor",
     "flow",
     "karras",

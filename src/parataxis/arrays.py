@@ -79,7 +79,8 @@ class Packed:
         """Copy what has been written to the device; at most two operations."""
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
-            if self._device.is_cuda:
+            # Inside a CUDA graph the host waits by other means.
+            if self._device.is_cuda and not torch.cuda.is_current_stream_capturing():
                 self._sent = torch.cuda.current_stream(self._device.device).record_event()
         if len(self._cast) and self._cast.data_ptr() != self._device.data_ptr():
             self._cast.copy_(self._device[: len(self._cast)])

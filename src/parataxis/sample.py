@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .arrays import upload
 from .checks import called, check_generators, check_rows, check_solver, check_tolerance, check_whole
+from .engine.captured import GraphedNetwork
 from .engine.executor import Executor, Network, check, pick, ranks_of
 from .engine.latency import format_seconds
 from .engine.rows import EvalBatch
@@ -109,6 +111,7 @@ def sample(
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
+    graphed = denoise if isinstance(denoise, GraphedNetwork) else None
     network = called(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
@@ -177,7 +180,8 @@ def sample(
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
-    runs = start(
+    begin = partial(
+        start,
         sampler,
         table,
         solver,
@@ -188,6 +192,7 @@ def sample(
         frozen_steps=frozen_steps,
         generator=generator,
     )
+    runs = begin()
     evaluate: Callable[[EvalBatch], Tensor] = Executor(
         Network(network, sampler.network_times(noise.dtype), condition), max_rows=max_rows, buckets=buckets
     )
@@ -206,9 +211,14 @@ def sample(
         )
         evaluate = Sharded(evaluate, ranks)
     total = sampler.steps * len(runs)
-    with tqdm(total=total, unit="level", disable=not progress) as bar:
+    captured = None
+    if graphed is not None and ranks is None and max_rows is None and on_round is None and stop is None:
+        captured = graphed.drive(runs, sampler, condition, noise.dtype)
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
         try:
             with torch.no_grad():
+                if captured is not None and not captured.finish():
+                    runs = begin()  # what it met needs more than a graph
                 for rounds in drive(runs, evaluate, on_round=on_round, stop=stop):
                     bar.set_postfix(rounds=rounds, refresh=False)
                     bar.update(sum(run.accepted for run in runs) - bar.n)

@@ -110,7 +110,7 @@ class Group:
     def _send(self, places: Indices | None, outputs: Tensor, query: Query) -> None:
         self._query, self._first = self._queries.send(Answer(places, outputs)), None
         for place in np.flatnonzero(query.width).tolist() if places is None else places.tolist():
-            self.runs[place]._took_round(int(query.width[place]))
+            self.runs[place].took_round(int(query.width[place]))
 
 
 class Run:
@@ -132,7 +132,7 @@ class Run:
         self.evaluations = 0
         self.peak_width = 0
         self.history: list[Round] = []
-        self._group = group
+        self.group = group
         self._reason = ""
         self._accepted, self._error = 0, 0.0
         self._final: Tensor | None = None
@@ -146,12 +146,12 @@ class Run:
     @property
     def problem(self) -> Problem:
         """What is solved."""
-        return self._group.batch.problem
+        return self.group.batch.problem
 
     @property
     def solver(self) -> Solver:
         """How it is solved."""
-        return self._group.solver
+        return self.group.solver
 
     @property
     def done(self) -> bool:
@@ -161,12 +161,12 @@ class Run:
     @property
     def accepted(self) -> int:
         """How many steps are accepted."""
-        return self._accepted if self.done else int(self._group.batch.accepted[self.place])
+        return self._accepted if self.done else int(self.group.batch.accepted[self.place])
 
     @property
     def error(self) -> float:
         """Estimated relative error of the sample that has been accepted so far."""
-        return self._error if self.done else float(self._group.batch.error[self.place])
+        return self._error if self.done else float(self.group.batch.error[self.place])
 
     @property
     def query(self) -> EvalBatch:
@@ -189,12 +189,12 @@ class Run:
         Where that is unknown, it is one coarse step from the farthest evaluation, and in multistep samplers the state
         there.
         """
-        batch = self._group.batch
+        batch = self.group.batch
         if self._final is not None:
             row = self._final
         else:
             row = batch.start[self.place] if batch.memory is None else batch.memory.estimate(self.place)
-        return row.view(self._group.shape).clone()
+        return row.view(self.group.shape).clone()
 
     @property
     def solution(self) -> Solution:
@@ -213,13 +213,13 @@ class Run:
             peak_width=self.peak_width,
             error_estimate=self.error if converged else float("inf"),
             history=tuple(self.history),
-            trajectory=None if trajectory is None else trajectory.view(-1, *self._group.shape),
+            trajectory=None if trajectory is None else trajectory.view(-1, *self.group.shape),
         )
 
     @property
     def slot(self) -> int:
         """What the sample is called in :class:`EvalBatch`."""
-        return int(self._group.slots[self.place])
+        return int(self.group.slots[self.place])
 
     @property
     def shares_memory(self) -> bool:
@@ -228,14 +228,14 @@ class Run:
 
     def own(self, number: int, slot: int, generator: torch.Generator | None) -> None:
         """Become the first run of a stream: others will take the places of what the caller owns."""
-        self._group.batch.copy_inputs(generator)
+        self.group.batch.copy_inputs(generator)
         self._name(number, slot)
 
     def join(
         self, number: int, slot: int, recurrence: Recurrence, generator: torch.Generator | None, room: int
     ) -> Run:
         """Start a run for one more sample in the same memory, which grows by doubling up to ``room`` places."""
-        group = self._group
+        group = self.group
         batch = group.batch
         free = np.flatnonzero(~batch.active)
         place = int(free[0]) if len(free) else len(batch)
@@ -249,12 +249,12 @@ class Run:
         return run
 
     def _name(self, number: int, slot: int) -> None:
-        self.number = self._group.batch.numbers[self.place] = number
-        self._group.slots[self.place] = slot
+        self.number = self.group.batch.numbers[self.place] = number
+        self.group.slots[self.place] = slot
 
-    def _took_round(self, width: int) -> None:
+    def took_round(self, width: int) -> None:
         """Count a round, and end if the sample is there."""
-        batch = self._group.batch
+        batch = self.group.batch
         self.rounds += 1
         self.evaluations += width
         self.peak_width = max(self.peak_width, width)
@@ -266,11 +266,11 @@ class Run:
             self._end("converged", batch.results[self.place])
 
     def _end(self, reason: str, sample: Tensor) -> None:
-        batch = self._group.batch
+        batch = self.group.batch
         self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
         self._reason, self._final = reason, sample.flatten()
         batch.active[self.place] = False
-        self._group.changed = True
+        self.group.changed = True
 
 
 def start(
@@ -386,7 +386,7 @@ def shares_of(runs: Sequence[Run], limit: int | None = None) -> list[Share]:
     found: dict[int, Share] = {}
     indices: dict[int, list[Indices]] = {}
     for run in runs:
-        group, query = run._group, run._group.ask()
+        group, query = run.group, run.group.ask()
         width = int(query.width[run.place])
         evaluated = sum(len(part) for part in group.partial.get(run.place, []))
         count = int(min(width - evaluated, left))
@@ -441,7 +441,7 @@ def drive(
         ValueError: For runs of several calls.
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for an accepted input.
     """
-    if any(run._group is not runs[0]._group for run in runs):
+    if any(run.group is not runs[0].group for run in runs):
         raise ValueError("runs that are driven together must be of one call of start: make one recurrence of all.")
     rounds = 0
     while active := [run for run in runs if not run.done]:

@@ -92,7 +92,7 @@ class WindowTensors:
     def indices(self) -> dict[str, int]:
         """Return how many indices of each kind the host sends."""
         width, lags = self.width, self.lags
-        indices = {"noise": width, "last_x": 1, "last_f": 1, "size_x": 1, "before_x": width, "before_f": width}
+        indices = {"step": width, "noise": width, "last_x": 1, "last_f": 1, "size_x": 1, "before_x": width, "before_f": width}
         indices |= {"shift": width + 1, "history": lags}
         indices |= {"tail_moved": 2, "tail_f": 1, "tail_history": lags, "tail_noise": width + 1}
         return {name: size * self.count for name, size in indices.items()}

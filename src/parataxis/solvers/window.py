@@ -14,6 +14,8 @@ place is free or its sample has ended: entries beyond a window are harmless zero
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +164,7 @@ class Window:
     """
 
     tensors_type: type[WindowTensors] = WindowTensors
+    always_enters = False  # whether the factors of entering states are written in every round
     STATES = ("lo", "error_used", "variance", "rounds", "known", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
 
     def __init__(
@@ -357,8 +360,12 @@ class Window:
         if not finite.all():
             flags, outputs = self._repair(outputs, finite)
             gram, _, size, corrections, _ = self._measure(outputs, pairs=False)
+        return self.take_measured(gram, pairs, size, corrections, flags)
+
+    def take_measured(self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None) -> Measured:
+        """Take what the device has measured; ``size`` (S,) is the norm of the data prediction."""
         self._note_size(size)
-        return Measured(gram, pairs, flags, corrections)
+        return Measured(gram, pairs, finite, corrections)
 
     def _measure(self, outputs: Tensor, *, pairs: bool) -> list[Array]:
         self.store(outputs)
@@ -367,11 +374,7 @@ class Window:
             self.pack.send()
             self._frame_sent = True
         parts = [*self.tensors.measure(pairs=pairs), torch.linalg.vector_norm(outputs, float("inf"), dim=1)]
-        flat, found, first = read(torch.cat([part.reshape(-1) for part in parts])), [], 0
-        for part in parts:
-            found.append(flat[first : first + part.numel()].reshape(part.shape))
-            first += part.numel()
-        return found
+        return split(read(torch.cat([part.reshape(-1) for part in parts])), [part.shape for part in parts])
 
     def store(self, outputs: Tensor) -> None:
         """Put the outputs of the last query in their places; between nodes they are interpolated."""
@@ -450,8 +453,9 @@ class Window:
             numbers["p"][:, 0], numbers["q"][:, 0] = tables.p[point], tables.q[point]
         else:  # where the data prediction is unknown, the last state of the window stands for it
             numbers["p"][:], numbers["q"][:] = 1.0, 0.0
+        steps = self.steps if self.uniform else np.minimum(self.steps, self.problem.steps - 1)
+        indices["step"][:] = steps.reshape(-1)
         if self.batch.noise is not None:
-            steps = self.steps if self.uniform else np.minimum(self.steps, self.problem.steps - 1)
             indices["noise"][:] = (steps + (self.places * self.problem.steps)[:, None]).reshape(-1)
         self._frame_sent = False
 
@@ -550,7 +554,7 @@ class Window:
         self._write_shift(count, last)
         new = entering if not guessed else np.zeros_like(entering)
         enter = bool(new.any()) or self.overflow
-        if enter:
+        if enter or self.always_enters:
             self._write_entering(count, last, new, entry)
         self.error_used = self.error_used + error
         self._shift_known(count)
@@ -561,9 +565,8 @@ class Window:
         self.rounds = self.rounds + present
         self.frame()
         self.write_frame()
-        self.pack.send()
+        self.carry_out(enter=enter)
         self._frame_sent = True
-        self.tensors.move(enter=enter)
         self.batch.accept(self.places, count, self.tensors.step, self.error_used)
         if guessed and entering.any():
             self._load_guess(entering)
@@ -571,6 +574,11 @@ class Window:
             place = int(self.places[row])
             self.batch.finished[place] = True
             self.batch.results[place] = self.tensors.x[row, 0].clone()
+
+    def carry_out(self, *, enter: bool) -> None:
+        """Send what has been written, and move the tensors."""
+        self.pack.send()
+        self.tensors.move(enter=enter)
 
     def _write_shift(self, count: Indices, last: Indices) -> None:
         """Write down where every row of the next window comes from; states behind ``last`` are not gone on from."""
@@ -662,3 +670,13 @@ class Window:
 
 
 NEVER = np.zeros(1, bool)  # of rounds on all steps
+
+
+def split(flat: Array, shapes: Sequence[Sequence[int]]) -> list[Array]:
+    """Return arrays of these shapes that lie one behind the other."""
+    found, first = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        found.append(flat[first : first + size].reshape(shape))
+        first += size
+    return found
