@@ -7,7 +7,7 @@ Checks, each for one call of `parallel(pipe)`:
 - *window 1*: one recorded call at a time, replayed and never merged, is the sequential run to the bit, and the networks
   are called by the library only: every output came through the stub;
 - *tolerance 0*: relative error <= 1e-5 in float32, or twice the loop's floor where that is larger;
-- *default*: certificate <= tolerance and relative error <= 1e-2 in float32;
+- *default*: error estimate <= tolerance and relative error <= 1e-2 in float32;
 - *bfloat16*: relative error <= 1e-2, or twice the loop's floor where that is larger: how far the sequential run itself
   moves when all its outputs move by a unit in their last place.
 
@@ -44,13 +44,13 @@ COLUMNS = [
     "falls_short",
     "mode",
     "reason",
-    "levels",
+    "steps",
     "samples",
     "rounds",
     "evaluations",
     "calls",
     "passes",
-    "certificate",
+    "error_estimate",
     "floor",
     "error",
     "loop_floor",
@@ -112,15 +112,15 @@ class Case:
         if not error <= max(check.bound, 2 * (floor or 0)):
             short.append("error")
         if check.tolerance and not report.error_estimate <= max(check.tolerance, 2 * report.floor):
-            short.append("certificate")
+            short.append("error_estimate")
         if not report.converged and check.tolerance:
             short.append("not converged")
         if report.mode != "sequential" and calls != report.calls:
             short.append("calls that are not counted")
         if report.mode == "replay" and check.solver == CHECKS["window 1"].solver and report.rounds != report.steps:
-            short.append("more rounds than levels")
+            short.append("more rounds than steps")
         row = {name: str(value) for name, value in vars(report).items()}
-        row |= {name: f"{vars(report)[name]:.1e}" for name in ("certificate", "floor")}
+        row |= {name: f"{vars(report)[name]:.1e}" for name in ("error_estimate", "floor")}
         row |= {"falls_short": ", ".join(short), "error": f"{error:.1e}"}
         row["loop_floor"] = "" if floor is None else f"{floor:.1e}"
         return row
@@ -221,18 +221,18 @@ def page(found: Iterable[Row]) -> str:
         "- *window 1* is the sequential run to the bit, and every network call is the library's own: every output that",
         "  the loop saw came through the stub;",
         "- *tolerance 0*: relative error <= 1e-5 in float32, or twice the loop's floor where that is larger;",
-        "- *default*: certificate <= 1e-2 and relative error <= 1e-2 in float32;",
+        "- *default*: error estimate <= 1e-2 and relative error <= 1e-2 in float32;",
         "- *bfloat16*: relative error <= 1e-2, or twice the loop's floor where that is larger.",
         "",
         "The loop's floor is measured on the sequential run: how far the sample moves when every output moves by a",
         "unit in its last place. *Rounds* are those of the pipeline as it comes, at the default tolerance.",
         "",
-        "| pipeline | mode | rounds of levels | " + " | ".join(f"{label}: passed, worst" for label in CHECKS) + " |",
+        "| pipeline | mode | rounds of steps | " + " | ".join(f"{label}: passed, worst" for label in CHECKS) + " |",
         "|---" * (3 + len(CHECKS)) + "|",
     ]
     for name, rows in pipelines.items():
         plain = next((row for row in rows if row["option"] == "plain" and row["check"] == "default"), rows[0])
-        gain = f"{plain['rounds']} of {plain['levels']}" if plain["mode"] != "sequential" else ""
+        gain = f"{plain['rounds']} of {plain['steps']}" if plain["mode"] != "sequential" else ""
         cells = [summary([row for row in rows if row["check"] == label]) for label in CHECKS]
         lines.append(f"| {name} | {plain['mode']} | {gain} | " + " | ".join(cells) + " |")
     lines += ["", "| option | pipelines | " + " | ".join(CHECKS) + " |", "|---" * (2 + len(CHECKS)) + "|"]

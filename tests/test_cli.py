@@ -176,7 +176,7 @@ def test_an_unknown_command_or_flag_is_refused(capsys):
     assert "Did you mean 'sample'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sample", "--solver", "picard", "--rule", "other"])
-    assert "must be one of budget, paradigms" in capsys.readouterr().err
+    assert "must be one of error, paradigms" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

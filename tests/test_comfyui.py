@@ -525,7 +525,7 @@ def test_a_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(
     assert relative(x, expected) <= 1e-5
     assert [(i, steps) for i, _, _, steps in told] == [(i, 20) for i in range(20)]
     assert all(relative(one[1], two[1]) <= 1e-3 for one, two in zip(told, expected_told, strict=True))
-    assert f"{name}: table: " in caplog.text
+    assert f"{name}: recurrence: " in caplog.text
     assert parallel.sampler_function.report.peak_rows > 3
 
 

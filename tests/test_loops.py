@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import parataxis as px
-from parataxis import loops
-from parataxis.loops import parallel
+from parataxis.loops import solving
 from parataxis.loops.passes import Passes
+from parataxis.parallel import parallel
 
 DIM = 48
 LEVELS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
@@ -1460,7 +1460,7 @@ def test_what_a_call_holds_is_let_go_without_the_garbage_collector(name, monkeyp
             super().__init__(*args)
             passes.append(weakref.ref(self))
 
-    monkeypatch.setattr(loops, "Passes", Watched)
+    monkeypatch.setattr(solving, "Passes", Watched)
     loop = LOOPS.get(name, with_gradients)
     run = parallel(loop, denoisers=[net := Net()])
     gc.collect()

@@ -330,7 +330,7 @@ def test_two_pipelines_that_share_a_denoiser_do_not_disturb_each_other():
             assert relative(picture(one), expected[0]) <= 1e-2
             assert relative(other(two), expected[1]) <= 1e-2
         assert report.steps == 20
-        assert second.levels == 16
+        assert second.steps == 16
 
 
 def test_a_parallel_call_from_a_callback_of_another_is_refused_and_leaves_nothing_behind():
@@ -482,4 +482,4 @@ def test_the_first_lines_of_the_documentation_run(capsys):
     text = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(code, {})
-    assert re.match(r"table: 50 levels in \d\d rounds", capsys.readouterr().out)
+    assert re.match(r"recurrence: 50 steps in \d\d rounds", capsys.readouterr().out)

@@ -67,9 +67,9 @@ def measure(denoise, most=64):
 
 def test_the_rows_that_cost_as_much_as_one_are_found(costing):
     for free in (1, 4, 8, 32):
-        assert measure(costing(lambda rows, free=free: bent(rows, free))).free == pytest.approx(free)
-    assert measure(costing(lambda rows: 0.01)).free == pytest.approx(64)
-    assert measure(costing(raised)).free == pytest.approx(raised(1) / 0.002)
+        assert measure(costing(lambda rows, free=free: bent(rows, free))).batch_headroom == pytest.approx(free)
+    assert measure(costing(lambda rows: 0.01)).batch_headroom == pytest.approx(64)
+    assert measure(costing(raised)).batch_headroom == pytest.approx(raised(1) / 0.002)
 
 
 @pytest.mark.parametrize("tau", [bent, raised, linear, lambda rows: 0.01])
@@ -125,7 +125,7 @@ def test_planning_with_buckets_makes_no_other_calls(costing):
 def test_a_disturbed_measurement_does_not_lift_what_costs_more():
     known = px.Latency((1, 2, 4, 8), (1.0, 3.0, 1.2, 2.0))
     assert known.seconds([1, 2, 3, 4, 8]) == pytest.approx([1.0, 1.2, 1.2, 1.2, 2.0])
-    assert px.Latency((1, 2), (4.0, 3.0)).free == 2
+    assert px.Latency((1, 2), (4.0, 3.0)).batch_headroom == 2
 
 
 def test_where_memory_ends_is_remembered_and_more_rows_take_several_calls(costing):

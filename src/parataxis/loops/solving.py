@@ -122,8 +122,8 @@ class Report:
             return f"{self.mode}: {self.reason}"
         work = self.evaluations / max(self.steps * self.samples, 1)
         return (
-            f"{self.mode}: {self.steps} levels in {self.rounds} rounds ({work:.2f} evaluations a level, "
-            f"{self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); certificate "
+            f"{self.mode}: {self.steps} steps in {self.rounds} rounds ({work:.2f} evaluations a step, "
+            f"{self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); error estimate "
             f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
             + ("" if self.converged else "; NOT CONVERGED")
             + (f"; {self.reason}" if self.reason else "")
