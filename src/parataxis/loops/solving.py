@@ -514,7 +514,7 @@ class _Solved(Recurrence):
     def of(cls, stage: Stage) -> _Solved:
         assert stage.start is not None
         noise = torch.stack([stage.runs(added) for added in stage.added], 1)
-        return cls(stage.structure.local, stage.runs(stage.start), noise, stage)
+        return cls(stage.structure.coefficients, stage.runs(stage.start), noise, stage)
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes for the replay."""
@@ -532,7 +532,7 @@ class _Replayed(Recurrence):
 
     @classmethod
     def of(cls, stage: Stage, passes: Passes) -> _Replayed:
-        local = stage.structure.local
+        local = stage.structure.coefficients
         # The coefficients only turn slopes into growth and back.
         local = Coefficients(local.state_weight, local.output_weight.sum(1, keepdims=True), np.zeros(local.steps))
         assert stage.start is not None
