@@ -277,16 +277,16 @@ class Turns:
 
     Args:
         device: Where.
-        repeats: Turns of every method; slow ones take a quarter of them.
+        repeats: Turns of every method; slow ones take a sixth of them.
     """
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device, self.repeats = device, repeats
-        self._runs: dict[Any, tuple[Run, bool]] = {}
+        self._runs: dict[Any, tuple[Run, bool, Callable[[], object]]] = {}
 
-    def add(self, name: Any, run: Run, *, slow: bool = False) -> None:
-        """Take a method: seed to sample, rounds and evaluations."""
-        self._runs[name] = run, slow
+    def add(self, name: Any, run: Run, *, slow: bool = False, before: Callable[[], object] = lambda: None) -> None:
+        """Take a method: seed to sample, rounds and evaluations; ``before`` is called before the clock starts."""
+        self._runs[name] = run, slow, before
 
     def take(self, reference: Run, budget: Budget) -> dict[Any, dict[str, float]]:
         """Return p50 and p95 milliseconds, rounds, evaluations and errors to a reference of every method."""
@@ -298,9 +298,10 @@ class Turns:
                 break
             seed = max(turn, 0)
             exact = reference(seed)[0].float()
-            for name, (run, slow) in self._runs.items():
-                if name in failed or (slow and turn > 0 and turn % 4):
+            for name, (run, slow, before) in self._runs.items():
+                if name in failed or (slow and turn > 0 and turn % 6):
                     continue
+                before()
                 synchronize(self.device)
                 begun = time.perf_counter()
                 try:

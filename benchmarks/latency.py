@@ -196,7 +196,11 @@ def compare(
         turns.add((method, window), ours(solver, window))
     if name != "flow_euler":
         short = Coefficients.of(shipped.model.sampler("ddim", 10))
-        turns.add(("ddim-10", 1), lambda seed: (graphed(short, ready[seed][0], None, label), 10, 10))
+        turns.add(
+            ("ddim-10", 1),
+            lambda seed: (graphed(short, ready[seed][0], None, label), 10, 10),
+            before=lambda: graphed.load(short),
+        )
     if name == "ddpm":
 
         def draw(seed: int) -> tuple[Tensor, int, int]:
@@ -267,7 +271,8 @@ def curves(options: argparse.Namespace, budget: Budget) -> None:
     results = curve_results(options)
     for dtype in options.dtypes:
         for name in options.models:
-            if results.done(model=name, dtype=dtype, rows=1) or budget.over():
+            one = {"model": name, "dtype": dtype, "rows": 1}
+            if results.done(**one) or budget.over():
                 continue
             shipped = Shipped(name, options.device, getattr(torch, dtype))
             denoise = by_rows(shipped.denoise) if options.compile else shipped.denoise

@@ -51,7 +51,8 @@ from meter import Budget, Results
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = ROOT / "examples" / "policy"
 WEIGHTS = ROOT / "out" / "weights"
-HORIZON, STEPS = 16, 100
+HORIZON, STEPS, SEEN = 16, 100, 2
+TASK = "door-open-v3"  # of the demonstrations the one whose observations have the most entries
 KEY = ("size", "sampler", "method", "window", "dtype")
 BATCH = {"0.5M": 2048, "4.4M": 2048, "16M": 1024, "63M": 512}
 RATE = {"0.5M": 2e-3, "4.4M": 1e-3, "16M": 5e-4, "63M": 3e-4}
@@ -81,11 +82,11 @@ class Demonstrations:
         source: Where they come from.
     """
 
-    def __init__(self, device: str, path: Path | None) -> None:
+    def __init__(self, device: str, path: Path) -> None:
         self.device = device
         self.source, self.action_dim, self.observation_dim = "made up", 4, 20
         self._plans: Tensor | None = None
-        if path is not None and path.exists():
+        if path.exists():
             plans, observations = windows(path)
             self._plans, self._observations = plans.to(device), observations.to(device)
             self.source, self.action_dim = path.stem, plans.shape[-1]
@@ -125,23 +126,18 @@ def made_up(count: int, device: str, generator: torch.Generator | None = None) -
 
 
 def windows(path: Path) -> tuple[Tensor, Tensor]:
-    """Return all plans (n, 16, actions) of a file's episodes, scaled to [-1, 1], and their observations (n, ..).
+    """Return a plan (n, 16, actions) for each step of a file's episodes, and the last two observations (n, ..).
 
-    The file holds ``actions`` (steps, actions), ``observations`` (steps, observations) and ``lengths`` (episodes,).
+    The file holds ``action`` (steps, actions) and ``observation`` (steps, observations), scaled to [-1, 1], and
+    ``episode_ends`` (episodes,). Plans that reach beyond an episode repeat its last action.
     """
     held = load_file(path)
-    actions, observations = held["actions"].float(), held["observations"].float()
-    low, high = actions.amin(0), actions.amax(0)
-    actions = 2 * (actions - low) / (high - low).clamp(min=1e-6) - 1
-    low, high = observations.amin(0), observations.amax(0)
-    observations = 2 * (observations - low) / (high - low).clamp(min=1e-6) - 1
-    plans, seen, first = [], [], 0
-    for length in held["lengths"].tolist():
-        steps = torch.arange(length)[:, None] + torch.arange(HORIZON)
-        plans.append(actions[first + steps.clamp(max=length - 1)])
-        seen.append(observations[first : first + length])
-        first += length
-    return torch.cat(plans), torch.cat(seen)
+    ends = held["episode_ends"].long()
+    step = torch.arange(int(ends[-1]))
+    episode = torch.bucketize(step, ends, right=True)
+    first, last = torch.cat([ends.new_zeros(1), ends[:-1]])[episode][:, None], ends[episode][:, None] - 1
+    index = (step[:, None] + torch.arange(HORIZON) - (SEEN - 1)).clamp(first, last)
+    return held["action"].float()[index], held["observation"].float()[index[:, :SEEN]].flatten(1)
 
 
 # Training
@@ -376,6 +372,7 @@ def measure(
         turns.add(
             ("ddim-10", 1),
             lambda seed: (graphed(short, ready[seed][0], None, observations[seed, None]), 10, 10),
+            before=lambda: graphed.load(short),
         )
     if name == "ddpm":
 
@@ -402,8 +399,7 @@ def latency(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64
     module = policy_network()
-    path = next(iter(sorted((POLICY / "demonstrations").glob("*.safetensors"))), None)
-    data = Demonstrations(device, path)
+    data = Demonstrations(device, POLICY / "demonstrations" / f"{TASK}.safetensors")
     results = Results(options.results / "policy_latency.csv", KEY, device, resume=options.resume)
     dtype = getattr(torch, options.dtype)
     for size in sorted(options.sizes, key=ORDER.index):
