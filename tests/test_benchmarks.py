@@ -16,6 +16,7 @@ import gpu
 import overhead
 import parataxis as px
 import scaling
+import simulation
 from baselines import Coefficients, GraphedLoop, drawn, eager_loop
 from meter import Results, read, write
 
@@ -96,11 +97,48 @@ def test_the_loops_to_beat_give_the_sequential_sample(name, clip):
 
 
 def test_scaling(monkeypatch, tmp_path):
-    options = ("--ranks", "2", "--networks", "sleeping", "--widths", "4", "--steps", "12", "--milliseconds", "20")
-    one, two = run(scaling, monkeypatch, tmp_path, *options)
+    options = ("--ranks", "2", "--networks", "sleeping", "idle", "--widths", "4", "--steps", "12")
+    rows = run(scaling, monkeypatch, tmp_path, *options, "--milliseconds", "20")
+    (one, two), idle = [row for row in rows if row["network"] == "sleeping"], rows[1]
     assert (one["ranks"], two["ranks"]) == ("1", "2")
-    assert one["rounds"] == two["rounds"]
+    assert one["rounds"] == two["rounds"] == idle["rounds"]
     assert float(two["speedup"]) > 1.2
+    found = simulation.check(rows, 20.0)
+    assert [row["ranks"] for row in found] == [1, 2]
+    assert abs(float(found[0]["off_by_percent"])) < 30
+
+
+def test_rows_of_rounds_add_up_to_the_evaluations():
+    for rounds, evaluations, window in ((23, 178.5, 8), (15, 223.0, 16), (12, 572.0, 100), (6, 6.0, 8), (5, 40.0, 8)):
+        rows = simulation.rows_of_rounds(rounds, evaluations, window)
+        assert len(rows) == rounds
+        assert rows.sum() == pytest.approx(evaluations, rel=0.02)
+        assert rows.min() >= 1
+        assert rows.max() <= window
+
+
+def test_simulated_ranks_gain_what_their_links_allow(monkeypatch, tmp_path):
+    flat = px.Latency((1, 8, 16), (0.02, 0.02, 0.02))  # a batch for nothing: more ranks gain nothing
+    linear = px.Latency((1, 2), (0.02, 0.04))
+    rows = simulation.rows_of_rounds(20, 20 * 16.0, 16)
+    slow, fast = simulation.CLUSTERS[2], simulation.CLUSTERS[0]
+    row = 1e6
+
+    def seconds(known, ranks, cluster):
+        return simulation.seconds(known, rows, ranks, row, 0.0, cluster)
+
+    assert seconds(flat, 8, fast) >= seconds(flat, 1, fast)
+    assert seconds(linear, 1, fast) / seconds(linear, 8, fast) == pytest.approx(8, rel=0.05)
+    assert seconds(linear, 8, slow) > seconds(linear, 8, fast)
+    assert seconds(linear, 64, fast) > seconds(linear, 16, fast)  # no rank has less than a row
+    curve = tmp_path / "latency_curve.csv"
+    write(curve, [{"model": "m", "rows": n, "milliseconds": 20.0 * n, "device": "x"} for n in (1, 2)])
+    arguments = [scaling.__file__, "--simulate", "--curve", str(curve), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--figures", str(tmp_path)])
+    scaling.main()
+    found = [row for row in read(tmp_path / "simulation.csv") if row["kind"] == "forecast"]
+    assert {int(row["ranks"]) for row in found} == set(simulation.RANKS)
+    assert (tmp_path / "scaling-simulated.png").stat().st_size > 1000
 
 
 def test_overhead(monkeypatch, tmp_path):
