@@ -277,16 +277,23 @@ class Turns:
 
     Args:
         device: Where.
-        repeats: Turns of every method; slow ones take a sixth of them.
+        repeats: Turns of every method.
     """
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device, self.repeats = device, repeats
-        self._runs: dict[Any, tuple[Run, bool, Callable[[], object]]] = {}
+        self._runs: dict[Any, tuple[Run, int, Callable[[], object]]] = {}
 
-    def add(self, name: Any, run: Run, *, slow: bool = False, before: Callable[[], object] = lambda: None) -> None:
-        """Take a method: seed to sample, rounds and evaluations; ``before`` is called before the clock starts."""
-        self._runs[name] = run, slow, before
+    def add(self, name: Any, run: Run, *, every: int = 1, before: Callable[[], object] = lambda: None) -> None:
+        """Take a method.
+
+        Args:
+            name: A key of the results.
+            run: Seed to sample, rounds and evaluations.
+            every: It takes every n-th turn; 0 for the first one alone, without warming up.
+            before: Called before the clock starts.
+        """
+        self._runs[name] = run, every, before
 
     def take(self, reference: Run, budget: Budget) -> dict[Any, dict[str, float]]:
         """Return p50 and p95 milliseconds, rounds, evaluations and errors to a reference of every method."""
@@ -298,8 +305,9 @@ class Turns:
                 break
             seed = max(turn, 0)
             exact = reference(seed)[0].float()
-            for name, (run, slow, before) in self._runs.items():
-                if name in failed or (slow and turn > 0 and turn % 6):
+            for name, (run, every, before) in self._runs.items():
+                left_out = turn != 0 if every == 0 else turn > 0 and turn % every > 0
+                if name in failed or left_out:
                     continue
                 before()
                 synchronize(self.device)

@@ -51,7 +51,7 @@ PARTS = (
     Part(
         "policy",
         200,
-        ("policy.py", "--latency", "--sizes", "4.4M", "16M", "--train", "15"),
+        ("policy.py", "--latency", "--sizes", "4.4M", "16M", "--train", "12"),
         ("policy.py", "--latency", "--samplers", "flow", "--no-compile", *TINY_POLICY),
     ),
     Part(
@@ -72,9 +72,21 @@ PARTS = (
     ),
     Part("tests", 60, ("pytest", "-m", "cuda"), ("pytest", "-m", "cuda")),
     Part(
+        "images in float32",
+        80,
+        ("latency.py", "--parts", "images", "--models", "digits-unconditional", "--dtypes", "float32"),
+        (),
+    ),
+    Part(
         "more policies",
         110,
         ("policy.py", "--latency", "--sizes", "0.5M", "63M", "--train", "12", "--repeats", "15"),
+        (),
+    ),
+    Part(
+        "reduce-overhead",
+        30,
+        ("policy.py", "--latency", "--sizes", "4.4M", "--samplers", "ddpm", "--dtype", "bfloat16", "--reduce-overhead"),
         (),
     ),
     Part("large networks", 60, ("latency.py", "--parts", "large"), ()),

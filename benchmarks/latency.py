@@ -51,7 +51,7 @@ from parataxis import models
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("images", "curves", "large", "throughput")
 WINDOWS = (8, 16, 32, 64, 128, 256)
-SAMPLERS = {"vp": (("ddpm", 1000), ("ddim", 100), ("ddpm", 100), ("ddim", 50)), "flow": (("flow_euler", 100),)}
+SAMPLERS = {"vp": (("ddim", 100), ("ddpm", 1000), ("ddpm", 100), ("ddim", 50)), "flow": (("flow_euler", 100),)}
 KEY = ("model", "sampler", "steps", "dtype", "method", "window")
 ROUNDS = ROOT / "benchmarks" / "results" / "rounds.csv"
 
@@ -184,14 +184,14 @@ def compare(
 
         return run
 
-    turns = Turns(device, repeats)
-    turns.add(("loop", 1), loop("loop"), slow=True)
+    turns, slow = Turns(device, repeats), 6 if steps < 1000 else 0
+    turns.add(("loop", 1), loop("loop"), every=slow)
     turns.add(("compiled loop", 1), loop("compiled loop"))
     if device == "cuda":
         turns.add(("whole-loop graph", 1), loop("whole-loop graph"))
     theirs = pipeline(shipped, name, steps)
     if theirs is not None:
-        turns.add(("diffusers pipeline", 1), lambda seed: (theirs(seed), steps, steps), slow=True)
+        turns.add(("diffusers pipeline", 1), lambda seed: (theirs(seed), steps, steps), every=slow)
     for method, window, solver in solvers(steps, options.windows):
         turns.add((method, window), ours(solver, window))
     if name != "flow_euler":

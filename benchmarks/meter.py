@@ -145,12 +145,12 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 @cache
 def driver() -> str:
-    """Return the version of the CUDA driver, or nothing where there is none."""
+    """Return the version of the CUDA driver."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return ""
+        return "unknown"
 
 
 def synchronize(device: str) -> None:

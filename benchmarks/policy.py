@@ -354,17 +354,24 @@ def measure(
         return run
 
     turns = Turns(device, options.repeats)
-    turns.add(("loop", 1), loop("loop"), slow=True)
+    turns.add(("loop", 1), loop("loop"), every=6)
     turns.add(("compiled loop", 1), loop("compiled loop"))
     if device == "cuda":
         turns.add(("whole-loop graph", 1), loop("whole-loop graph"))
+    if options.reduce_overhead and options.compile:
+        reduced = torch.compile(denoise, mode="reduce-overhead", dynamic=False)
+
+        def reduced_loop(seed: int) -> tuple[Tensor, int, int]:
+            return eager_loop(reduced, coefficients, *ready[seed], observations[seed, None]), STEPS, STEPS
+
+        turns.add(("reduce-overhead loop", 1), reduced_loop)
     theirs = diffusers_loop(name, denoise, device)
     if theirs is not None:
 
         def diffusers_run(seed: int) -> tuple[Tensor, int, int]:
             return theirs(starts[seed], seed, observations[seed, None]), STEPS, STEPS
 
-        turns.add(("diffusers loop", 1), diffusers_run, slow=True)
+        turns.add(("diffusers loop", 1), diffusers_run, every=6)
     for method, solver in solvers(STEPS):
         turns.add((method, solver.window or STEPS), ours(solver))
     if name != "flow":
@@ -463,6 +470,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="turns, each with a seed of its own")
     parser.add_argument("--seconds", type=float, help="end after so many, between two turns")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--reduce-overhead", action="store_true", help='also torch.compile(mode="reduce-overhead")')
     parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
