@@ -29,7 +29,7 @@ __all__ = ["GraphedNetwork", "cuda_graph"]
 
 log = logging.getLogger("parataxis")
 WARM_UP = 3  # calls before a capture, as libraries choose their kernels in the first ones
-KEPT = 8  # captured rounds that a network keeps, of different shapes
+KEPT = 32  # captured rounds that a network keeps, of different shapes
 
 
 def cuda_graph(denoise: Callable[..., Tensor]) -> GraphedNetwork:
