@@ -124,7 +124,7 @@ def images(options: argparse.Namespace, budget: Budget) -> None:
             shipped = Shipped(name, options.device, getattr(torch, dtype_name))
             denoise = shipped.denoise
             loop = GraphedLoop(denoise, shipped.shape, shipped.label, options.device, compiled=options.compile)
-            captured = cuda_graph(by_rows(denoise) if options.compile else denoise)
+            called = by_rows(denoise) if options.compile else denoise
             chosen = [(sampler, steps) for sampler, steps in shipped.samplers if not options.steps]
             for sampler, steps in chosen or [
                 (sampler, steps)
@@ -133,9 +133,9 @@ def images(options: argparse.Namespace, budget: Budget) -> None:
             ]:
                 about = {"model": name, "sampler": sampler, "steps": steps, "dtype": dtype_name}
                 if not results.done(**about, method="compiled loop", window=1) and not budget.over():
-                    compare(shipped, sampler, steps, loop, captured, results, about, options, budget)
+                    compare(shipped, sampler, steps, loop, called, results, about, options, budget)
                     print(f"  {budget.left:.0f} s left", flush=True)
-            del loop, captured
+            del loop, called
             torch.compiler.reset()
 
 
@@ -144,7 +144,7 @@ def compare(
     name: str,
     steps: int,
     graphed: GraphedLoop,
-    captured: Denoise,
+    network: Denoise,
     results: Results,
     about: dict[str, Any],
     options: argparse.Namespace,
@@ -175,6 +175,7 @@ def compare(
 
     def ours(solver: Any, window: int) -> Run:
         buckets = buckets_of(window, steps)
+        captured = cuda_graph(network)  # a wrapper keeps few captures, so each method has its own
 
         def run(seed: int) -> tuple[Tensor, int, int]:
             found = px.sample(

@@ -304,7 +304,7 @@ def measure(
     name: str,
     denoise: Denoise,
     graphed: GraphedLoop,
-    captured: Denoise,
+    network: Denoise,
     data: Demonstrations,
     results: Results,
     about: dict[str, Any],
@@ -338,6 +338,7 @@ def measure(
 
     def ours(solver: Any) -> Run:
         buckets = buckets_of(solver.window, STEPS)
+        captured = cuda_graph(network)  # a wrapper keeps few captures, so each method has its own
 
         def run(seed: int) -> tuple[Tensor, int, int]:
             found = px.sample(
@@ -430,7 +431,7 @@ def latency(options: argparse.Namespace) -> None:
         example = torch.zeros(1, data.observation_dim, device=device)
         shape = (HORIZON, data.action_dim)
         graphed = GraphedLoop(denoise, shape, example, device, compiled=options.compile)
-        captured = cuda_graph(by_rows(denoise) if options.compile else denoise)
+        called = by_rows(denoise) if options.compile else denoise
         for kind in ("eps", "flow"):
             names = [name for name in options.samplers if (name == "flow") == (kind == "flow")]
             names = [
@@ -448,9 +449,9 @@ def latency(options: argparse.Namespace) -> None:
             print(f"{size} {kind}: {count} parameters, {trained}", flush=True)
             about = {"parameters": count, "dtype": options.dtype, "compiled": options.compile, "data": data.source}
             for name in names:
-                measure(size, name, denoise, graphed, captured, data, results, about, options, budget)
+                measure(size, name, denoise, graphed, called, data, results, about, options, budget)
                 print(f"  {budget.left:.0f} s left", flush=True)
-        del graphed, captured
+        del graphed, called
         torch.compiler.reset()
         if device == "cuda":
             torch.cuda.empty_cache()

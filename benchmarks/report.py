@@ -169,6 +169,37 @@ def refill() -> str:
     )
 
 
+def simulation() -> str:
+    """Return the table of simulated against real runs, and of the best forecasts on eight and 64 ranks."""
+    rows = read(RESULTS / "simulation.csv")
+    checks = [row for row in rows if row["kind"] == "check"]
+    text = table(
+        ["window", "ranks", "rounds a sample", "simulated, s", "measured, s", "off by"],
+        [
+            [
+                *(row[name] for name in ("window", "ranks", "rounds", "seconds", "measured")),
+                f"{row['off_by_percent']} %",
+            ]
+            for row in checks
+        ],
+    )
+    forecasts = [row for row in rows if row["kind"] == "forecast"]
+    if not forecasts:
+        return text + "\n\nWithout a curve measured on a GPU there is nothing to forecast from."
+    names = ("network", "sampler", "steps", "cluster")
+    lines = []
+    for cell in dict.fromkeys(tuple(row[name] for name in names) for row in forecasts):
+        own = [row for row in forecasts if tuple(row[name] for name in names) == cell]
+        cells = []
+        for ranks in ("1", "2", "4", "8", "16", "32", "64"):
+            best = max((row for row in own if row["ranks"] == ranks), key=lambda r: number(r, "speedup"), default=None)
+            cells.append("" if best is None else f"{number(best, 'speedup'):.1f} ({best['window']})")
+        lines.append([*cell, *cells])
+    head = [*names, *(f"{ranks} ranks" for ranks in (1, 2, 4, 8, 16, 32, 64))]
+    text += "\n\nSpeed-up over the loop on one GPU, and in brackets the window that gives it:\n\n"
+    return text + table(head, lines) + "\n\n![Simulated speed-up against ranks](scaling-simulated.png)"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "images": images,
@@ -176,6 +207,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "costs": costs,
     "forecasts": forecasts,
     "refill": refill,
+    "simulation": simulation,
 }
 
 

@@ -137,7 +137,7 @@ def tell(rows: list[dict[str, Any]], page: Path) -> None:
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"])) + " |")
     before, rest = page.read_text().split(MARKS[0])
     table = "\n".join(lines)
-    page.write_text(f"{before}{MARKS[0]}{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    page.write_text(f"{before}{MARKS[0]}{table}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
 
 
 def main() -> None:
