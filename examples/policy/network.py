@@ -2,8 +2,8 @@
 
 The form is that of Chi et al., "Diffusion Policy" (2303.04137), with the names of LeRobot's ``DiffusionPolicy``:
 ``down_dims``, ``kernel_size``, ``n_groups``, ``diffusion_step_embed_dim``, ``use_film_scale_modulation``, and
-``global_cond=`` for what the robot sees. Shapes depend on nothing but the input's, so it compiles in one piece and can be
-recorded as a CUDA graph.
+``global_cond=`` for what the robot sees. Shapes depend on nothing but the input's, so it compiles in one piece and can
+be recorded as a CUDA graph.
 """
 
 import math
