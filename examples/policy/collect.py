@@ -1,8 +1,8 @@
 """Demonstrations of Meta-World's scripted experts, one small file a task. Needs the extra ``policy``.
 
-Run it: ``python examples/policy/collect.py reach-v3``. The hand is pushed off the expert's way by noise, its scale drawn
-anew for each episode. What is recorded is the action that the expert takes from there, so the demonstrations say how to
-come back.
+Run it: ``python examples/policy/collect.py reach-v3``. Noise pushes the hand off the expert's way, its scale drawn anew
+for each episode. What is recorded is the action that the expert takes from there, so the demonstrations say how to come
+back.
 """
 
 import argparse

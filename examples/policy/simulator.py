@@ -34,7 +34,7 @@ class Simulator:
         self.expert_policy = ENV_POLICY_MAP[task]()
 
     def reset(self, seed: int) -> Array:
-        """Return the first observation (39,): this step's 18 entries, those of the step before, the goal (3,), metres."""
+        """Return the first observation (39,), metres: 18 entries of this step, 18 of the step before, the goal (3,)."""
         self.env.seed(seed)
         observation, _ = self.env.reset()
         return observation
