@@ -92,6 +92,9 @@ def main() -> None:
         "action_high": action_high.astype(np.float32),
     }
     path = HERE / "demonstrations" / f"{arguments.task}.safetensors"
+    tensors = {
+        name: np.ascontiguousarray(value) for name, value in tensors.items()
+    }  # safetensors writes memory as it lies
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, {"task": arguments.task, "source": "Meta-World 3.1.1, scripted expert"})
     print(f"{arguments.task}: {len(episodes)} episodes of seeds {FIRST_SEED} to {seed - 1}, {len(observations)} steps")

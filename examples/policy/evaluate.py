@@ -129,7 +129,7 @@ def main() -> None:
             f"{arguments.name}: {sum(solved)} of {len(solved)} solved, {time.perf_counter() - clock:.0f} s", flush=True
         )
     steps = [len(episode.actions) for episode in episodes if episode.solved]
-    print(f"  in {np.median(steps):.0f} steps (median); failed: {[e.seed for e in episodes if not e.solved]}")
+    print(f"  in {np.median(steps or [0]):.0f} steps (median); failed: {[e.seed for e in episodes if not e.solved]}")
     return None
 
 
