@@ -99,7 +99,7 @@ def record(policy: Policy, seed: int, folder: Path) -> None:
     tensors = {"observations": np.array(episode.observations, np.float32), "plan_steps": steps}
     save_file(tensors, folder / "episode.safetensors", {"task": policy.config.task, "seed": str(seed)})
     shown = [pictures[i] for i in np.linspace(0, len(pictures) - 1, 6).round().astype(int)]
-    Image.fromarray(np.concatenate(shown, 1)).quantize(128).save(folder / "episode.png", optimize=True)
+    Image.fromarray(np.concatenate(shown, 1)).quantize(64).save(folder / "episode.png", optimize=True)
     print(f"recorded seed {seed}: {len(episode.actions)} steps, {len(steps)} plans, solved: {episode.solved}")
 
 

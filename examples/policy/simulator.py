@@ -23,7 +23,7 @@ class Simulator:
 
     def __init__(self, task: str, *, render: bool = False, pixels: int = 256) -> None:
         kwargs = (
-            {"render_mode": "rgb_array", "camera_name": "corner3", "width": pixels, "height": pixels} if render else {}
+            {"render_mode": "rgb_array", "camera_name": "corner4", "width": pixels, "height": pixels} if render else {}
         )
         self.env = ALL_V3_ENVIRONMENTS[task](**kwargs)
         self.env._partially_observable = False  # the goal is part of the observation ...
@@ -51,4 +51,4 @@ class Simulator:
 
     def picture(self) -> NDArray[np.uint8]:
         """Return what the camera sees, (pixels, pixels, 3)."""
-        return self.env.render()
+        return self.env.render()[::-1, ::-1]  # the camera hangs upside down

@@ -7,6 +7,7 @@ Run it: ``python examples/policy/train.py reach-v3``. Stopped, it goes on where 
 import argparse
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def main() -> None:
             torch.manual_seed(begin)
     print(f"{name}: {parameters(network) / 1e6:.2f} M parameters, {len(plan)} steps of demonstrations, from {begin}")
 
-    clock, recent = time.perf_counter() - seconds, 0.0
+    clock = time.perf_counter() - seconds
     for step in range(begin, arguments.steps):
         chosen = torch.randint(0, len(plan), (arguments.batch,), device=device)
         value = loss(config, network, plan[chosen], condition[chosen], alphas)
@@ -118,15 +119,13 @@ def main() -> None:
             for old, new in zip(average.parameters(), network.parameters(), strict=True):
                 old.lerp_(new, 1 - decay)
         if step % PRINT_EVERY == 0 or step == arguments.steps - 1:
-            recent = value.item()
-            print(f"  {step:6d} loss {recent:.4f}, {time.perf_counter() - clock:.0f} s", flush=True)
+            print(f"  {step:6d} loss {value.item():.4f}, {time.perf_counter() - clock:.0f} s", flush=True)
         if (step + 1) % KEEP_EVERY == 0 or step == arguments.steps - 1:
             seconds = time.perf_counter() - clock
             state = {key: part.state_dict() for key, part in parts.items()}
             torch.save(state | {"config": str(config), "step": step + 1, "seconds": seconds}, state_path)
-            config.training["seconds"] = round(seconds)
-            Policy(config, deepcopy(average)).save(folder)
-            del config.training["seconds"]
+            trained = replace(config, training=config.training | {"seconds": round(seconds)})
+            Policy(trained, deepcopy(average)).save(folder)
 
 
 if __name__ == "__main__":
