@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTHON ?= python3
 
-.PHONY: sample test lint matrix figures format clean
+DEVICE ?= cuda
+
+.PHONY: sample test lint matrix gpu figures format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +32,10 @@ lint: $(READY)
 matrix: $(READY)
 	$(BIN)/python benchmarks/matrix.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipelines.py
+
+# Sets nothing up: it takes the Python that has torch, as on a machine without a network. DEVICE=cpu is a dry run.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --device $(DEVICE) $(OPTIONS)
 
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py

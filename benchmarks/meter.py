@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import platform
+import subprocess
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +104,15 @@ def measure(
     """Return operations and milliseconds a round outside the network, and memory in windows and trajectories."""
     noise = noises(count, shape).to(device)
     times = sampler.network_times().to(device)
-    synchronize = getattr(torch, device).synchronize
 
     def solve(meter: Meter) -> tuple[int, float]:
         denoise = network(meter)
         runs = px.start(sampler, sampler.recurrence(noise), solver, tolerance=tolerance)
         meter.operations = 0  # of rounds, not of drawing the noise
-        synchronize()
+        synchronize(device)
         begun = time.perf_counter()
         rounds = sum(1 for _ in px.drive(runs, lambda rows: denoise(rows.x, times[rows.step.to(device)])))
-        synchronize()
+        synchronize(device)
         return rounds, time.perf_counter() - begun - meter.seconds
 
     meter = Meter()
@@ -125,28 +126,122 @@ def measure(
         "rounds": rounds,
         "operations_a_round": meter.operations / rounds,
         "milliseconds_a_round": 1e3 * seconds / rounds,
-        "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0))
-        / (state * width),
+        "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0)) / (state * width),
     }
+
+
+def device_name(device: str = "cpu") -> str:
+    """Return the name that tables give a device."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {threads} thread{'s' * (threads > 1)}"
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
     """Return the columns that say where a benchmark ran: the device's name and the software's versions."""
-    threads = torch.get_num_threads()
-    name = f"{platform.machine()} {threads} thread{'s' * (threads > 1)}"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    return {"device": name, "torch": torch.__version__, "parataxis": px.__version__}
+    return {"device": device_name(device), "torch": torch.__version__, "parataxis": px.__version__}
+
+
+@cache
+def driver() -> str:
+    """Return the version of the CUDA driver."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    getattr(torch, device).synchronize()
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a table: new rows take the place of those of the same device."""
-    path.parent.mkdir(exist_ok=True)
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open() as file:
-            kept = [row for row in csv.DictReader(file) if row["device"] != rows[0]["device"]]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    path.parent.mkdir(exist_ok=True, parents=True)
+    kept = [row for row in read(path) if row["device"] != rows[0]["device"]]
+    _save(path, [*kept, *rows])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table in one move, so that a run that is cut short leaves a whole file."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def merge(path: Path, key: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Take rows into a table: each in the place of the one with the same key and device."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    names = (*key, "device")
+    every = {tuple(str(row.get(name, "")) for name in names): row for row in [*read(path), *rows]}
+    _save(path, list(every.values()))
+
+
+class Results:
+    """A table that is written row by row: a row takes the place of the one with the same key and device.
+
+    Args:
+        path: The CSV file; rows that it holds are kept.
+        key: The columns that, with ``device``, tell rows apart.
+        device: ``cpu`` or ``cuda``.
+        resume: Count rows that are there already as done.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str], device: str = "cpu", *, resume: bool = False) -> None:
+        self.path, self.key = path, tuple(key)
+        self.about = {**machine(device), "driver": driver() if device == "cuda" else ""}
+        path.parent.mkdir(exist_ok=True, parents=True)
+        self.rows = {self._key(row): row for row in read(path)}
+        self._done = set(self.rows) if resume else set()
+
+    def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in (*self.key, "device"))
+
+    def done(self, **about: Any) -> bool:
+        """Return whether the row with this key is there, of this run or of one before that is resumed."""
+        return self._key({**self.about, **about}) in self._done
+
+    def add(self, row: dict[str, Any], *, quiet: bool = False) -> None:
+        """Write a row, and print it unless ``quiet``."""
+        row = {**row, **self.about}
+        key = self._key(row)
+        self.rows[key] = row
+        self._done.add(key)
+        _save(self.path, list(self.rows.values()))
+        if not quiet:
+            print(self.path.stem + ":", *(row[name] for name in row if name not in self.about), flush=True)
+
+
+class Budget:
+    """The seconds that a benchmark may take.
+
+    Args:
+        seconds: None for no limit.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.begun, self.seconds = time.perf_counter(), float("inf") if seconds is None else seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.seconds - (time.perf_counter() - self.begun)
+
+    def over(self, need: float = 0.0) -> bool:
+        """Return whether fewer than the ``need`` seconds are left."""
+        return self.left <= need

@@ -1,11 +1,16 @@
 """One sample on 1, 2 and 4 processes: seconds and efficiency.
 
     python benchmarks/scaling.py [--device cuda] [--ranks 1 2 4]
+    python benchmarks/scaling.py --simulate [--curve benchmarks/results/latency_curve.csv]
 
-Two networks: one that sleeps for a time in proportion to its rows, which shows the scheduling whatever the machine
-has, and a shipped model, which shows what this machine gains: on the CPU, where one process can use all cores, every
-process has one thread. The ideal on P ranks is a P-th of the seconds on one. Writes ``scaling.csv``,
-``scaling-DEVICE.png`` and the table of ``gpus.md``.
+Three networks: one that sleeps for a time in proportion to its rows, which shows the scheduling whatever the machine
+has; one that does nothing, which shows what a round costs besides; and a shipped model, which shows what this machine
+gains: on the CPU, where one process can use all cores, every process has one thread. The ideal on P ranks is a P-th of
+the seconds on one. Writes ``scaling.csv``, ``scaling-DEVICE.png`` and the table of ``gpus.md``.
+
+``--simulate`` measures nothing: from a measured latency curve it says what 1 to 64 ranks on one to eight machines would
+gain, and from ``scaling.csv`` by how much the same model is off where it was measured; see ``simulation.py``. Writes
+``simulation.csv`` and ``scaling-simulated.png``.
 """
 
 from __future__ import annotations
@@ -27,9 +32,10 @@ from tqdm import tqdm
 import parataxis as px
 from meter import machine, write
 from rounds import problem
+from simulation import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = ("sleeping", "digits")
+NETWORKS = ("sleeping", "idle", "digits")
 REPEATS = 2
 MARKS = "<!-- scaling: written by benchmarks/scaling.py -->\n", "<!-- end -->\n"
 
@@ -47,7 +53,7 @@ def work(options: argparse.Namespace) -> None:
     mesh = init_device_mesh(options.device, (size,), mesh_dim_names=("time",))
     found = []
     for name in options.networks:
-        chosen = problem("mixture-64" if name == "sleeping" else name)
+        chosen = problem(name if name == "digits" else "mixture-64")
         sampler = chosen.make("ddpm", options.steps)
         denoise = chosen.denoise
 
@@ -102,6 +108,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["network"] != "idle"]
     names = list(dict.fromkeys(row["network"] for row in rows))
     figure, axes = plt.subplots(
         1, len(names), figsize=(4.5 * len(names), 3.6), sharey=True, squeeze=False, layout="constrained"
@@ -124,12 +131,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def tell(rows: list[dict[str, Any]], page: Path) -> None:
     """Put the table between the marks of docs/gpus.md."""
     lines = ["| network | width | rounds, 2 samples | ranks | speed-up | of the ideal |", "|---" * 6 + "|"]
+    rows = [row for row in rows if row["network"] != "idle"]
     for row in sorted(rows, key=lambda row: (row["network"] != "sleeping", row["width"], row["ranks"])):
         cells = [row[name] for name in ("network", "width", "rounds", "ranks")]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"])) + " |")
     before, rest = page.read_text().split(MARKS[0])
     table = "\n".join(lines)
-    page.write_text(f"{before}{MARKS[0]}{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    page.write_text(f"{before}{MARKS[0]}{table}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")
 
 
 def main() -> None:
@@ -143,10 +151,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs")
+    parser.add_argument("--simulate", action="store_true", help="say what more ranks would gain, from what is measured")
+    curve = ROOT / "benchmarks" / "results" / "latency_curve.csv"
+    parser.add_argument("--curve", type=Path, default=curve, help="of the simulation: measured by latency.py")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options)
+        return
+    if options.simulate:
+        found = simulate(options.results, options.figures, options.curve, options.milliseconds)
+        for row in found:
+            if row["kind"] == "check":
+                print({name: row[name] for name in ("window", "ranks", "seconds", "measured", "off_by_percent")})
+        print(f"{sum(row['kind'] == 'forecast' for row in found)} forecasts from {options.curve}")
         return
     rows = [row for ranks in tqdm(sorted({1, *options.ranks})) for row in measured(ranks, options)]
     alone = {(row["network"], row["width"]): row["seconds"] for row in rows if row["ranks"] == 1}

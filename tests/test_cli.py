@@ -123,7 +123,7 @@ def test_lists(capsys):
         (["--sampler", "flow_euler"], "which flow_euler is not for: choose one of ddim"),
         (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
         (["--steps", "1001"], "at most the 1000 training steps of this schedule, got 1001"),
-        (["--window", "0"], "window must be a whole number of levels, at least 1, or None for all, got 0"),
+        (["--window", "0"], "window must be a whole number of steps, at least 1, or None for all, got 0"),
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--label", "11"], "--label must lie in 0..9 (or 10 for none), got '11'"),

@@ -116,7 +116,7 @@ def test_outputs_that_are_not_numbers_are_an_error_where_paradigms_returns_them(
     try:
         sample, _ = paradigms(parts, theirs, 0.1)
         assert sample.isnan().all()
-        with pytest.raises(px.engine.solve.OutputError, match="NaN or Inf at step 25 of 50"):
+        with pytest.raises(px.OutputError, match="NaN or Inf at step 25 of 50"):
             draw(parts, px.parallel(plain))
     finally:
         hook.remove()

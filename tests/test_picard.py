@@ -134,7 +134,7 @@ def test_rolling_in_takes_fewer_evaluations_than_copying():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window must be a whole number of levels, at least 1, or None for all, got 0"),
+        ({"window": 0}, "window must be a whole number of steps, at least 1, or None for all, got 0"),
         ({"window": 2.5}, "got 2.5"),
         ({"rule": "published"}, "rule must be 'error' or 'paradigms', got 'published'"),
         ({"entry": "guess"}, "entry must be 'extrapolate' or 'copy', got 'guess'"),

@@ -1,13 +1,15 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .engine.captured import cuda_graph
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
-from .engine.solve import Run, Solution, drive, start
+from .engine.run import Run, drive, start
+from .engine.solution import Solution, Solutions
 from .loops.report import Report
 from .parallel import parallel
 from .planning import Plan, plan
-from .sample import Job, Solutions, numerical_floor, sample, stream
+from .sample import Job, numerical_floor, sample, stream
 from .samplers import SAMPLERS
 from .samplers.coefficients import Coefficients
 from .samplers.from_scheduler import from_scheduler
@@ -17,11 +19,9 @@ from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
 from .solvers.anderson import Anderson
 from .solvers.coarse_to_fine import CoarseToFine
-from .solvers.parareal import Parareal
 from .solvers.picard import Picard
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
-from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Coefficients",
     "CoarseToFine",
     "OutputError",
-    "Parareal",
     "Picard",
     "Plan",
     "Report",
@@ -44,9 +43,9 @@ __all__ = [
     "Sequential",
     "Solution",
     "Solutions",
-    "Speculative",
     "Recurrence",
     "cosine",
+    "cuda_graph",
     "numerical_floor",
     "flow",
     "karras",

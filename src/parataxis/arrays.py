@@ -1,40 +1,26 @@
-"""Arrays of the host and tensors of the device: how numbers get there, in one copy and without waiting."""
+"""Between host and device: one upload and one read a round.
+
+Decisions are numpy arrays on the host, states are tensors on the device. A :class:`Packed` holds all numbers of a round
+in one block of host memory, so that they cross to the device in one copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Answering", "Read", "Slots", "packed", "unpacked", "upload", "uploads"]
-
+__all__ = ["Array", "Indices", "Packed", "read", "upload"]
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
-Slots = NDArray[np.int64]
-
-
-class Read(NamedTuple):
-    """Numbers that are still on the device, and what turns them into answers once they are read, as float64."""
-
-    numbers: Tensor
-    answers: Callable[[Array], list[Any]]
-
-
-# Tensor work: it yields the arrays that it needs on the device, is sent them as tensors, and returns its result.
-Result = TypeVar("Result")
-
-
-Answering = Generator[list[Array | Slots], list[Tensor], Result]
-
-
-def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tensor:
-    """Return numbers of the CPU on the device of ``like``, in its dtype if it is a tensor, without waiting for it."""
+def upload(values: Array | Indices | Tensor, like: Tensor | torch.device) -> Tensor:
+    """Return numbers of the host on the device of ``like``, in its dtype if it is a tensor, without waiting for it."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else (like, tensor.dtype)
     if device.type == "cuda" and not tensor.is_cuda:
@@ -42,26 +28,59 @@ def upload(values: Array | Slots | Tensor, like: Tensor | torch.device) -> Tenso
     return tensor.to(device, dtype)
 
 
-def uploads(arrays: Sequence[Array | Slots], like: Tensor) -> list[Tensor]:
-    """Return arrays on the device of ``like``, with one copy: slots as they are, numbers in its dtype."""
-    if like.device.type != "cuda":  # elsewhere many small copies cost no more than views of one
-        return [upload(array, like.device if array.dtype == np.int64 else like) for array in arrays]
-    return unpacked(upload(packed(arrays), like.device), arrays, like.dtype)
+def read(numbers: Tensor) -> Array:
+    """Return numbers of the device as float64 on the host: the one place where a solve waits for the device."""
+    return numbers.cpu().double().numpy()
 
 
-def packed(arrays: Sequence[Array | Slots]) -> Slots:
-    """Return arrays one behind the other, slots first, then numbers in float64, all as 64 bits."""
-    slots = [array.reshape(-1) for array in arrays if array.dtype == np.int64]
-    numbers = [array.reshape(-1).view(np.int64) for array in arrays if array.dtype != np.int64]
-    return np.concatenate([*slots, *numbers, np.zeros(1, np.int64)])  # never empty
+class Packed:
+    """Named arrays of fixed shapes that go to the device together, in one copy.
 
+    ``numbers[name]`` and ``indices[name]`` are numpy views to write into. After :meth:`send`, ``tensors[name]`` holds
+    their values on the device: numbers in its dtype, indices as int64. The tensors stay at the same address, so that a
+    CUDA graph can read them. Call :meth:`begin` before writing again: the last copy may still be under way.
 
-def unpacked(whole: Tensor, arrays: Sequence[Array | Slots], dtype: torch.dtype) -> list[Tensor]:
-    """Return what :func:`packed` made of arrays as tensors again, numbers in a dtype."""
-    total = sum(array.size for array in arrays if array.dtype == np.int64)
-    slots = torch.split(whole[:total], [array.size for array in arrays if array.dtype == np.int64])
-    numbers = whole[total:].view(torch.float64).to(dtype)
-    others = torch.split(numbers[:-1], [array.size for array in arrays if array.dtype != np.int64])
-    found, values = iter(slots), iter(others)
-    flat = (next(found if array.dtype == np.int64 else values) for array in arrays)
-    return [one if array.ndim == 1 else one.view(array.shape) for one, array in zip(flat, arrays, strict=True)]
+    Args:
+        numbers: Shapes of the float64 arrays.
+        indices: Lengths of the int64 arrays.
+        like: A tensor with the device, and the dtype of the numbers there.
+    """
+
+    def __init__(self, numbers: Mapping[str, tuple[int, ...]], indices: Mapping[str, int], like: Tensor) -> None:
+        sizes = [int(np.prod(shape)) for shape in numbers.values()]
+        count, total = sum(sizes), sum(sizes) + sum(indices.values())
+        cuda = like.device.type == "cuda"
+        self._host = torch.zeros(total, dtype=torch.float64, device="cpu", pin_memory=cuda)
+        # On the CPU the host memory is the device memory; elsewhere it has a twin there.
+        self._device = self._host if like.device.type == "cpu" else torch.zeros_like(self._host, device=like.device)
+        raw = self._device[:count]
+        self._cast = raw if like.dtype == torch.float64 else torch.zeros(count, dtype=like.dtype, device=like.device)
+        self._sent: torch.cuda.Event | None = None
+        self.numbers: dict[str, Array] = {}
+        self.indices: dict[str, Indices] = {}
+        self.tensors: dict[str, Tensor] = {}
+        flat, first = self._host.numpy(), 0
+        for (name, shape), size in zip(numbers.items(), sizes, strict=True):
+            self.numbers[name] = flat[first : first + size].reshape(shape)
+            self.tensors[name] = self._cast[first : first + size].view(shape)
+            first += size
+        for name, size in indices.items():
+            self.indices[name] = flat[first : first + size].view(np.int64)
+            self.tensors[name] = self._device[first : first + size].view(torch.int64)
+            first += size
+
+    def begin(self) -> None:
+        """Wait until the last copy is through, which it is if the device has been read since."""
+        if self._sent is not None:
+            self._sent.synchronize()
+            self._sent = None
+
+    def send(self) -> None:
+        """Copy what has been written to the device; at most two operations."""
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+            # Inside a CUDA graph the host waits by other means.
+            if self._device.is_cuda and not torch.cuda.is_current_stream_capturing():
+                self._sent = torch.cuda.current_stream(self._device.device).record_event()
+        if len(self._cast) and self._cast.data_ptr() != self._device.data_ptr():
+            self._cast.copy_(self._device[: len(self._cast)])

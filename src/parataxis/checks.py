@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 __all__ = [
+    "OutputError",
     "wrap_denoiser",
     "check_generators",
     "check_rows",
@@ -21,6 +22,10 @@ __all__ = [
     "is_finite",
     "is_int",
 ]
+
+
+class OutputError(ValueError):
+    """The network returned something that is not an output: a wrong type, shape or dtype, NaN or Inf."""
 
 
 def is_finite(value: Any) -> bool:
@@ -57,7 +62,7 @@ def check_tolerance(tolerance: Any) -> None:
 
 def check_solver(solver: Any) -> None:
     """Raise unless this is a solver."""
-    if isinstance(solver, type) or not hasattr(solver, "refuses"):
+    if isinstance(solver, type) or not hasattr(solver, "unsupported"):
         raise TypeError(
             f"solver must be a solver with its options, such as parataxis.Picard(window=8), got {solver!r}: "
             "parataxis.SOLVERS has them by name."

@@ -24,12 +24,13 @@ from torch import Tensor
 from . import models
 from .checks import is_finite
 from .engine.rows import OutputError
-from .engine.solve import Run, Solver
+from .engine.run import Run
 from .planning import Plan, plan
 from .sample import Solutions, sample
 from .samplers import SAMPLERS, options
 from .samplers.sampler import Sampler
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 
 __all__ = ["main"]

@@ -33,7 +33,7 @@ from .arrays import upload
 from .checks import is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
-from .engine.solve import Solver, drive, start
+from .engine.run import drive, start
 from .loops.loop import Loop, reachable
 from .loops.randomness import RandomState
 from .loops.report import Report
@@ -43,6 +43,7 @@ from .loops.stubs import has_stub
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers.base import Solver
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
 

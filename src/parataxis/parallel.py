@@ -9,10 +9,10 @@ from torch import nn
 
 from . import pipelines
 from .engine.executor import ranks_of
-from .engine.solve import Solver
 from .loops.function import Parallel
 from .loops.loop import check_denoisers
 from .loops.solver import check_options
+from .solvers.base import Solver
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

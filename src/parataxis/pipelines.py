@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .engine.executor import ranks_of
-from .engine.solve import Solver
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.solver import check_options, solve_loop
+from .solvers.base import Solver
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

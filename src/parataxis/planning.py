@@ -34,11 +34,13 @@ from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check_inputs
 from .engine.latency import Latency, format_seconds, latency, seconds_of, timings_agree
 from .engine.rows import EvalBatch, OutputError
-from .engine.solve import Solution, Solver, drive, start
+from .engine.run import drive, start
+from .engine.solution import Solution
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import SOLVERS
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .solvers.window import check_window
 
@@ -260,7 +262,7 @@ def plan(
     if solvers is None:
         curves_of = _fitted()["curves"]
         every = [cls() for cls in SOLVERS.values() if _kind(local) in curves_of.get(cls.__name__, {})]
-        solvers = [solver for solver in every if solver.refuses(local) is None]
+        solvers = [solver for solver in every if solver.unsupported(local) is None]
     curves = [RoundsCurve.load(solver, local) for solver in solvers]
     for window in windows:
         check_window(window)

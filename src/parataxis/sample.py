@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -13,13 +14,16 @@ from tqdm.auto import tqdm
 
 from .arrays import upload
 from .checks import check_generators, check_rows, check_solver, check_tolerance, check_whole, wrap_denoiser
+from .engine.captured import GraphedNetwork
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
-from .engine.latency import format_seconds
+from .engine.pool import Pool
 from .engine.rows import EvalBatch
-from .engine.solve import Pool, Run, Solution, Solver, drive, start
-from .planning import Plan, plan
+from .engine.run import Run, drive, start
+from .engine.solution import Solution, Solutions
+from .planning import plan
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 
 if TYPE_CHECKING:
@@ -28,64 +32,6 @@ if TYPE_CHECKING:
     from .engine.distributed.ranks import Ranks
 
 __all__ = ["Job", "Solutions", "Stream", "numerical_floor", "sample", "stream"]
-
-
-class Solutions(Sequence[Solution]):
-    """The results of a batch, one :class:`Solution` a sample, with the samples stacked in ``x``.
-
-    Attributes:
-        rounds: Network calls of the batch that waited for one another.
-        seconds: How long the solve took.
-        plan: How the solver was chosen, if it was.
-    """
-
-    def __init__(
-        self, solutions: Sequence[Solution], rounds: int, seconds: float = 0.0, plan: Plan | None = None
-    ) -> None:
-        """Hold the solutions of a batch in its order."""
-        self._solutions = tuple(solutions)
-        self.rounds = rounds
-        self.seconds = seconds
-        self.plan = plan
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return one solution, or a tuple of several."""
-        return self._solutions[index]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._solutions)
-
-    @property
-    def x(self) -> Tensor:
-        """(B, *shape) the samples."""
-        return torch.stack([solution.x for solution in self._solutions])
-
-    @property
-    def trajectory(self) -> Tensor | None:
-        """(B, N + 1, *shape) the trajectories, if all runs kept and finished theirs."""
-        kept = [solution.trajectory for solution in self._solutions]
-        return None if any(one is None for one in kept) else torch.stack([one for one in kept if one is not None])
-
-    @property
-    def converged(self) -> bool:
-        """Whether every run passed its solver's test."""
-        return all(solution.converged for solution in self._solutions)
-
-    @property
-    def evaluations(self) -> int:
-        """Levels evaluated for all samples."""
-        return sum(solution.evaluations for solution in self._solutions)
-
-    def __str__(self) -> str:
-        """Return what was done, and how well it was foreseen."""
-        first, work = self[0], sum(solution.nfe_ratio for solution in self) / len(self)
-        reasons = sorted({solution.reason for solution in self})
-        text = (
-            f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
-            f"{work:.2f} evaluations / N, {format_seconds(self.seconds)}"
-        )
-        return text if self.plan is None else f"{text}\n{self.plan.compare(self.seconds)}"
 
 
 def sample(
@@ -164,6 +110,7 @@ def sample(
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
+    graphed = denoise if isinstance(denoise, GraphedNetwork) else None
     network = wrap_denoiser(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
@@ -232,7 +179,8 @@ def sample(
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
-    runs = start(
+    begin = partial(
+        start,
         sampler,
         table,
         solver,
@@ -243,6 +191,7 @@ def sample(
         frozen_steps=frozen_steps,
         generator=generator,
     )
+    runs = begin()
     evaluate: Callable[[EvalBatch], Tensor] = Executor(
         Network(network, sampler.network_times(noise.dtype), condition), max_rows=max_rows, buckets=buckets
     )
@@ -261,9 +210,14 @@ def sample(
         )
         evaluate = Sharded(evaluate, ranks)
     total = sampler.steps * len(runs)
-    with tqdm(total=total, unit="level", disable=not progress) as bar:
+    captured = None
+    if graphed is not None and ranks is None and max_rows is None and on_round is None and stop is None:
+        captured = graphed.drive(runs, sampler, condition, noise.dtype)
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
         try:
             with torch.no_grad():
+                if captured is not None and not captured.finish():
+                    runs = begin()  # what it met needs more than a graph
                 for rounds in drive(runs, evaluate, on_round=on_round, stop=stop):
                     bar.set_postfix(rounds=rounds, refresh=False)
                     bar.update(sum(run.accepted for run in runs) - bar.n)
@@ -478,8 +432,8 @@ class Stream(Iterator[tuple[int, Solution]]):
         table, condition, generator = entry
         if self._ranks is not None:
             self._ranks.compare(job=number, noise=table.start, added=table.noise, condition=condition)
-        run = self._pool.enter(number, table, generator)
-        self._open[number], self._network.conditions[run.index] = run, condition
+        run = self._pool.add(number, table, generator)
+        self._open[number], self._network.conditions[run.slot] = run, condition
         return True
 
     def _round(self, rows: EvalBatch) -> Tensor:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from .engine.solve import Run
+from .engine.run import Run
 
 __all__ = ["error_below", "preview_settled", "rounds"]
 

@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arrays import Slots, upload
+from ..arrays import Indices, upload
+from ..checks import OutputError
 
 __all__ = ["EvalBatch", "OutputError", "expect"]
-
-
-class OutputError(ValueError):
-    """The network returned something that is not an output: a wrong type, shape or dtype, NaN or Inf."""
 
 
 class EvalBatch(NamedTuple):
@@ -28,7 +25,7 @@ class EvalBatch(NamedTuple):
         return EvalBatch(self.x[upload(index, self.x.device)], self.step[index], self.sample[index])
 
 
-def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Slots) -> Tensor:
+def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Indices) -> Tensor:
     """Return what the network returned for points, or raise an :class:`OutputError` unless it is of this form."""
     first, last = int(point.min()), int(point.max())
     where = f"at step {first}" if first == last else f"at steps {first} to {last}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..engine.solve import Solver
+from ..solvers.base import Solver
 from .loop import Loop, reachable
 from .report import Report
 from .solver import solve_loop

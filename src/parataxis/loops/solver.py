@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_solver, is_finite
-from ..engine.solve import Solver, drive, start
+from ..engine.run import drive, start
 from ..samplers.recurrence import Recurrence
+from ..solvers.base import Solver
 from ..solvers.secant import Secant
 from ..solvers.sequential import Sequential
 from .answers import Answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -46,8 +47,16 @@ class OutputTransform:
 
     def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
-        chosen = np.stack([self.x0_from_input, self.x0_from_output, self.gain])[:, point.numpy()]
-        p, q, gain = upload(chosen, f).view(3, -1, *(1,) * (f.ndim - 1)).unbind()
+        return self.apply(upload(self.columns[:, point.numpy()], f), u, f)
+
+    @cached_property
+    def columns(self) -> Array:
+        """(3, N) p, q and gain."""
+        return np.stack([self.x0_from_input, self.x0_from_output, self.gain])
+
+    def apply(self, columns: Tensor, u: Tensor, f: Tensor) -> Tensor:
+        """Transform outputs f (R, *shape) at inputs u (R, *shape) with the columns (3, R) of their steps."""
+        p, q, gain = columns.view(3, -1, *(1,) * (f.ndim - 1)).unbind()
         data = (q * f).addcmul_(p, u)
         if self.quantile is not None:
             limit = torch.quantile(data.flatten(1).abs(), self.quantile, dim=1).clamp(1.0, self.largest)

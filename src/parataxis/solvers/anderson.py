@@ -1,6 +1,6 @@
 r"""Fixed points of order k and Anderson acceleration: ParaTAA.
 
-With the guess X, its order-k correction R (the response with k terms kept) and N = X + R, the last differences dX_a,
+With the guess X, its order-k correction R (the correction with k terms kept) and N = X + R, the last differences dX_a,
 dR_a = dN_a - dX_a between rounds give, for every state j of the window,
 
     x_j <- N_j - sum_a dN_{a,j} gamma_{j,a},   gamma_j = (sum_n dR_n^T dR_n + lam I)^{-1} sum_n dR_n^T R_n
@@ -16,8 +16,8 @@ acceleration     left sum (Gram matrix)         right sum
 ``triangular``   states up to j                 states up to j
 ===============  =============================  ==========================
 
-Triangular Anderson acceleration lets a state depend only on noisier ones, as the table does. The states that are
-settled in a round, among them always the first, take the plain update N: so at most N rounds are needed.
+Triangular Anderson acceleration lets a state depend only on noisier ones, as the recurrence does. The states that are
+accepted in a round, among them always the first, take the plain update N: so at most N rounds are needed.
 """
 
 from __future__ import annotations
@@ -26,28 +26,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..engine.solve import Asking, Combine, Inner, Problem
+from ..arrays import Array, Indices
+from ..checks import is_int
 from ..samplers.coefficients import Coefficients
+from .base import Answer
+from .batch import Batch
 from .picard import noise_variance
-from .window import Window, check_window
+from .replayed import ReplayedWindow
+from .tensors import WindowTensors
+from .window import Measured, Window, check_window
+from .windowed import Windowed
 
 __all__ = ["Anderson"]
 
-Array = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
-class Anderson:
+class Anderson(Windowed):
     """Order-k fixed points with (triangular) Anderson acceleration: ParaTAA (2402.09970).
 
     The fixed point assumes that the noise prediction does not change: J_i = alpha'/alpha on variance-preserving
     schedules, A_i elsewhere.
 
     Attributes:
-        window: Levels evaluated in a round; None for all.
-        order: k, the terms kept of the response; None for as many as the window has levels.
+        window: Steps evaluated in a round; None for all.
+        order: k, the terms kept of the correction; None for as many as the window has steps.
         history: m, rounds kept: m - 1 differences.
         acceleration: ``triangular``, ``prefix``, ``anderson`` or ``none``.
         ridge: lam; relative to the mean diagonal of the Gram matrix, or as it is with ``absolute``.
@@ -73,7 +79,7 @@ class Anderson:
         check_window(self.window)
         if self.order is not None and (isinstance(self.order, bool) or not self.order >= 1):
             raise ValueError(f"order must be at least 1, or None for the whole window, got {self.order!r}.")
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
+        if not is_int(self.history):
             raise ValueError(f"history must be a whole number of rounds, at least 1, got {self.history!r}.")
         if self.acceleration not in ("triangular", "prefix", "anderson", "none"):
             raise ValueError(
@@ -88,91 +94,213 @@ class Anderson:
         if self.entry not in ("extrapolate", "copy"):
             raise ValueError(f"entry must be 'extrapolate' or 'copy', got {self.entry!r}.")
 
-    def refuses(self, local: Coefficients) -> str | None:
-        """Refuse the published rule where the variance of the noise is unknown."""
-        if self.rule == "residual" and (local.alpha is None or local.sigma is None):
-            return "rule='residual' compares with alpha and sigma, unknown for this table: use rule='error'."
+    def unsupported(self, coefficients: Coefficients) -> str | None:
+        """The published rule needs the variance of the noise."""
+        if self.rule == "residual" and (coefficients.alpha is None or coefficients.sigma is None):
+            return "rule='residual' compares with alpha and sigma, unknown for this sampler: use rule='error'."
         return None
 
-    def __call__(self, problem: Problem) -> Asking:
-        """Solve one trajectory."""
-        local = problem.coefficients
+    def open(self, batch: Batch) -> Window:
+        """Return the windows of a batch."""
         history = 1 if self.acceleration == "none" else self.history
-        window = Window(problem, self.window, history=history)
-        slopes = local.slopes(_frozen_growth(local))
-        floor = None
-        if self.rule == "residual":
-            floor = self.threshold**2 * problem.dim * np.maximum(1.0, noise_variance(local))
-        spans: list[tuple[int, int]] = []  # (lo, hi) of the last rounds, the present one first
-        yield from window.open()
-        while not window.done:
-            lo, hi = window.lo, window.hi
-            spans = [(lo, hi)] if window.coarse else [(lo, hi), *spans][:history]
-            ages = range(len(spans))
-            news = tuple(window.news(lo + 1, hi, age) for age in ages)
-            states = tuple(window.states(lo + 1, hi, age) for age in ages)
-            corrections = [Inner(news, states)] if len(spans) > 1 else []
-            response = window.response(slopes[lo:hi], order=self.order)
-            norms, *grams = yield from window.evaluate(response, *corrections)
-            norms = yield from window.checked(norms)
-            errors = window.errors(norms, local.gaussian_slopes(window.variance)[lo:hi])
-            count = window.accept(errors, None if floor is None else norms[:, 1] <= floor[lo + 1 : hi + 1])
-            if history > 1:
-                yield Combine(news, self._factors(grams, spans, count), window.states(lo + 1, hi, -1))
-            window.turn()
-            yield from window.settle(count, float(errors[count - 1]))
-            yield from window.enter(roll=self.entry == "extrapolate")
-        return window.sample()
+        if batch.recurrence.replays:
+            if self.order is not None:
+                raise ValueError(
+                    "order= truncates the correction, and a loop without a recurrence has none: choose Secant or Picard."
+                )
+            return _ReplayedAccelerated(batch, self.window, history=history)
+        return _Accelerated(batch, self.window, history=history, order=self.order)
 
-    def _factors(self, grams: list[Array], spans: list[tuple[int, int]], count: int) -> Array:
-        """Return the factors of the last rounds in the next states: plain up to the ``count``-th, then accelerated."""
-        lo, hi = spans[0]
-        factors = np.zeros((hi - lo, len(spans)))
-        factors[:, 0] = 1.0
-        for gram in grams:
-            level = np.arange(lo + 1, hi + 1)
-            # Difference a is valid for a state that was in the window in both of its rounds.
-            inside = np.stack([(level > low) & (level <= high) for low, high in spans], 1)
-            valid = np.logical_and.accumulate(inside[:, 1:] & inside[:, :-1], axis=1)
-            weights = self._weights(gram, valid, count)
-            # x = N_0 - sum_a gamma_a (N_a - N_{a+1})
-            factors[:, :-1] -= weights
-            factors[:, 1:] += weights
-            # What is not valid has factor 0, and what it holds must be finite: it is a row of this run.
+    def slopes(self, window: Window, measured: Measured | None) -> Array:
+        """Return the slopes of a frozen noise prediction."""
+        growth = _frozen_growth(window.problem.coefficients)
+        slopes = window.problem.coefficients.slopes(growth)
+        return np.append(slopes, np.zeros(2 * window.W))[window.steps]
+
+    def error_slopes(self, window: Window) -> Array:
+        """Return the slopes of the exact network for Gaussian data, which say more of the growth of errors."""
+        return window.gaussian_slopes()
+
+    def passed(self, window: Window) -> NDArray[np.bool_] | None:
+        """Return (S, W) which states pass the published test; NaN never does."""
+        if self.rule == "error":
+            return None
+        floor = self.threshold**2 * window.problem.dim * np.maximum(1.0, noise_variance(window.problem.coefficients))
+        state = np.minimum(window.steps + 1, window.problem.steps)
+        return np.asarray(window.residuals**2 <= floor[state])
+
+    def round(self, window: Window, answer: Answer) -> None:
+        """Correct, measure, and mix the corrections of the last rounds."""
+        assert isinstance(window, _Accelerated)
+        if window.batch.recurrence.replays:
+            measured = window.measure(answer.outputs)
+            window.correct(self.slopes(window, None), measured)
+            corrections = window.measure_corrections()
+        else:
+            # The slopes do not depend on the outputs, so the corrections can be measured with everything else.
+            window.correct(self.slopes(window, None))
+            measured = window.measure(answer.outputs)
+            window.norms(measured)
+            corrections = measured.corrections
+        count, error = self.accept(window)
+        if window.history > 1:
+            window.mix(self._factors(corrections, window, count))
+        window.move(count, error, self.entry)
+
+    def _factors(self, gram: Array, window: Window, count: Indices) -> Array:
+        """Return (S, W, m) factors of the last rounds in the next states: plain up to ``count``, then accelerated."""
+        state = window.steps[..., None] + 1
+        low = np.concatenate([window.lo[:, None], window.spans[:, 0]], 1)[:, None]
+        high = np.concatenate([window.hi[:, None], window.spans[:, 1]], 1)[:, None]
+        # Difference a is valid for a state that was in the window in both of its rounds.
+        inside = (state > low) & (state <= high)
+        valid = np.logical_and.accumulate(inside[..., 1:] & inside[..., :-1], axis=2) & ~window.coarse[:, None, None]
+        weights = self._weights(gram, valid)
+        weights[np.arange(window.W) < count[:, None]] = 0.0
+        factors = np.zeros((*weights.shape[:2], window.history))
+        factors[..., 0] = 1.0
+        # x = N_0 - sum_a gamma_a (N_a - N_{a+1})
+        factors[..., :-1] -= weights
+        factors[..., 1:] += weights
         return factors
 
-    def _weights(self, gram: Array, valid: NDArray[np.bool_], count: int) -> Array:
-        """Return gamma, (R, h), from the inner products of the corrections of the last rounds, (R, h + 1, h + 1)."""
-        size = valid.shape[1]
-        difference = np.zeros((size, size + 1))
-        difference[np.arange(size), np.arange(size)] = 1.0
-        difference[np.arange(size), np.arange(size) + 1] = -1.0
-        gram = np.where(np.isfinite(gram).all((1, 2), keepdims=True), gram, 0.0)
-        left = difference @ gram @ difference.T
-        right = (difference @ gram)[:, :, 0]
-        left = np.where(valid[:, :, None] & valid[:, None, :], left, 0.0)
-        right = np.where(valid, right, 0.0)
-        left_sum, right_sum = np.cumsum(left, axis=0), np.cumsum(right, axis=0)
+    def _weights(self, gram: Array, valid: NDArray[np.bool_]) -> Array:
+        """Return gamma, (S, W, h), from the inner products of the corrections of the last rounds, (S, W, h + 1, h + 1)."""
+        size = valid.shape[2]
+        difference = np.eye(size, size + 1) - np.eye(size, size + 1, 1)
+        gram = np.where(np.isfinite(gram).all((2, 3), keepdims=True), gram, 0.0)
+        left = np.where(valid[..., :, None] & valid[..., None, :], difference @ gram @ difference.T, 0.0)
+        right = np.where(valid, (difference @ gram)[..., 0], 0.0)
+        left_sum, right_sum = np.cumsum(left, axis=1), np.cumsum(right, axis=1)
         if self.acceleration in ("anderson", "prefix"):
-            left_sum = np.broadcast_to(left_sum[-1], left_sum.shape)
+            left_sum = np.broadcast_to(left_sum[:, -1:], left_sum.shape)
         if self.acceleration == "anderson":
-            right_sum = np.broadcast_to(right_sum[-1], right_sum.shape)
-        diagonal = np.trace(left_sum, axis1=1, axis2=2)[:, None, None] / size
+            right_sum = np.broadcast_to(right_sum[:, -1:], right_sum.shape)
+        diagonal = np.trace(left_sum, axis1=2, axis2=3)[..., None, None] / size
         ridge = self.ridge if self.absolute else self.ridge * diagonal
         system = left_sum + ridge * np.eye(size)
         # A slot without a valid difference gets the unit equation gamma = 0.
-        empty = ~valid | (np.diagonal(system, axis1=1, axis2=2) <= 0)
-        system = np.where(empty[:, :, None] | empty[:, None, :], np.eye(size), system)
+        empty = ~valid | (np.diagonal(system, axis1=2, axis2=3) <= 0)
+        system = np.where(empty[..., :, None] | empty[..., None, :], np.eye(size), system)
         weights = np.linalg.solve(system, np.where(empty, 0.0, right_sum)[..., None])[..., 0]
-        weights[:count] = 0.0
         return np.where(np.isfinite(weights), weights, 0.0)
 
 
-def _frozen_growth(local: Coefficients) -> Array:
+def _frozen_growth(coefficients: Coefficients) -> Array:
     """Return J of a frozen noise prediction in the network's input: alpha'/alpha, or A where alpha may be 0."""
-    if local.alpha is None or local.sigma is None or local.scale is None:
-        return local.state_weight
-    if not np.allclose(local.alpha**2 + local.sigma**2, 1):
-        return local.state_weight
-    alpha = local.alpha * local.scale
-    return alpha[1:] / alpha[:-1]
+    if coefficients.alpha is None or coefficients.sigma is None or coefficients.scale is None:
+        return coefficients.state_weight
+    if not np.allclose(coefficients.alpha**2 + coefficients.sigma**2, 1):
+        return coefficients.state_weight
+    alpha = coefficients.alpha * coefficients.scale
+    return np.asarray(alpha[1:] / alpha[:-1])
+
+
+class _AcceleratedTensors(WindowTensors):
+    """Tensors of windows that keep guess and correction of the last rounds, moved along: old1, new1, old2, .."""
+
+    corrected = False  # whether the corrected states of this round are in place already
+
+    def rows(self) -> dict[str, int]:
+        kept = {f"{kind}{age}": self.width + 1 for age in range(1, self.history) for kind in ("new", "old")}
+        return {**super().rows(), **kept}
+
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        return {**super().numbers(), "mix": (self.history, self.count, self.width, 1)}
+
+    def indices(self) -> dict[str, int]:
+        return {**super().indices(), "shift_history": (self.width + 1) * self.count}
+
+    def look(self) -> None:
+        super().look()
+        self.history_states = [
+            (self._states("moved"), self._states("x")),
+            *((self._states(f"new{age}"), self._states(f"old{age}")) for age in range(1, self.history)),
+        ]
+
+    def _states(self, name: str) -> Tensor:
+        """Return the states lo + 1 .. lo + W of a tensor, (S, W, dim)."""
+        return self.flat[name][:-1].view(self.x.shape)[:, 1:]
+
+    def correct(self) -> None:
+        """Put the corrected states in place, once."""
+        if not self.corrected:
+            super().correct()
+        self.corrected = True
+
+    def measure_corrections(self) -> Tensor:
+        """Correct, and return the inner products of the corrections of the last rounds, (S, W, m, m)."""
+        self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
+        self.corrected = False
+        self.correct()
+        if self.history == 1:
+            return self.r.new_zeros(0)
+        stacked = torch.stack([new - old for new, old in self.history_states], 2).flatten(0, 1)
+        return torch.bmm(stacked, stacked.mT).view(self.count, self.width, self.history, self.history)
+
+    def move(self, *, enter: bool) -> None:
+        """Mix the corrections, and move what is kept of them."""
+        if self.history > 1:
+            sent, flat = self.pack.tensors, self.flat
+            self.correct()
+            mixed = flat["moved"].clone()
+            states = mixed[:-1].view(self.x.shape)[:, 1:]
+            states.mul_(sent["mix"][0])
+            for age in range(1, self.history):
+                states.addcmul_(self.history_states[age][0], sent["mix"][age])
+            for age in range(self.history - 1, 0, -1):
+                before = ("moved", "x") if age == 1 else (f"new{age - 1}", f"old{age - 1}")
+                for kind, source in zip(("new", "old"), before, strict=True):
+                    torch.index_select(flat[source], 0, sent["shift_history"], out=flat[f"{kind}{age}"][:-1])
+            flat["moved"].copy_(mixed)
+        super().move(enter=enter)
+
+
+class _Accelerated(Window):
+    """Windows that combine the corrections of the last rounds."""
+
+    tensors_type: type[WindowTensors] = _AcceleratedTensors
+
+    def correct(self, slopes: Array, measured: Measured | None = None) -> None:
+        """Take the slopes, which are known before anything is measured."""
+        super().correct(slopes, measured)
+        self._frame_sent = False  # they are sent with what the measurement needs
+
+    def measure_corrections(self) -> Array:
+        """Return the inner products of the corrections by a read of their own."""
+        return self.tensors.measure_corrections().cpu().double().numpy()
+
+    def mix(self, factors: Array) -> None:
+        """Take the factors (S, W, m) of the last rounds in the next states."""
+        self.pack.numbers["mix"][..., 0] = factors.transpose(2, 0, 1)
+
+    def _write_shift(self, count: Indices, last: Indices) -> None:
+        super()._write_shift(count, last)
+        source, nothing = count[:, None] + self.offset, len(count) * (self.W + 1)
+        here = np.where(source <= self.width[:, None], self.rows[:, None] * (self.W + 1) + source, nothing)
+        self.pack.indices["shift_history"][:] = here.reshape(-1)
+        # Rounds on interpolated outputs begin a new history.
+        now = np.stack([self.lo, self.hi], 1)[..., None]
+        before = np.where(self.coarse[:, None, None], 0, self.spans)
+        self.spans = np.concatenate([now, before], 2)[..., : self.history - 1]
+
+
+class _ReplayedTensors(_AcceleratedTensors):
+    """The same where a pass of the loop puts the corrected states in place."""
+
+    def gram(self) -> Tensor:
+        """Return nothing: residuals are not known."""
+        return self.r.new_zeros(0)
+
+    def correct(self) -> None:
+        """Do nothing: the corrected states are there."""
+
+
+class _ReplayedAccelerated(_Accelerated, ReplayedWindow):
+    """The same over a loop that has no recurrence."""
+
+    tensors_type = _ReplayedTensors
+
+    def correct(self, slopes: Array, measured: Measured | None = None) -> None:
+        """Run one pass of the loop."""
+        ReplayedWindow.correct(self, slopes, measured)

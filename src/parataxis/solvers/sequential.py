@@ -1,34 +1,136 @@
-"""The sequential loop: one level after another. What every other solver is compared with."""
+"""The sequential loop: one step after another. What every other solver is compared with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..engine.solve import Asking, Problem
+from ..arrays import Indices
+from ..checks import OutputError
 from ..samplers.coefficients import Coefficients
-from .window import Window
+from .base import Queries, Query
+from .batch import Batch
 
 __all__ = ["Sequential"]
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Forward substitution: x_{i+1} = step_i(x), N rounds of one level each."""
+    """Forward substitution: u_{i+1} = A_i u_i + sum_l B_{i,l} f_{i-l} + C_i z_i, N rounds of one step each."""
 
-    def refuses(self, local: Coefficients) -> str | None:
-        """Every table can be solved."""
+    adopts = True  # samples that begin later join the same loop
+
+    def unsupported(self, coefficients: Coefficients) -> str | None:
+        """Every recurrence can be solved."""
         return None
 
-    def __call__(self, problem: Problem) -> Asking:
-        """Solve one trajectory."""
-        window = Window(problem, 1)
-        yield from window.open()
-        while not window.done:
-            [norms] = yield from window.evaluate(window.response(np.zeros(1)))
-            yield from window.checked(norms)
-            window.turn()
-            yield from window.settle(1, 0.0)
-            yield from window.enter(roll=False)
-        return window.sample()
+    def solve(self, batch: Batch) -> Queries:
+        """Solve the samples of a batch."""
+        return _loop(batch)
+
+
+CHECK_EVERY = 16  # steps between looks for outputs that are not finite, where looking means to wait for a device
+
+
+class _Loop:
+    """The working memory of the plain loop: present states, the outputs that steps look back to, and little else."""
+
+    def __init__(self, batch: Batch) -> None:
+        local, start = batch.problem.coefficients, batch.start
+        self.batch, self.lags = batch, local.lags
+        self.a = torch.from_numpy(local.state_weight).to(start)[:, None, None]
+        self.b = torch.from_numpy(local.output_weight.T.copy()).to(start)[..., None, None]
+        self.step = np.zeros(len(batch), np.int64)
+        self.u = start.clone()
+        self.f = start.new_zeros(len(batch), self.lags + 1, start.shape[1])  # the last outputs, the latest first
+        self.evaluated = self.u  # where the latest outputs were evaluated
+        self.largest = start.new_zeros(len(batch), batch.problem.steps)  # |f| of every step
+
+    def adopt(self) -> None:
+        """Take up the samples that have been added."""
+        batch = self.batch
+        extra = len(batch) - len(self.step)
+        if extra:
+            self.step = np.append(self.step, np.zeros(extra, np.int64))
+            self.u, self.f, self.largest = (
+                torch.cat([one, one.new_zeros(extra, *one.shape[1:])]) for one in (self.u, self.f, self.largest)
+            )
+        for place in batch.added:
+            self.step[place] = 0
+            self.u[place], self.f[place], self.largest[place] = batch.start[place], 0, 0
+        batch.added.clear()
+
+    def advance(self, places: Indices, outputs: Tensor) -> None:
+        """Take one step of the samples at these places."""
+        batch, steps, N = self.batch, self.step[places], self.batch.problem.steps
+        rows = slice(None) if len(places) == len(self.step) else torch.from_numpy(places).to(outputs.device)
+        self.evaluated = self.u
+        if self.lags:
+            self.f[rows, 1:] = self.f[rows, :-1].clone()
+        self.f[rows, 0] = outputs
+        f, at = self.f[rows], int(steps[0])
+        noise, together = batch.noise, bool((steps == at).all())
+        if together:
+            a, b = self.a[at], self.b[:, at]
+        else:
+            index = torch.from_numpy(steps).to(outputs.device)
+            a, b = self.a[index], self.b[:, index]
+        if noise is None:
+            u = f[:, :1] * b[0]
+        else:
+            u = (noise[rows, at, None] if together else noise[rows, index, None]).addcmul(f[:, :1], b[0])
+        for lag in range(1, self.lags + 1):
+            u.addcmul_(f[:, lag : lag + 1], b[lag])
+        u.addcmul_(self.u[rows, None], a)
+        if isinstance(rows, slice):
+            self.u = u[:, 0]
+        else:
+            self.u = self.u.index_copy(0, rows, u[:, 0])
+        self.step[places] += 1
+        self._check(places, outputs, steps)
+        batch.accept(places, np.ones(len(places), np.int64), u, np.zeros(len(places)))
+        for place in places[self.step[places] == N].tolist():
+            batch.finished[place], batch.results[place] = True, self.u[place].clone()
+
+    def _check(self, places: Indices, outputs: Tensor, steps: Indices) -> None:
+        """Raise if an output was not finite: at once on the CPU, elsewhere every few steps and at the end."""
+        index = torch.from_numpy(places * self.largest.shape[1] + steps).to(outputs.device)
+        norms = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
+        self.largest.view(-1).index_copy_(0, index, norms)
+        ends = self.step[places] == self.batch.problem.steps
+        if outputs.device.type == "cpu":
+            found = norms
+        elif ends.any() or int(self.step[places].max()) % CHECK_EVERY == 0:
+            found = self.largest.view(-1)
+        else:
+            return
+        if not bool(torch.isfinite(found).all()):
+            place, step = (int(one[0]) for one in np.nonzero(~np.isfinite(self.largest.cpu().numpy())))
+            raise OutputError(
+                f"the network returned NaN or Inf at step {step} of {self.batch.problem.steps}, sample "
+                f"{self.batch.numbers[place]}, for an accepted input, so the sequential loop meets it too: check the "
+                "network at that time, its dtype and its conditioning."
+            )
+
+    def estimate(self, place: int) -> Tensor:
+        """Return (dim,) the data prediction at the last step; where it is unknown, the present state."""
+        local, step = self.batch.problem.coefficients, int(self.step[place])
+        if 0 < step < local.steps and local.x0_from_input is not None and local.x0_from_output is not None:
+            p, q = local.x0_from_input[step - 1], local.x0_from_output[step - 1]
+            return p * self.evaluated[place] + q * self.f[place, 0]
+        return self.u[place]
+
+
+def _loop(batch: Batch) -> Queries:
+    loop = batch.memory = _Loop(batch)
+    while True:
+        loop.adopt()
+        places = np.flatnonzero(batch.active)
+        states = loop.u.clone() if len(places) == len(batch) else loop.u[torch.from_numpy(places).to(loop.u.device)]
+        answer = yield Query(states, loop.step[places], places, batch.active.astype(np.int64))
+        if answer.sample is not None and not len(answer.sample):  # samples have ended or have been added
+            continue
+        loop.advance(places if answer.sample is None else answer.sample, answer.outputs)

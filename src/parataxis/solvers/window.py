@@ -1,371 +1,682 @@
-"""The sliding window that windowed solvers share: its rows, its queries, and when a state is settled.
+r"""A batch of sliding windows: S samples side by side, W steps of each. Measure, decide, move.
 
-Rows of memory live in rings indexed by level, so the window moves without copying. Several rings of states take
-turns: one holds the inputs that are being evaluated, the next takes the corrected trajectory, and the ones before
-are the history of accelerated methods.
+The window of a sample reaches over its states lo .. hi, of which lo is accepted. A round is
+
+1. *evaluate*: the states lo .. hi - 1 go through the network, all samples in one :class:`~.base.Query`;
+2. *measure*: the steps, the residuals r_i = step_i(U) - u_{i+1}, their Gram matrix and the few inner products that a
+   solver wants, read from the device once;
+3. *decide*: numpy on (S, W) and (S, W, W) arrays in float64: see :mod:`.windowed`;
+4. *move*: corrected states, the shift of every window and the states that enter it, after one upload.
+
+Arrays have entries for W steps of every sample. Windows are shorter than W near the end of the loop, and empty where a
+place is free or its sample has ended: entries beyond a window are harmless zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..arrays import Slots
-from ..checks import is_int
-from ..engine.solve import Asking, Combine, Inner, Load, Memory, Problem, Query, Request, Settle
-from ..samplers.recurrence import Response
+from ..arrays import Array, Indices, read
+from ..checks import OutputError, is_int
+from ..samplers.coefficients import Coefficients
+from ..samplers.recurrence import Recurrence
+from . import correction, extrapolation
+from .base import Query
+from .batch import Batch
+from .tensors import WindowTensors
 
-__all__ = ["Window", "check_window"]
+__all__ = ["Measured", "Tables", "Window", "check_window"]
 
-Array = NDArray[np.float64]
-
-# Of the error estimate, from trained networks and exact mixtures: errors are larger than their estimate by average
-# slopes, because they lie along directions that grow more.
-SAFETY = 8.0  # in the misfit of a slope
-DIRECTIONS = 24.0  # in the growth behind a state,
-REACH = 1.5  # but no more than this over alpha: all that a state u can tell of the data is u / alpha
-FAR = 0.1  # of a state: a larger move does not tell the misfit of a slope at smaller ones
-BLIND = 16.0  # in the misfit, where the schedule is unknown, or slopes are not the network's as outputs are clipped
-SMALLEST = 0.1  # part of a move that may remain, at least
-UNKNOWN = 1e100  # a misfit that has not been measured: the whole move may remain
+Flags = NDArray[np.bool_]
+SMALL = np.finfo(np.float32).eps
 
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
     if window is not None and not is_int(window):
-        raise ValueError(f"window must be a whole number of levels, at least 1, or None for all, got {window!r}.")
+        raise ValueError(f"window must be a whole number of steps, at least 1, or None for all, got {window!r}.")
+
+
+class Tables:
+    """The coefficients of a loop, continued with zeros behind its end so that every window finds its entries.
+
+    Made once for a sampler and a width. All have N + 2 W rows, or one more.
+
+    Attributes:
+        a, b, b_sum, b_inverse: A_i, B_{i,l}, sum_l B_{i,l} and one over it, 0 where no output enters the step.
+        rms, rms_ratio: Expected rms of the states, 1 behind the end, and that of the state behind a step over that of
+            the state before it.
+        p, q: Of the data prediction p u + q f; 0 and 1 where it is unknown.
+        least: Ratio of the expected rms of the sample and of the state behind a step.
+        frozen: Slopes that freeze the prediction of a step.
+        columns: What a round reads of every step, side by side: see :attr:`COLUMNS`.
+    """
+
+    COLUMNS = ("a", "b_sum", "b_inverse", "rms", "rms_ratio", "least", "alpha_after")
+
+    def __init__(self, coefficients: Coefficients, width: int) -> None:
+        self.steps, more = coefficients.steps, 2 * width
+
+        def padded(values: Array, fill: float = 0.0) -> Array:
+            return np.concatenate([values, np.full((more, *values.shape[1:]), fill)])
+
+        steps = coefficients.steps
+        self.a, self.b = padded(coefficients.state_weight), padded(coefficients.output_weight)
+        self.b_sum, self.rms = self.b.sum(1), padded(coefficients.rms, 1.0)
+        self.b_inverse = np.divide(1.0, self.b_sum, out=np.zeros_like(self.b_sum), where=self.b_sum != 0)
+        self.rms_ratio = self.rms[1:] / self.rms[:-1]
+        self.least = self.rms[steps] / self.rms[1:]
+        self.predicts = coefficients.x0_from_input is not None and coefficients.x0_from_output is not None
+        self.p = padded(coefficients.x0_from_input if self.predicts else np.zeros(steps))  # type: ignore[arg-type]
+        self.q = padded(coefficients.x0_from_output if self.predicts else np.ones(steps), 1.0)  # type: ignore[arg-type]
+        levels = (coefficients.alpha, coefficients.sigma, coefficients.scale)
+        self.alpha, self.sigma, self.scale = (None if one is None else padded(one, 1.0) for one in levels)
+        self.alpha_after = np.ones(steps + more) if self.alpha is None else np.maximum(self.alpha[1:], SMALL)
+        self.gaussian = self.predicts and all(one is not None for one in levels)
+        self.frozen = padded(coefficients.frozen_prediction_slopes())
+        self.extrapolates = "frozen" if coefficients.stochastic or coefficients.alpha is None else "line"
+        self.columns = np.stack([getattr(self, name)[: steps + more] for name in self.COLUMNS], 1)
+        self.entering: dict[Any, Array] = {}  # factors of states that enter, by where: the same for every sample
+
+    @classmethod
+    def of(cls, coefficients: Coefficients, width: int) -> Tables:
+        """Return the tables of a sampler; they are kept with it, as small networks draw many samples of one."""
+        known: dict[int, Tables] = coefficients.__dict__.setdefault("_tables", {})
+        if width not in known:
+            known[width] = cls(coefficients, width)
+        return known[width]
+
+    def gaussian_slopes(self, steps: Indices, variance: Array) -> Array:
+        """Return d of the exact network for Gaussian data of this variance, at some steps."""
+        assert self.alpha is not None
+        assert self.sigma is not None
+        assert self.scale is not None
+        alpha, sigma = self.alpha[steps], self.sigma[steps]
+        target = alpha * variance / (alpha**2 * variance + sigma**2) / self.scale[steps]
+        return np.asarray((target - self.p[steps]) / self.q[steps])
+
+    def factors(self, lo: int, origin: int, count: int, width: int, tail: int, entry: str) -> Array:
+        """Return the factors (count, tail) of the states behind ``origin``; see :mod:`.extrapolation`."""
+        key = (lo, origin, count, width, tail, entry)
+        if key not in self.entering:
+            if len(self.entering) > 4096:
+                self.entering.clear()
+            hi = np.array([origin])
+            if entry == "copy":
+                factors = extrapolation.copied(self, hi, count, tail)
+            elif self.extrapolates == "frozen":
+                factors = extrapolation.frozen(self, hi, count, tail)
+            else:
+                factors = extrapolation.line(self, np.array([lo]), hi, width, count, tail)
+            self.entering[key] = factors[0]
+        return self.entering[key]
+
+
+@dataclass(eq=False)
+class Measured:
+    """What one round has measured, float64 on the host.
+
+    Attributes:
+        gram: (S, W, W) inner products of the residuals.
+        pairs: (S, W, 2, 2) inner products of (dx, df): moves of input and output since the evaluation before, or from
+            the origin for steps that are new; empty unless the solver measures them.
+        finite: (S, W) whether the outputs were finite, or None if all were.
+        corrections: (S, W, m, m) inner products of the corrections of the last m rounds, the present one first; empty
+            unless the solver combines them.
+    """
+
+    gram: Array
+    pairs: Array
+    finite: Flags | None
+    corrections: Array
 
 
 class Window:
-    """The levels lo .. hi of one trajectory, of which points lo .. hi - 1 are evaluated in a round."""
+    """The windows of S samples; see the module.
 
-    def __init__(self, problem: Problem, width: int | None, *, history: int = 1, previous: bool = False) -> None:
-        """Lay out the rows; ``history`` rounds of inputs and, above 1, of corrected states are kept.
+    Args:
+        batch: The samples.
+        width: W; None for N.
+        keeps_pairs: Whether inputs and outputs of the evaluation before are kept, for secants.
+        history: Rounds of corrections that an accelerated method combines; 1 for none.
+        order: Terms kept of the correction (I - K)^{-1}; None for all.
 
-        With ``previous`` the outputs of the last round are kept too, for secants.
-        """
-        self.problem = problem
-        self.coefficients = problem.coefficients
-        self.steps = problem.steps
-        self.width = min(width or self.steps, self.steps)
-        self.lo = problem.frozen
-        self.spent = 0.0
-        self.finite = np.ones(0, bool)
-        self.variance = 1.0
-        self._strides = list(problem.strides)
-        self._stride = 1
-        self._begin()
-        self._held = self.coefficients.frozen_prediction_slopes()
-        ring, lags = self.width + 1, self.coefficients.lags
-        rings = max(2, history) + (history if history > 1 else 0)
-        self._inputs = [ring * i for i in range(max(2, history))]
-        self._news = [ring * i for i in range(len(self._inputs), rings)]
-        self._outputs = [ring * rings, ring * rings + (self.width if previous else 0)]
-        self._finals = self._outputs[1] + self.width
-        self._rows = self._finals + (self.width + lags if lags else 0)
-        self._turn = 0
-        self._advance = 0
-        self._seen = self.lo  # points before it have been evaluated
-        self._moved = np.full(self.steps + 1, np.nan)  # |new - old| of every state, as last corrected
-        self._misfit = np.full(self.steps, np.nan)  # per unit of input, as last measured
+    Attributes:
+        lo, hi, width: (S,) first and last state, and steps, of each window.
+        steps: (S, W) numbers of its steps.
+        inside: (S, W) entries within a window.
+        uniform: Whether all windows have W steps.
+        a, b, b_sum: (S, W, ..) coefficients of its steps; zeros beyond it.
+        variance: (S,) mean square of the data prediction.
+        error_used: (S,) error of the sample that has been accepted.
+        slope_errors: (S, 2 W) of the steps lo - W .. lo + W - 1, as last measured, or NaN.
+        last_moves: (S, W + 1) |new - old| of the states lo .. lo + W, as last corrected, or NaN.
+        slopes: (S, W) of the last round, or NaN.
+        moves, residuals: (S, W) norms of the corrections and of the residuals of this round.
+    """
 
-    @property
-    def done(self) -> bool:
-        """Whether every level is settled."""
-        return self.lo == self.steps
+    tensors_type: type[WindowTensors] = WindowTensors
+    always_enters = False  # whether the factors of entering states are written in every round
+    STATES = ("lo", "error_used", "variance", "rounds", "known", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
 
-    def states(self, first: int, last: int, age: int = 0) -> Slots:
-        """Return the slots of the states first .. last: the present inputs, those ``age`` rounds ago, or (-1) next."""
-        ring = self._inputs[(self._turn - age) % len(self._inputs)]
-        return ring + np.arange(first, last + 1) % (self.width + 1)
-
-    def news(self, first: int, last: int, age: int = 0) -> Slots:
-        """Return the slots of the corrected states first .. last of this round, or of ``age`` rounds ago."""
-        if not self._news:
-            return self.states(first, last, age - 1)
-        ring = self._news[(self._turn - age) % len(self._news)]
-        return ring + np.arange(first, last + 1) % (self.width + 1)
-
-    def outputs(self, first: int, stop: int, age: int = 0) -> Slots:
-        """Return the slots of the outputs of points first .. stop - 1, of this round or the one before."""
-        return self._outputs[(self._turn - age) % 2] + np.arange(first, stop) % self.width
-
-    def _final(self, first: int, stop: int) -> Slots:
-        return self._finals + np.arange(first, stop) % (self.width + self.coefficients.lags)
-
-    def open(self) -> Asking:
-        """Fill the first window: the given guess, or the initial state in the proportion of the expected size."""
-        yield Memory(self._rows)
-        if self.problem.guessed:
-            if self.lo:
-                yield from self._frozen()
-            yield Load(np.arange(self.lo, self.hi + 1), self.states(self.lo, self.hi))
-        else:
-            yield Load(np.zeros(1, np.int64), self.states(0, 0))
-            yield self._copies(self.states(0, 0), 0, self.states(1, self.hi), 1)
-        return 0
-
-    def _frozen(self) -> Asking:
-        """Settle the states of the guess that stay as they are, as many at a time as there is room for."""
-        for first in range(1, self.lo + 1, self.width):
-            last = min(first + self.width - 1, self.lo)
-            yield Load(np.arange(first, last + 1), self.states(first, last))
-            slot = int(self.states(last, last)[0])
-            yield Settle(last, self.states(first, last), 0.0, slot)
-        return 0
-
-    def _copies(self, source: Slots, level: int, into: Slots, first: int) -> Combine:
-        """Ask for copies of a state of ``level``, in the proportion of the expected size."""
-        size = self.coefficients.rms
-        factors = size[first : first + len(into), None] / size[level]
-        return Combine((np.repeat(source, len(into)),), factors, into)
-
-    def _begin(self) -> None:
-        """Lay out the next round: on points lo .. hi - 1, or on every so many of them while strides are left."""
-        self.hi = min(self.lo + self.width, self.steps)
-        self._rough = bool(self._strides) or self.coarse  # no round has been on all points yet
-        self._stride = self._strides.pop(0) if self._strides else 1
-
-    @property
-    def coarse(self) -> bool:
-        """Whether some outputs of this round are interpolated."""
-        return self._stride > 1
-
-    def evaluate(self, *asks: Request) -> Generator[list[Request], Any, list[Any]]:
-        """Evaluate the window: one round; return what is answered to ``asks`` once the outputs are there.
-
-        The mean square of the data prediction is measured as well.
-        """
-        points = np.arange(self.lo, self.hi)
-        nodes = np.unique(np.append(points[:: self._stride], points[-1])) if self.coarse else points
-        place = nodes - self.lo
-        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
-        between = [self._interpolated(nodes, np.setdiff1d(points, nodes))] if self.coarse else []
-        size = [self._size()] if self.width > 1 else []  # errors of a single state are not estimated
-        query = Query(nodes, states[place], outputs[place], settled=1)
-        finite, *answers = yield [query, *between, *size, *asks]
-        self.finite = np.interp(points, nodes, finite) == 1 if self.coarse else finite
-        if size:
-            self._measure(answers[len(between)])
-        return answers[len(between) + len(size) :]
-
-    def _interpolated(self, nodes: Slots, points: Slots) -> Combine:
-        """Ask for outputs between the nodes: the data prediction (else the output) on straight lines.
-
-        Lines are straight in log(alpha/sigma), or in the number of the step where that is unknown.
-        """
-        local = self.coefficients
-        after = np.searchsorted(nodes, points)
-        left, right = nodes[after - 1], nodes[np.minimum(after, len(nodes) - 1)]
-        place, inputs, data = np.arange(self.steps, dtype=np.float64), np.zeros(self.steps), np.ones(self.steps)
-        if local.x0_from_input is not None and local.x0_from_output is not None:
-            inputs, data = local.x0_from_input, local.x0_from_output
-        if local.alpha is not None and local.sigma is not None and (local.alpha[:-1] > 0).all():
-            place = np.log(local.alpha[:-1] / local.sigma[:-1])
-        span = place[right] - place[left]
-        share = np.divide(place[points] - place[left], span, out=np.zeros(len(points)), where=span != 0)
-        factors = [(1 - share) * data[left], (1 - share) * inputs[left]]
-        factors += [share * data[right], share * inputs[right], -inputs[points]]
-        states, outputs = self.states(self.lo, self.hi - 1), self.outputs(self.lo, self.hi)
-        lo = self.lo
-        rows = (outputs[left - lo], states[left - lo], outputs[right - lo], states[right - lo], states[points - lo])
-        return Combine(rows, np.stack(factors, 1) / data[points, None], outputs[points - lo])
-
-    def response(self, slopes: Array | None = None, *, order: int | None = None) -> Response:
-        """Return the request to correct the window into :meth:`news`; its answer is to be :meth:`checked`."""
-        lo, hi, lags = self.lo, self.hi, self.coefficients.lags
-        return Response(
-            start=lo,
-            states=self.states(lo, hi),
-            outputs=self.outputs(lo, hi),
-            slopes=slopes,
-            first=lo + 1,
-            into=self.news(lo + 1, hi),
-            history=self._final(lo - lags, lo),
-            finals=self._final(lo, hi) if lags else None,
-            order=order,
+    def __init__(
+        self,
+        batch: Batch,
+        width: int | None,
+        *,
+        keeps_pairs: bool = False,
+        history: int = 1,
+        order: int | None = None,
+    ) -> None:
+        problem = batch.problem
+        self.batch, self.problem = batch, problem
+        self.W = min(width or problem.steps, problem.steps)
+        self.order, self.history, self.lags = order, history, problem.coefficients.lags
+        self.tables = Tables.of(problem.coefficients, self.W)
+        self.offset = np.arange(self.W + 1)
+        self.known_size = self.tables.alpha is not None and self.tables.predicts
+        self._parts: dict[int, WindowTensors] = {}
+        count = len(batch)
+        self.tensors = self.tensors_type(
+            batch, count, self.W, self.lags, keeps_pairs=keeps_pairs, predicts=self.known_size, order=order, history=history
         )
+        self._seat(np.arange(count), self.tensors)
+        self.reset(np.arange(count))
 
-    def checked(self, norms: Array) -> Generator[Request, Any, Array]:
-        """Return the squared norms (R, 2) of the change and of the residual of the states lo + 1 .. hi.
+    # -- places ---------------------------------------------------------------------------------------------------
 
-        They are infinite where the network's output was not finite or the correction overflowed. The first state is
-        right even so: it is the loop's own step from a settled state.
-        """
-        lo, hi = self.lo, self.hi
-        norms = np.where(np.isfinite(norms), norms, np.inf)
-        broken = np.isinf(norms[1:]).any(1)
-        if broken.any():
-            # The correction overflowed: go on from the last state that did not, and settle none of the others.
-            good = lo + 1 + int(np.argmax(broken))
-            yield self._copies(self.news(good, good), good, self.news(good + 1, hi), good + 1)
-            norms[good - lo :] = np.inf
-        norms[~self.finite] = np.inf
-        return norms
+    def _seat(self, places: Indices, tensors: WindowTensors) -> None:
+        """Begin anew with the samples at these places."""
+        count, width = len(places), self.W
+        self.places, self.tensors, self.pack = places, tensors, tensors.pack
+        self.rows = np.arange(count)
+        self.row_of_place = {int(place): row for row, place in enumerate(places)}
+        self.lo = np.zeros(count, np.int64)
+        self.error_used, self.variance = np.zeros(count), np.ones(count)
+        self.rounds = np.zeros(count, np.int64)
+        # What is known of states and steps moves with the windows: one array, shifted once.
+        self.known = np.full((count, 3, 2 * width + 1), np.nan)
+        self._name_known()
+        self.spans = np.zeros((count, 2, self.history - 1))  # lo and hi of the rounds that are kept, the latest first
+        self.evaluated_until = np.zeros(count, np.int64)
+        self.reached = np.zeros(count, bool)  # the last round has corrected the sample itself
+        self.last_step = np.zeros(count, np.int64)  # farthest step of the present round
+        self.last_evaluated = np.zeros(count, np.int64)  # and of the last one
+        self._frame_sent = False
+        self._frame_key: Any = None
 
-    def turn(self) -> None:
-        """Take the states written to the next ring of inputs as the present ones."""
-        self._turn += 1
+    def _name_known(self) -> None:
+        width = self.W
+        self.slope_errors, self.last_moves = self.known[:, 0, : 2 * width], self.known[:, 1, : width + 1]
+        self.slopes = self.known[:, 2, :width]
 
-    def _size(self) -> Inner:
-        """Ask for the mean square of the data prediction at the last point evaluated, before the response.
+    def take(self, rows: Indices) -> Window:
+        """Return a window of some of the samples only, a copy."""
+        part: Window = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        if len(rows) not in self._parts:
+            self._parts[len(rows)] = self.tensors.like(len(rows))
+        part._seat(self.places[rows], self._parts[len(rows)])
+        for name in self.STATES:
+            setattr(part, name, getattr(self, name)[rows])
+        part._name_known()
+        self.tensors.copy_rows(rows, part.tensors)
+        part.frame()
+        return part
 
-        Where it is unknown, that of the window's last state stands for it.
-        """
-        local, point = self.coefficients, self.hi - 1
-        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
-            return Inner((self.states(self.hi, self.hi),))
-        return Inner((self.states(point, point), self.outputs(point, point + 1)))
+    def put(self, rows: Indices, part: Window) -> None:
+        """Take back what :meth:`take` has given."""
+        for name in self.STATES:
+            getattr(self, name)[rows] = getattr(part, name)
+        self.tensors.put_rows(rows, part.tensors)
+        self.refresh()
 
-    def _measure(self, gram: Array) -> None:
-        local, point = self.coefficients, self.hi - 1
-        if local.alpha is None or local.x0_from_input is None or local.x0_from_output is None:
-            size = float(gram[0, 0, 0]) / self.problem.dim
-            self.variance = size if np.isfinite(size) and size > 0 else 1.0
+    def adopt(self) -> None:
+        """Take up the samples that have been added to the batch since the last round."""
+        batch = self.batch
+        if not batch.added:
             return
-        weights = np.array([local.x0_from_input[point], local.x0_from_output[point]])
-        with np.errstate(invalid="ignore", over="ignore"):
-            variance = float(weights @ gram[0] @ weights) / self.problem.dim
-        if np.isfinite(variance) and variance > 0:
+        places = np.array(sorted(set(batch.added)))
+        batch.added.clear()
+        if places[-1] >= len(self.places):
+            rows = self.rows
+            before = self.take(rows)
+            self._parts.clear()
+            self._seat(np.arange(len(batch)), self.tensors.like(len(batch)))
+            self.put(rows, before)
+        self.reset(places)
+
+    def refresh(self) -> None:
+        """Look again at which samples are being solved."""
+        self.frame()
+        self._frame_sent = False
+
+    def shrink(self) -> None:
+        """Drop samples that have ended, once they are at least half."""
+        active = np.flatnonzero(self.batch.active[self.places])
+        if 0 < len(active) <= len(self.places) // 2 and not self.batch.refilled:
+            part = self.take(active)
+            self.__dict__.update(part.__dict__)
+            self._parts = {}  # these tensors are its own now
+
+    def reset(self, rows: Indices) -> None:
+        """Fill the windows of new samples: the given guess, or the initial state in the proportion of expected rms."""
+        batch, problem, width, device = self.batch, self.problem, self.W, self.batch.start.device
+        for name in self.STATES:
+            getattr(self, name)[rows] = np.nan if name == "known" else 0
+        lo = problem.frozen_steps
+        self.lo[rows], self.evaluated_until[rows], self.variance[rows] = lo, lo, 1.0
+        places = torch.from_numpy(self.places[rows]).to(device)
+        self.tensors.clear_rows(rows)
+        if batch.guess is not None:
+            whole = batch.guess.index_select(0, places)
+            if lo:
+                batch.accept(self.places[rows], np.full(len(rows), lo), whole[:, 1 : lo + 1], np.zeros(len(rows)))
+            states = whole[:, lo : lo + width + 1]
+        else:
+            rms = self.tables.rms[: width + 1]
+            factors = torch.from_numpy(rms / rms[0]).to(batch.start)
+            states = batch.start.index_select(0, places)[:, None] * factors[:, None]
+        held = min(width, problem.steps - lo) + 1
+        self.tensors.x[torch.from_numpy(rows).to(device), :held] = states[:, :held]
+        self.refresh()
+
+    def frame(self) -> None:
+        """Read off what follows from where the windows stand."""
+        problem, tables, width = self.problem, self.tables, self.W
+        active = self.batch.active[self.places]
+        self.hi = np.minimum(self.lo + width, problem.steps)
+        everyone = bool(active.all())
+        if not everyone:
+            self.hi = np.where(active, self.hi, self.lo)
+        self.width = self.hi - self.lo
+        self.uniform = everyone and int(self.width.min()) == width
+        self.steps = self.lo[:, None] + self.offset[:-1]
+        self.inside = self.offset[:-1] < self.width[:, None]
+        # Beyond the end of the loop the tables hold zeros; the windows of places without a sample are empty.
+        columns = tables.columns[self.steps]
+        self.a, self.b_sum, self.b_inverse, self.rms, self.rms_ratio, self.least, self.alpha_after = np.moveaxis(columns, 2, 0)
+        self.b = tables.b[self.steps]
+        if not everyone:
+            self.a, self.b, self.b_sum = self.a * self.inside, self.b * self.inside[..., None], self.b_sum * self.inside
+        self.strided = bool(problem.strides)
+        self.coarse = self.rough = NEVER
+        if self.strided:
+            padded = np.array([1, *problem.strides, 1, 1])  # of round -1, 0, 1, ..
+            at = np.minimum(self.rounds + 1, len(padded) - 1)
+            self.stride = padded[at]
+            self.coarse = self.stride > 1  # some outputs of this round are interpolated
+            self.rough = (self.rounds < len(problem.strides)) | (padded[at - 1] > 1)  # no round was on all steps yet
+
+    @property
+    def evaluated(self) -> Flags:
+        """(S, W) steps that have been evaluated before."""
+        return self.steps < np.minimum(self.evaluated_until, self.hi)[:, None]
+
+    # -- evaluate -------------------------------------------------------------------------------------------------
+
+    def nodes(self) -> Flags:
+        """Return (S, W) the steps that are evaluated: all, or every so many and the last."""
+        if not self.strided:
+            return self.inside
+        offset = self.offset[:-1]
+        last = offset == self.width[:, None] - 1
+        return self.inside & ((offset % self.stride[:, None] == 0) | last)
+
+    def query(self) -> Query:
+        """Return the states to be evaluated."""
+        widths = np.zeros(len(self.batch), np.int64)
+        self._chosen: Indices | None = None
+        if self.uniform and not self.coarse.any():
+            widths[self.places] = self.W
+            rows = self.tensors.inputs.clone()  # the network may write into its input
+            return Query(rows.view(-1, rows.shape[2]), self.steps.reshape(-1), np.repeat(self.places, self.W), widths)
+        chosen = self.nodes()
+        widths[self.places] = chosen.sum(1)
+        sample, offset = np.nonzero(chosen)
+        self._chosen = sample * (self.lags + self.W) + self.lags + offset
+        index = torch.from_numpy(sample * (self.W + 1) + offset).to(self.batch.start.device)
+        return Query(self.tensors.flat["x"].index_select(0, index), self.steps[chosen], self.places[sample], widths)
+
+    # -- measure --------------------------------------------------------------------------------------------------
+
+    def measure(self, outputs: Tensor) -> Measured:
+        """Store outputs (R, dim) of the last query, and measure.
+
+        Raises:
+            OutputError: If an output is not finite though its input is accepted.
+        """
+        gram, pairs, size, corrections, largest = self._measure(outputs, pairs=self.tensors.keeps_pairs)
+        finite = np.isfinite(largest)
+        flags = None
+        if not finite.all():
+            flags, outputs = self._repair(outputs, finite)
+            gram, _, size, corrections, _ = self._measure(outputs, pairs=False)
+        return self.take_measured(gram, pairs, size, corrections, flags)
+
+    def take_measured(self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None) -> Measured:
+        """Take what the device has measured; ``size`` (S,) is the norm of the data prediction."""
+        self._note_size(size)
+        return Measured(gram, pairs, finite, corrections)
+
+    def _measure(self, outputs: Tensor, *, pairs: bool) -> list[Array]:
+        self.store(outputs)
+        if not self._frame_sent:
+            self.write_frame()
+            self.pack.send()
+            self._frame_sent = True
+        parts = [*self.tensors.measure(pairs=pairs), torch.linalg.vector_norm(outputs, float("inf"), dim=1)]
+        return split(read(torch.cat([part.reshape(-1) for part in parts])), [part.shape for part in parts])
+
+    def store(self, outputs: Tensor) -> None:
+        """Put the outputs of the last query in their places; between nodes they are interpolated."""
+        tensors = self.tensors
+        if self._chosen is None:
+            tensors.outputs.copy_(outputs.view(tensors.outputs.shape))
+            return
+        tensors.flat["f"].index_copy_(0, torch.from_numpy(self._chosen).to(outputs.device), outputs)
+        if self.coarse.any():
+            factors = extrapolation.between_nodes(
+                self.nodes(), self.inside, self.steps, self.problem.coefficients, self.tables
+            )
+            by_output, by_state = (torch.from_numpy(own).to(outputs) for own in factors)
+            tensors.outputs.copy_(torch.bmm(by_output, tensors.outputs).baddbmm_(by_state, tensors.inputs))
+
+    def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
+        """Put the last finite output before it in the place of each output that is not finite.
+
+        Returns:
+            (S, W) which outputs are finite; an interpolated one is if its neighbours are. And the outputs repaired.
+        """
+        chosen = self.nodes()
+        sample, offset = np.nonzero(chosen)
+        broken = (offset == 0) & ~finite
+        if broken.any():
+            row = int(sample[np.argmax(broken)])
+            raise OutputError(
+                f"the network returned NaN or Inf at step {self.lo[row]} of {self.problem.steps}, sample "
+                f"{self.batch.numbers[self.places[row]]}, round {self.rounds[row] + 1}, for an accepted input, so the "
+                "sequential loop meets it too: check the network at that time, its dtype and its conditioning."
+            )
+        nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
+        outputs = outputs.index_select(0, torch.from_numpy(nearest).to(outputs.device))
+        flags = np.ones((len(self.places), self.W), bool)
+        flags[chosen] = finite
+        for row in np.flatnonzero(self.coarse) if self.strided else ():
+            at, inside = np.flatnonzero(chosen[row]), np.arange(self.width[row])
+            flags[row, inside] = np.interp(inside, at, flags[row, at]) == 1
+        return flags, outputs
+
+    def _note_size(self, norm: Array) -> None:
+        """Take the mean square of the data prediction."""
+        if self.W == 1:  # errors of a single state are not estimated
+            return
+        variance = norm**2 / self.problem.dim
+        known = np.isfinite(variance) & (variance > 0) & (self.width > 0)
+        if self.known_size:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
-            self.variance = min(variance, 1.0) if local.alpha[point] < 0.05 else variance
+            assert self.tables.alpha is not None
+            variance = np.where(self.tables.alpha[self.last_step] < 0.05, np.minimum(variance, 1.0), variance)
+            self.variance = np.where(known, variance, self.variance)
+        else:
+            self.variance = np.where(known, variance, 1.0)
 
-    def errors(self, norms: Array, slopes: Array) -> Array:
-        """Return the estimated relative error of the sample if states lo + 1 .. hi were accepted as corrected, (R,).
+    def write_frame(self) -> None:
+        """Write down what the device needs to know of where the windows stand."""
+        pack, tables, row, width = self.pack, self.tables, self.rows, self.W
+        pack.begin()
+        numbers, indices = pack.numbers, pack.indices
+        numbers["a"][:, :, 0] = self.a
+        for lag in range(self.lags + 1):
+            numbers[f"b{lag}"][:, :, 0] = self.b[:, :, lag]
+        point = self.hi - 1
+        if not self.uniform:
+            point = np.maximum(point, self.lo)
+            self.last_step = np.where(self.width > 0, point, self.last_step)
+        else:
+            self.last_step = point
+        if not (self.uniform and self._frame_key == "uniform"):  # else they are as they were
+            last = np.maximum(self.width - 1, 0)
+            indices["last_x"][:] = row * (width + 1) + last
+            indices["last_f"][:] = row * (self.lags + width) + self.lags + last
+            indices["size_x"][:] = indices["last_x"] if self.known_size else row * (width + 1) + self.width
+            self._frame_key = "uniform" if self.uniform else None
+        if self.known_size:
+            numbers["p"][:, 0], numbers["q"][:, 0] = tables.p[point], tables.q[point]
+        else:  # where the data prediction is unknown, the last state of the window stands for it
+            numbers["p"][:], numbers["q"][:] = 1.0, 0.0
+        steps = self.steps if self.uniform else np.minimum(self.steps, self.problem.steps - 1)
+        indices["step"][:] = steps.reshape(-1)
+        if self.batch.noise is not None:
+            indices["noise"][:] = (steps + (self.places * self.problem.steps)[:, None]).reshape(-1)
+        self._frame_sent = False
 
-        The first state comes from a settled input: no error. For the others the response assumed slopes, and what
-        it missed is known of every point that is evaluated again: the residual that it leaves, per unit that its
-        input was moved, is the misfit m_i of the slope. A move c_i of this round then leaves about m_i c_i, carried
-        on by the response, with the steps' growth J = A + B d:
+    # -- decide ---------------------------------------------------------------------------------------------------
 
-            eps_{j+1} = J_j eps_j + m_j c_j,     e_j = gain_j SAFETY eps_j / sqrt(v)
+    def growth(self, slopes: Array) -> Array:
+        """Return J (S, W) of slopes d (S, W): how a change of each state is carried on by its step."""
+        return np.asarray(self.a + self.b_sum * slopes)
 
-        Points that are new in the window take the largest misfit of those before them; until there is one, eps_j is
-        the whole move, and it is never less than a tenth of it. gain_j carries an error of state j to the sample: the
-        growth of the steps in the window, then the moment-matched one, times DIRECTIONS or up to REACH / alpha. Where
-        the schedule is unknown, and where outputs are clipped, it is at least the ratio of expected sizes, and SAFETY
-        is BLIND. v is the mean square of the data prediction.
-        """
-        local, lo, hi = self.coefficients, self.lo, self.hi
-        if self.coarse:
-            return np.append(0.0, np.full(hi - lo - 1, np.inf))
-        growth = local.growth(slopes, lo)
-        behind = local.growth(local.gaussian_slopes(self.variance))[hi:]
-        gain = np.append(np.cumprod(np.abs(growth[:0:-1]))[::-1], 1.0) * np.prod(np.abs(behind))
-        least = local.rms[-1] / local.rms[lo + 1 : hi + 1]
-        safety = BLIND
-        if local.alpha is not None:
-            reach = REACH * least / np.maximum(local.alpha[lo + 1 : hi + 1], np.finfo(np.float32).eps)
-            reach = np.minimum(reach, DIRECTIONS * gain)
-            least, safety = (np.maximum(least, reach), BLIND) if self.problem.transformed else (reach, SAFETY)
-        gain = np.maximum(gain, least)
-        moves = np.sqrt(norms[:, 0])
-        left = np.clip(safety * self._left(moves, np.sqrt(norms[:, 1]), slopes), SMALLEST * moves, moves)
-        with np.errstate(invalid="ignore"):  # of an overflow nothing is known, whatever its gain
-            errors = gain * left / np.sqrt(self.problem.dim * self.variance)
-        errors[0] = 0.0
-        return np.asarray(np.where(np.isnan(errors), np.inf, errors))
+    def slopes_for_growth(self, growth: Array) -> Array:
+        """Return d (S, W) for which :meth:`growth` is ``growth``; 0 where no output enters the step."""
+        return np.asarray((growth - self.a) * self.b_inverse)
 
-    def _left(self, moves: Array, residuals: Array, slopes: Array) -> Array:
-        """Return eps of the states lo + 1 .. hi, (R,): what the response is expected to have missed."""
-        lo, hi, old = self.lo, self.hi, min(max(self._seen, self.lo), self.hi)
-        before = self._moved[lo:old]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = residuals[: old - lo] / before
-        trusted = before > 10 * self.problem.rounding * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
-        trusted &= np.isfinite(before) & np.isfinite(found)
-        if self.coefficients.alpha is not None:
-            trusted &= before < FAR * self.coefficients.rms[lo:old] * np.sqrt(self.problem.dim)
-        self._misfit[lo:old] = np.where(trusted, found, self._misfit[lo:old])
-        self._moved[lo + 1 : hi + 1] = moves
-        self._seen = hi
-        known = self._misfit[max(old - self.width, 0) : old]
-        known = known[np.isfinite(known)]
-        misfit = np.where(np.isfinite(self._misfit[lo:hi]), self._misfit[lo:hi], known.max(initial=0.0) or UNKNOWN)
-        missed = np.append(0.0, misfit[1:] * np.minimum(moves[:-1], UNKNOWN))
-        return self.coefficients.carried(missed, slopes, lo)
+    def gaussian_slopes(self) -> Array:
+        """Return d (S, W) of the exact network for Gaussian data of the measured variance; else for a growth of 1."""
+        if not self.tables.gaussian:
+            return self.slopes_for_growth(np.ones_like(self.a))
+        return self.tables.gaussian_slopes(self.steps, self.variance[:, None])
 
-    def accept(self, errors: Array, passed: NDArray[np.bool_] | None = None) -> int:
-        """Return how many states to settle: those whose errors fit in the tolerance's share up to their level.
-
-        The last point stays for another evaluation, which measures the misfit of its slope, unless it ends the loop.
-        A published test tells instead which states ``passed``; then the first that did not is taken too. Of outputs
-        that were interpolated, and in the first round on all points, only the first state is.
-        """
-        if self._rough:
-            return 1
-        if passed is not None:
-            return len(passed) if passed.all() else int(np.argmin(passed)) + 1
-        share = self.problem.tolerance * np.arange(self.lo + 1, self.hi + 1) / self.steps
-        allowed = (errors == 0) | (self.spent + errors <= share)
-        count = len(allowed) if allowed.all() else max(int(np.argmin(allowed)), 1)
-        ahead = self.lo + count == self.hi < self.steps and self.width > 2
-        return max(count - 1, 1) if ahead else count
-
-    def settle(self, count: int, error: float) -> Asking:
-        """Settle the first ``count`` states, after :meth:`turn`; ``error`` is what that adds to the sample's error."""
-        self.spent += error
-        last = self.hi - 1
-        place = int(self.states(last, last, 1)[0]), int(self.outputs(last, last + 1, 1)[0])
-        estimate = int(self.states(self.hi, self.hi)[0]) if self.hi == self.steps else (last, *place)
-        states = self.states(self.lo + 1, self.lo + count)
-        self._advance = count
-        yield Settle(self.lo + count, states, self.spent, estimate)
-        return 0
-
-    def enter(self, *, roll: bool = True) -> Asking:
-        """Move the window and fill its new rows: from the given guess; else by rolling on, or by copies.
-
-        Where steps add noise, the last data prediction is held while rolling on; else outputs follow their line
-        through the window. In a recorded loop, of which less is known, the last output is held.
-        """
-        lo = self.lo + self._advance
-        first, last = self.hi + 1, min(lo + self.width, self.steps)
-        if first <= last:
-            into, point = self.states(first, last), self.hi - 1
-            if self.problem.guessed:
-                yield Load(np.arange(first, last + 1), into)
-            elif not roll:
-                yield self._copies(self.states(self.hi, self.hi), self.hi, into, first)
-            elif self.coefficients.noise_std.any() or self.coefficients.alpha is None:
-                yield Response(
-                    start=point,
-                    states=self.states(point, point, 1),
-                    outputs=self.outputs(point, point + 1, 1),
-                    slopes=self._held[point : point + 1],
-                    first=first,
-                    into=into,
-                    history=self._final(point - self.coefficients.lags, point),
-                    measure=False,
-                    origin=int(self.states(point, point)[0]) if point > self.lo else None,
-                )
+    def growth_behind(self) -> Array:
+        """Return (S,) growth of all steps behind the window, for Gaussian data of the measured variance."""
+        tables, total = self.tables, np.ones(len(self.places))
+        for row in np.flatnonzero((self.hi < self.problem.steps) & (self.width > 0)):
+            steps = np.arange(self.hi[row], self.problem.steps)
+            if tables.gaussian:
+                slopes = tables.gaussian_slopes(steps, self.variance[row])
             else:
-                yield self._line(max(self.lo, point - self.width // 2), point, last)
-        self.lo = lo
-        self._begin()
-        return 0
+                slopes = (1.0 - tables.a[steps]) * tables.b_inverse[steps]
+            total[row] = np.abs(np.prod(tables.a[steps] + tables.b_sum[steps] * slopes))
+        return total
 
-    def _line(self, early: int, late: int, last: int) -> Combine:
-        """Ask for the states hi + 1 .. last, with outputs on the line through those of two points."""
-        local, first = self.coefficients, self.hi
-        place = (np.arange(first - local.lags, last) - late) / max(late - early, 1)
-        outputs = np.stack([np.zeros(len(place)), 1 + place, -place], 1)
-        state, factors = np.array([1.0, 0.0, 0.0]), []
-        for k in range(last - first):
-            weight = local.output_weight[first + k, ::-1]
-            state = local.state_weight[first + k] * state + weight @ outputs[k : k + len(weight)]
-            factors.append(state)
-        count = len(factors)
-        rows = (
-            self.states(first, first),
-            self.outputs(late, late + 1, 1),
-            self.outputs(early, early + 1, 1),
-        )
-        return Combine(tuple(np.repeat(row, count) for row in rows), np.array(factors), self.states(first + 1, last))
+    def correct(self, slopes: Array, measured: Measured | None = None) -> None:
+        """Take the slopes of a round: what trajectory follows is now decided, and is put in place by :meth:`move`.
 
-    def sample(self) -> int:
-        """Return the slot of the sample."""
-        return int(self.states(self.steps, self.steps)[0])
+        Args:
+            slopes: (S, W) d.
+            measured: What the round has measured; None if it is not known yet: :meth:`norms` is then to be called.
+        """
+        self.slopes[:] = slopes if self.uniform else np.where(self.inside, slopes, np.nan)
+        slopes = self.slopes if self.uniform else np.where(self.inside, slopes, 0.0)
+        self.pack.begin()
+        self.chunks = correction.propagation(self.a, self.b, slopes, self.order)
+        for i, chunk in enumerate(self.chunks):
+            self.pack.numbers[f"chunk{i}"][:] = chunk
+        if self.lags:
+            self.pack.numbers["slopes"][:, :, 0] = slopes
+        self.batch.recurrence.note_slopes(self.places, self.lo, self.width, slopes)
+        self.overflow = False
+        if measured is not None:
+            self.norms(measured)
+
+    def norms(self, measured: Measured) -> None:
+        """Derive the norms of the corrections and of the residuals, (S, W) each, infinite where they are unknown.
+
+        A correction that overflowed goes on from the last state that did not; none of the others is accepted. The first
+        state is right even so: it is the loop's own step from an accepted state.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            changes, residuals = correction.corrected_norms(self.chunks, self.lags, measured.gram)
+            self.take_norms(np.sqrt(changes), np.sqrt(residuals), measured.finite)
+
+    def take_norms(self, changes: Array, residuals: Array, finite: Flags | None) -> None:
+        """Take the norms (S, W) of the corrections and of the residuals."""
+        if not np.isfinite(changes.sum() + residuals.sum()):
+            changes, residuals = (np.where(np.isfinite(one), one, np.inf) for one in (changes, residuals))
+            broken = (np.isinf(changes) | np.isinf(residuals)) & self.inside
+            broken[:, 0] = False
+            # The first that overflowed; the state before it is the last to go on from.
+            self.overflow = bool(broken.any())
+            self.overflowed = np.where(broken.any(1), np.argmax(broken, 1), 0)
+            lost = broken.any(1)[:, None] & (self.offset[:-1] >= self.overflowed[:, None])
+            changes, residuals = np.where(lost, np.inf, changes), np.where(lost, np.inf, residuals)
+        if finite is not None:
+            changes, residuals = np.where(finite, changes, np.inf), np.where(finite, residuals, np.inf)
+        if not self.uniform:
+            changes, residuals = np.where(self.inside, changes, 0.0), np.where(self.inside, residuals, 0.0)
+        self.moves, self.residuals = changes, residuals
+
+    # -- move -----------------------------------------------------------------------------------------------------
+
+    def move(self, count: Indices, error: Array, entry: str) -> None:
+        """Accept the first ``count`` states of every window, and move it behind them.
+
+        Args:
+            count: (S,) at least 1, but 0 for empty windows.
+            error: (S,) what accepting them adds to the error of the sample.
+            entry: How states enter the window: ``extrapolate`` or ``copy``.
+        """
+        hi, width, W, steps = self.hi, self.width, self.W, self.problem.steps
+        ended, guessed = self.lo + count, self.batch.guess is not None
+        entering = np.minimum(ended + W, steps) - hi
+        if not self.uniform:
+            entering = np.where(width > 0, entering, 0)
+        last = np.where(self.overflowed > 0, self.overflowed, width) if self.overflow else width
+        self.tensors.overflowed = self.overflow
+        self._write_shift(count, last)
+        new = entering if not guessed else np.zeros_like(entering)
+        enter = bool(new.any()) or self.overflow
+        if enter or self.always_enters:
+            self._write_entering(count, last, new, entry)
+        self.error_used = self.error_used + error
+        self._shift_known(count)
+        present = width > 0
+        self.reached = self.reached | ((hi == steps) & present)
+        self.last_evaluated = np.where(present, hi - 1, self.last_evaluated)
+        self.lo = ended
+        self.rounds = self.rounds + present
+        self.frame()
+        self.write_frame()
+        self.carry_out(enter=enter)
+        self._frame_sent = True
+        self.batch.accept(self.places, count, self.tensors.step, self.error_used)
+        if guessed and entering.any():
+            self._load_guess(entering)
+        for row in np.flatnonzero((ended == steps) & present):
+            place = int(self.places[row])
+            self.batch.finished[place] = True
+            self.batch.results[place] = self.tensors.x[row, 0].clone()
+
+    def carry_out(self, *, enter: bool) -> None:
+        """Send what has been written, and move the tensors."""
+        self.pack.send()
+        self.tensors.move(enter=enter)
+
+    def _write_shift(self, count: Indices, last: Indices) -> None:
+        """Write down where every row of the next window comes from; states behind ``last`` are not gone on from."""
+        indices, W, lags, row, nothing = self.pack.indices, self.W, self.lags, self.rows[:, None], len(self.places)
+        source = count[:, None] + self.offset
+        here = row * (W + 1) + source
+        indices["shift"][:] = np.where(source <= last[:, None], here, nothing * (W + 1)).reshape(-1)
+        if self.tensors.keeps_pairs:
+            # States and outputs of steps that stay; interpolated outputs are no measurement.
+            stays = source[:, :-1] < self.width[:, None]
+            if self.strided:
+                stays = stays & ~self.coarse[:, None]
+            indices["before_x"][:] = np.where(stays, here[:, :-1], nothing * (W + 1)).reshape(-1)
+            output = row * (lags + W) + lags + source[:, :-1]
+            indices["before_f"][:] = np.where(stays, output, nothing * (lags + W)).reshape(-1)
+        if lags:
+            indices["history"][:] = (row * (lags + W) + count[:, None] + np.arange(lags)).reshape(-1)
+
+    def _write_entering(self, count: Indices, last: Indices, entering: Indices, entry: str) -> None:
+        """Write down the states that enter as combinations of the tail; see :mod:`.extrapolation`."""
+        numbers, indices, W, lags, row = self.pack.numbers, self.pack.indices, self.W, self.lags, self.rows
+        enter = numbers["enter"]
+        enter[:] = 0.0
+        # States of the window that are lost by an overflow are copies of the last good one, and so are new ones then.
+        new = entering + (self.width - last)
+        origin, first = self.lo + last, last - count + 1
+        for s in np.flatnonzero(new):
+            kind = "copy" if last[s] < self.width[s] else entry
+            size = min(int(new[s]), W + 1 - int(first[s]))
+            factors = self.tables.factors(int(self.lo[s]), int(origin[s]), size, W, enter.shape[2], kind)
+            enter[s, first[s] : first[s] + size] = factors
+        end = np.maximum(last - 1, 0)
+        indices["tail_moved"][:] = (row[:, None] * (W + 1) + np.stack([last, end], 1)).reshape(-1)
+        indices["tail_f"][:] = row * (lags + W) + lags + np.maximum(0, end - W // 2)
+        if lags:
+            history = row[:, None] * (lags + W) + end[:, None] + np.arange(lags)
+            history[last < self.width] = len(row) * (lags + W)
+            indices["tail_history"][:] = history.reshape(-1)
+        if self.batch.noise is not None:
+            steps = np.minimum((self.lo + end)[:, None] + self.offset, self.problem.steps - 1)
+            indices["tail_noise"][:] = (steps + (self.places * self.problem.steps)[:, None]).reshape(-1)
+
+    def _shift_known(self, count: Indices) -> None:
+        """Shift what is known of states and steps with the windows."""
+        until = np.where(self.coarse, self.lo, self.hi) if self.strided else self.hi
+        self.evaluated_until = until if self.uniform else np.where(self.width > 0, until, self.evaluated_until)
+        # Each of the three has its own length: what would come from the next one's place is not known.
+        known, width = self.known, self.W
+        shifted = np.full_like(known, np.nan)
+        for row, by in enumerate(count.tolist()):
+            for kind, size in enumerate((2 * width, width + 1, width)):
+                shifted[row, kind, : max(size - by, 0)] = known[row, kind, by:size]
+        self.known = shifted
+        self._name_known()
+
+    def _load_guess(self, entering: Indices) -> None:
+        """Fill the states that enter from the given trajectories."""
+        guess = self.batch.guess
+        assert guess is not None
+        state = self.lo[:, None] + self.offset
+        new = (state > (self.hi - entering)[:, None]) & (state <= self.hi[:, None])
+        sample, at = np.nonzero(new)
+        into = torch.from_numpy(sample * (self.W + 1) + at).to(guess.device)
+        source = torch.from_numpy(self.places[sample] * guess.shape[1] + state[new]).to(guess.device)
+        self.tensors.flat["x"].index_copy_(0, into, guess.view(-1, guess.shape[2]).index_select(0, source))
+
+    # -- what others look at ---------------------------------------------------------------------------------------
+
+    def estimate(self, place: int) -> Tensor:
+        """Return (dim,) the present guess of a sample: its row if the window reaches it, else the data prediction.
+
+        Where that is unknown, it is one coarse step from the farthest evaluation, and in multistep samplers the state
+        there.
+        """
+        row = self.row_of_place[place]
+        local, steps = self.problem.coefficients, self.problem.steps
+        if self.rounds[row] == 0:
+            return self.batch.start[place]
+        if self.reached[row] or self.lo[row] == steps:
+            return self.tensors.x[row, steps - self.lo[row]]
+        u, f, step = self.tensors.last_x[row], self.tensors.last_f[row], int(self.last_evaluated[row])
+        if self.tables.predicts:
+            return self.tables.p[step] * u + self.tables.q[step] * f
+        if local.lags:
+            return u
+        noise = self.batch.noise
+        one = Recurrence(local, u[None], None if noise is None else noise[place, None])
+        return one.coarse_step(step, steps, u[None], f[None])[0]
+
+
+NEVER = np.zeros(1, bool)  # of rounds on all steps
+
+
+def split(flat: Array, shapes: Sequence[Sequence[int]]) -> list[Array]:
+    """Return arrays of these shapes that lie one behind the other."""
+    found, first = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        found.append(flat[first : first + size].reshape(shape))
+        first += size
+    return found

@@ -1,0 +1,149 @@
+"""The network of a diffusion policy: a 1-D U-Net over the actions of a plan, conditioned by FiLM.
+
+The form is that of Chi et al., "Diffusion Policy" (2303.04137), with the names of LeRobot's ``DiffusionPolicy``:
+``down_dims``, ``kernel_size``, ``n_groups``, ``diffusion_step_embed_dim``, ``use_film_scale_modulation``, and
+``global_cond=`` for what the robot sees. Shapes depend on nothing but the input's, so it compiles in one piece and can
+be recorded as a CUDA graph.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Channels of the levels, by the number of parameters that they give (action_dim 4, cond_dim 20).
+SIZES: dict[str, tuple[int, ...]] = {
+    "0.5M": (16, 32, 64),
+    "4.4M": (64, 128, 256),
+    "16M": (128, 256, 512),
+    "63M": (256, 512, 1024),
+}
+
+
+class StepEmbedding(nn.Module):
+    """Sines and cosines of the diffusion time, geometrically spaced periods from 2 pi to 20,000 pi."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        self.register_buffer("frequencies", torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1))), False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return (B, dim) for times t (B,)."""
+        angle = t[:, None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def conv_block(inputs: int, outputs: int, kernel_size: int, n_groups: int) -> nn.Sequential:
+    """Return convolution over time, group norm, Mish."""
+    return nn.Sequential(
+        nn.Conv1d(inputs, outputs, kernel_size, padding=kernel_size // 2), nn.GroupNorm(n_groups, outputs), nn.Mish()
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions over time and a skip; the condition scales and shifts, or only shifts, the channels between."""
+
+    def __init__(
+        self, inputs: int, outputs: int, cond_dim: int, kernel_size: int, n_groups: int, scale_modulation: bool
+    ) -> None:
+        super().__init__()
+        self.scale_modulation = scale_modulation
+        self.first = conv_block(inputs, outputs, kernel_size, n_groups)
+        self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * outputs if scale_modulation else outputs))
+        self.second = conv_block(outputs, outputs, kernel_size, n_groups)
+        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return (B, outputs, T) for x (B, inputs, T) and cond (B, cond_dim)."""
+        hidden, film = self.first(x), self.film(cond)[..., None]
+        if self.scale_modulation:
+            scale, shift = film.chunk(2, dim=1)
+            hidden = scale * hidden + shift
+        else:
+            hidden = hidden + film
+        return self.second(hidden) + self.skip(x)
+
+
+class UNet1d(nn.Module):
+    """Predicts the noise (or velocity) in plans x at diffusion times t, given what the robot sees.
+
+    Args:
+        action_dim: Entries of an action.
+        horizon: Actions of a plan; divisible by 2 to the number of levels less one.
+        cond_dim: Entries of ``global_cond``: the last ``n_obs_steps`` observations, one after another.
+        down_dims: Channels of each level; each level has half the time steps of the one above. See ``SIZES``.
+        kernel_size: Time steps that a convolution sees; odd.
+        n_groups: Groups of the group norms; divides every entry of ``down_dims``.
+        diffusion_step_embed_dim: Entries of the embedding of t.
+        use_film_scale_modulation: Scale channels as well as shift them.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon: int,
+        cond_dim: int,
+        down_dims: Sequence[int] = SIZES["4.4M"],
+        *,
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        diffusion_step_embed_dim: int = 128,
+        use_film_scale_modulation: bool = True,
+    ) -> None:
+        super().__init__()
+        halvings = len(down_dims) - 1
+        if horizon % 2**halvings:
+            raise ValueError(f"horizon is {horizon}; {len(down_dims)} levels need a multiple of {2**halvings}")
+        if any(dim % n_groups for dim in down_dims):
+            raise ValueError(f"down_dims are {tuple(down_dims)}; each must be a multiple of n_groups, {n_groups}")
+        self.action_dim, self.horizon, self.cond_dim = action_dim, horizon, cond_dim
+
+        embed = diffusion_step_embed_dim
+        self.step_encoder = nn.Sequential(
+            StepEmbedding(embed), nn.Linear(embed, 4 * embed), nn.Mish(), nn.Linear(4 * embed, embed)
+        )
+
+        def block(inputs: int, outputs: int) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, embed + cond_dim, kernel_size, n_groups, use_film_scale_modulation)
+
+        first, last = down_dims[0], down_dims[-1]
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        for inputs, outputs in zip((action_dim, *down_dims), down_dims, strict=False):
+            self.down.append(nn.ModuleList([block(inputs, outputs), block(outputs, outputs)]))
+        for dim in down_dims[:-1]:
+            self.downsample.append(nn.Conv1d(dim, dim, 3, stride=2, padding=1))
+        self.median = nn.ModuleList([block(last, last), block(last, last)])
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for dim, above in zip(down_dims[:0:-1], down_dims[-2::-1], strict=True):
+            self.up.append(nn.ModuleList([block(2 * dim, above), block(above, above)]))
+            self.upsample.append(nn.ConvTranspose1d(above, above, 4, stride=2, padding=1))
+        self.out = nn.Sequential(conv_block(first, first, kernel_size, n_groups), nn.Conv1d(first, action_dim, 1))
+
+    def forward(self, x: Tensor, t: Tensor, global_cond: Tensor) -> Tensor:
+        """Return the network's output, of the shape of x.
+
+        Args:
+            x: (B, horizon, action_dim) noisy plans.
+            t: (B,) diffusion times, from 0 to ``num_train_timesteps``.
+            global_cond: (B, cond_dim) observations, normalised.
+        """
+        cond = torch.cat([self.step_encoder(t.to(x.dtype)), global_cond], 1)
+        hidden, skips = x.mT, []
+        for level, (first, second) in enumerate(self.down):
+            if level:
+                hidden = self.downsample[level - 1](hidden)
+            hidden = second(first(hidden, cond), cond)
+            skips.append(hidden)
+        for block in self.median:
+            hidden = block(hidden, cond)
+        for (first, second), upsample in zip(self.up, self.upsample, strict=True):
+            hidden = torch.cat([hidden, skips.pop()], 1)
+            hidden = upsample(second(first(hidden, cond), cond))
+        return self.out(hidden).mT
+
+
+def parameters(network: nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(parameter.numel() for parameter in network.parameters())

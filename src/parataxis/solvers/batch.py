@@ -1,0 +1,169 @@
+"""The samples that one solver solves side by side: their tensors, and how far each has come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Array, Indices
+from ..samplers.recurrence import Recurrence
+from .base import Problem
+
+__all__ = ["Batch", "Member", "seeds"]
+
+
+class Member(Protocol):
+    """What a solver's working memory offers of a sample to those who look at it between rounds."""
+
+    def estimate(self, sample: int) -> Tensor:
+        """Return (dim,) the present guess of the sample."""
+        ...
+
+
+class Batch:
+    """Places for samples; a solver fills in how far each has come.
+
+    Attributes:
+        problem: What all samples share.
+        recurrence: Coefficients, starts and noise of all places.
+        start: (S, dim) the first states.
+        noise: (S, N, dim) what the steps add, or None; ``noise_rows`` (S N, dim) the same.
+        guess: (S, N + 1, dim) trajectories to start from, or None.
+        generator: Seeds what the solver draws, if it draws: one for the batch, or one for each place.
+        accepted: (S,) how many steps are accepted.
+        error: (S,) estimated relative error of the sample that has been accepted with them.
+        finished: (S,) whether the sample is there, as far as the solver's own test goes.
+        active: (S,) places whose samples are being solved; free places and ended samples are not.
+        memory: The solver's working memory; None before it begins.
+        trajectory: (S, N + 1, dim) accepted states, or None if they are not kept.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        recurrence: Recurrence,
+        guess: Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | dict[int, Any] | None = None,
+        *,
+        keep_trajectory: bool = False,
+    ) -> None:
+        count = len(recurrence.start)
+        self.problem, self.guess, self.generator = problem, guess, generator
+        self.recurrence = recurrence
+        self.accepted = np.zeros(count, np.int64)
+        self.error = np.zeros(count)
+        self.finished = np.zeros(count, bool)
+        self.active = np.ones(count, bool)
+        self.memory: Member | None = None
+        self.results: dict[int, Tensor] = {}  # samples that have ended
+        self.numbers = list(range(count))  # of the samples, as errors name them
+        self.refilled = False  # whether other samples take the places of those that end
+        self.added: list[int] = []  # places that were filled after the solver had begun, for it to take up
+        self.trajectory: Tensor | None = None
+        self.noise_owner: Tensor | None = recurrence.noise  # the caller's, until a copy takes its place
+        self._streams: dict[int, np.random.Generator] = {}
+        if keep_trajectory:
+            self.trajectory = self.start.new_zeros(count, problem.steps + 1, problem.dim)
+            self.trajectory[:, 0] = self.start
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """Coefficients, starts and noise of all places."""
+        return self._recurrence
+
+    @recurrence.setter
+    def recurrence(self, recurrence: Recurrence) -> None:
+        self._recurrence = recurrence
+        noise = recurrence.noise
+        # Views of these, made once: (S, dim) the first states, (S, N, dim) and (S N, dim) what the steps add, or None.
+        self.start = recurrence.start.detach().flatten(1)
+        self.noise = None if noise is None else noise.flatten(2)
+        self.noise_rows = None if self.noise is None else self.noise.view(-1, self.noise.shape[2])
+
+    def __len__(self) -> int:
+        """Return the number of places."""
+        return len(self.accepted)
+
+    def copy_inputs(self, generator: torch.Generator | None) -> None:
+        """Take copies of what the caller owns, as other samples will take its place."""
+        noise = None if self.recurrence.noise is None else self.recurrence.noise.clone()
+        self.recurrence = replace(self.recurrence, start=self.recurrence.start.clone(), noise=noise)
+        self.generator, self.noise_owner, self.refilled = {0: generator}, None, True
+
+    def grow(self, count: int) -> None:
+        """Make room for so many samples."""
+        extra = count - len(self)
+        start, noise = self.recurrence.start, self.recurrence.noise
+        start = torch.cat([start, start.new_zeros(extra, *start.shape[1:])])
+        noise = None if noise is None else torch.cat([noise, noise.new_zeros(extra, *noise.shape[1:])])
+        self.recurrence = replace(self.recurrence, start=start, noise=noise)
+        self.accepted = np.append(self.accepted, np.zeros(extra, np.int64))
+        self.error = np.append(self.error, np.zeros(extra))
+        self.numbers += [0] * extra
+        self.finished, self.active = (np.append(flags, np.zeros(extra, bool)) for flags in (self.finished, self.active))
+        if self.trajectory is not None:
+            self.trajectory = torch.cat([self.trajectory, self.trajectory.new_zeros(extra, *self.trajectory.shape[1:])])
+
+    def add(self, place: int, recurrence: Recurrence, generator: torch.Generator | None) -> None:
+        """Put the sample of a recurrence of its own into a free place."""
+        self.recurrence.start[place] = recurrence.start[0]
+        if self.recurrence.noise is not None and recurrence.noise is not None:
+            self.recurrence.noise[place] = recurrence.noise[0]
+        self._streams.pop(place, None)
+        self.results.pop(place, None)
+        self.generator[place] = generator  # type: ignore[index, call-overload]  # a dict since copy_inputs
+        self.accepted[place], self.error[place] = 0, 0.0
+        self.finished[place], self.active[place] = False, True
+        if self.trajectory is not None:
+            self.trajectory[place, 0] = self.start[place]
+        self.added.append(place)
+
+    def accept(self, places: Indices, counts: Indices, states: Tensor, error: Array) -> None:
+        """Note that the next ``counts`` steps of these places are accepted.
+
+        Args:
+            places: (S',) increasing.
+            counts: (S',) at least 0.
+            states: (S', n, dim) what they lead to, n at least the largest count; entries beyond a count are ignored.
+            error: (S',) estimated relative error of the sample accepted so far.
+        """
+        if self.trajectory is not None:
+            offset = np.arange(states.shape[1])
+            inside = offset < counts[:, None]
+            place, step = (np.broadcast_to(values, inside.shape)[inside] for values in (places[:, None], self.accepted[places][:, None] + 1 + offset))
+            index = torch.from_numpy(place * (self.problem.steps + 1) + step).to(states.device)
+            rows = states.reshape(-1, states.shape[2])[torch.from_numpy(np.flatnonzero(inside)).to(states.device)]
+            self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
+        self.accepted[places] += counts
+        self.error[places] = error
+
+    def stream(self, place: int) -> np.random.Generator:
+        """Return the random stream of a place, which its generator seeds when it is first asked for."""
+        if place not in self._streams:
+            given = self.generator
+            if given is None or isinstance(given, torch.Generator):
+                self._streams = {index: np.random.default_rng(seed) for index, seed in enumerate(seeds(given, len(self)))}
+            else:
+                self._streams[place] = np.random.default_rng(seeds(given[place], 1)[0])
+        return self._streams[place]
+
+    def replace_noise(self, steps: Tensor, rows: Tensor) -> None:
+        """Put other noise (n, dim) into the places and steps (n,), counted as place N + step."""
+        noise = self.recurrence.noise
+        assert noise is not None
+        if noise is self.noise_owner:  # the caller's stays as it is
+            noise = noise.clone()
+            self.recurrence = replace(self.recurrence, noise=noise)
+        noise.view(-1, rows.shape[1]).index_copy_(0, steps, rows)
+
+
+def seeds(generator: torch.Generator | None, count: int) -> list[int]:
+    """Draw seeds for random streams."""
+    device = "cpu" if generator is None else generator.device
+    drawn: list[int] = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+    return drawn

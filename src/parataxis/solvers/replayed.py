@@ -1,0 +1,93 @@
+"""Windows over somebody's loop that has no recurrence: one pass of the loop says which trajectory follows.
+
+Measuring and deciding are as in :mod:`.window`. What differs is that residuals are not known: the loop itself answers,
+for all samples at once, which states follow from the outputs and their slopes, and how far it came out from the guess
+takes the place of the residuals.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Array, Indices, read
+from .tensors import WindowTensors
+from .window import Measured, Window
+
+__all__ = ["ReplayedTensors", "ReplayedWindow", "Replays"]
+
+
+class Replays(Protocol):
+    """A recurrence with ``replays = True``."""
+
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes with which outputs move; the last of a sample holds for all later steps."""
+        ...
+
+    def run_pass(self, last: int) -> None:
+        """Run one pass of the loop that reaches state ``last``."""
+        ...
+
+    def states(self, sample: int, first: int, last: int) -> Tensor:
+        """Return (n, dim) the states first .. last of a sample in the last pass."""
+        ...
+
+
+class ReplayedTensors(WindowTensors):
+    """Tensors of windows whose corrected states are put in place by a pass of the loop."""
+
+    def gram(self) -> Tensor:
+        """Return nothing: residuals are not known."""
+        return self.r.new_zeros(0)
+
+    def correct(self) -> None:
+        """Do nothing: the corrected states are there."""
+
+
+class ReplayedWindow(Window):
+    """Windows whose trajectory follows by a pass of the loop."""
+
+    tensors_type = ReplayedTensors
+
+    def correct(self, slopes: Array, measured: Measured | None = None) -> None:
+        """Run one pass of the loop with these slopes; the norms are those of what it gives."""
+        super().correct(slopes, None)
+        slopes = np.where(self.inside, slopes, 0.0)
+        loop, moved, x = self._loop, self.tensors.moved, self.tensors.x
+        loop.run_pass(min(int(self.hi.max()) + int(self.width.max()), self.problem.steps))
+        for row in np.flatnonzero(self.width):
+            states = loop.states(int(self.places[row]), int(self.lo[row]) + 1, int(self.hi[row]))
+            moved[row, 1 : 1 + self.width[row]] = states.to(moved)
+        inside = torch.from_numpy(self.inside).to(moved.device)
+        change = torch.where(inside[..., None], moved[:, 1:] - x[:, 1:], 0)
+        # What the steps' own growth does not carry on stands for the residual.
+        growth = torch.from_numpy(self.growth(slopes)).to(change)
+        rest = change.clone()
+        rest[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
+        changes, residuals = read(torch.stack([change.square().sum(2), rest.square().sum(2)])).reshape(2, *growth.shape)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
+
+    @property
+    def _loop(self) -> Replays:
+        loop: Replays = self.batch.recurrence  # type: ignore[assignment]
+        return loop
+
+    def move(self, count: Indices, error: Array, entry: str) -> None:
+        """Accept states and move; entering states come from a pass with the last output of each window frozen."""
+        lo, hi, width, frozen = self.lo, self.hi, self.width, self.tables.frozen
+        entering = np.where(width > 0, np.minimum(lo + count + self.W, self.problem.steps) - hi, 0)
+        super().move(count, error, entry)
+        if entry == "copy" or self.batch.guess is not None or not entering.any():
+            return
+        rows = np.flatnonzero(entering > 0)
+        self._loop.note_slopes(self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None])
+        self._loop.run_pass(int((hi + entering)[rows].max()))
+        x = self.tensors.x
+        for row in rows:
+            states = self._loop.states(int(self.places[row]), int(hi[row]) + 1, int(hi[row] + entering[row]))
+            first = int(hi[row] - self.lo[row]) + 1
+            x[row, first : first + len(states)] = states.to(x)
