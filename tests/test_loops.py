@@ -382,7 +382,7 @@ def test_the_one_module_that_a_function_can_see_is_its_denoiser():
     torch.manual_seed(0)
     assert relative(run(20), expected) <= 1e-2
     other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"can see 2 modules.*denoisers=\[\.\.\.\]"):
+    with pytest.raises(ValueError, match=r"found 2 modules in the loop.*denoisers=\[\.\.\.\]"):
         parallel(lambda: (ddim(net), other))()
 
 

@@ -291,7 +291,7 @@ def _sample(arguments: Sequence[str]) -> None:
         "evaluations": _median([one.evaluations for one in result]),
         "work": _median([one.nfe_ratio for one in result]),
         "peak_width": max(one.peak_width for one in result),
-        "rows_per_level": 1 if given.guidance == 1 else 2,
+        "rows_per_step": 1 if given.guidance == 1 else 2,
         "converged": result.converged,
         # None while it is not known, as JSON has no infinity
         "error_estimate": max(one.error_estimate for one in result) if result.converged else None,
