@@ -10,8 +10,8 @@ alpha = 1, and ``model(x, sigma, **extra_args)`` returns the denoised state D. W
 The last two are first order into sigma' = 0, 2M also in its first step. Churn raises sigma to sigma (1 + gamma) by
 noise before a step, so that noise belongs to the step before it. All noise is drawn first, in the loop's order.
 
-:func:`parallel` takes any other sampler function of that signature: its loop is recorded, solved and replayed, as
-:mod:`parataxis.loops` does with loops of any kind.
+:func:`parallel` takes any other sampler function of that signature: its loop is recorded, solved and replayed, see
+:mod:`parataxis.loops`.
 """
 
 from __future__ import annotations
@@ -76,34 +76,34 @@ def sample_euler(
             different steps and samples.
         x: (B, *shape) the state at ``sigmas[0]``; its dtype is what the model is given.
         sigmas: (N + 1,) falling noise levels; the last may be 0.
-        extra_args: Handed to the model; tensors in it with B rows follow the samples, also inside dicts and sequences.
-            Everything else is handed on as it is, to calls of any number of rows.
-        callback: Called once a step, in their order, when the step is settled for all samples, with a dict of ``x``
+        extra_args: Passed to the model; tensors in it with B rows follow the samples, also inside dicts and sequences.
+            Everything else is passed unchanged, to calls of any number of rows.
+        callback: Called once a step, in order, when the step is accepted for all samples, with a dict of ``x``
             (B, *shape), ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` (B, *shape).
         disable: Hide the progress bar; None hides it where there is no terminal.
-        s_churn: Noise added along the way, over all steps; 0 for none.
+        s_churn: Noise added in all steps together; 0 for none.
         s_tmin: Smallest sigma with churn.
         s_tmax: Largest sigma with churn.
         s_noise: Factor of that noise.
-        solver: How the loop is solved; default ``Secant(window=8)``, as for :func:`parallel`: the models are large, and
-            a call has no more than 8 B rows then.
-        tolerance: Relative error allowed in each sample, compared with the loop's own.
-        max_rows: Most rows of one call; larger rounds are split. Lowered by itself when memory runs out.
+        solver: How the loop is solved; default ``Secant(window=8)``, as for :func:`parallel`: a call then has at most
+            8 B rows, which suits large models.
+        tolerance: Relative error allowed in each sample, compared with the sequential loop.
+        max_rows: Most rows of one call; larger rounds are split. It is lowered when memory runs out.
 
     Returns:
         (B, *shape) the state at the last sigma.
 
     Raises:
-        TypeError: If the solver is none.
-        ValueError: For sigmas that do not fall, a state that is no batch, or options out of range.
+        TypeError: If the solver is not one.
+        ValueError: For sigmas that do not fall, a state that is not a batch, or options out of range.
         OutputError: If the model returns a wrong type, shape or dtype, or NaN or Inf for a final state.
     """
     sigma = _falling(x, sigmas)
     hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
     rho, leading = sigma[1:] / hat, np.append(s_noise * added, 0.0)
-    # k-diffusion draws in every step, also where it adds none.
+    # k-diffusion draws in every step, also in those without churn: the random stream has to advance alike.
     noise = {i: torch.randn_like(x) for i in range(len(hat))} if s_churn > 0 else {}
-    local = _local(rho, 1 - rho, np.append(hat, sigma[-1]), leading)
+    local = _coefficients(rho, 1 - rho, np.append(hat, sigma[-1]), leading)
     call = KSamplerCall(model, x, sigmas, hat, range(len(rho)), extra_args, callback, disable)
     return call.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
@@ -126,19 +126,19 @@ def sample_euler_ancestral(
     """Euler steps to sigma_down, and noise of sigma_up = min(sigma', eta (sigma'/sigma) sqrt(sigma^2 - sigma'^2)).
 
     Args:
-        model: See :func:`sample_euler`, as for all that is not named here.
-        x: Likewise.
-        sigmas: Likewise.
-        extra_args: Likewise.
-        callback: Likewise.
-        disable: Likewise.
+        model: See :func:`sample_euler`.
+        x: See :func:`sample_euler`.
+        sigmas: See :func:`sample_euler`.
+        extra_args: See :func:`sample_euler`.
+        callback: See :func:`sample_euler`.
+        disable: See :func:`sample_euler`.
         eta: How much noise; 0 is :func:`sample_euler`.
         s_noise: Factor of the noise.
         noise_sampler: ``noise_sampler(sigma, sigma')`` draws (B, *shape), once for each step into sigma' > 0; default
             ``torch.randn_like(x)``.
-        solver: Likewise.
-        tolerance: Likewise.
-        max_rows: Likewise.
+        solver: See :func:`sample_euler`.
+        tolerance: See :func:`sample_euler`.
+        max_rows: See :func:`sample_euler`.
     """
     if not (is_finite(eta) and eta >= 0):
         raise ValueError(f"eta must be at least 0, got {eta!r}.")
@@ -149,7 +149,7 @@ def sample_euler_ancestral(
     noise = {}
     for i in np.flatnonzero(after):
         noise[int(i) + 1] = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigmas[i], sigmas[i + 1])
-    local = _local(rho, 1 - rho, sigma, np.append(0.0, s_noise * up))
+    local = _coefficients(rho, 1 - rho, sigma, np.append(0.0, s_noise * up))
     call = KSamplerCall(model, x, sigmas, before, range(len(rho)), extra_args, callback, disable)
     return call.solve(local, 0.0, noise, solver, tolerance, max_rows)
 
@@ -174,16 +174,17 @@ def sample_heun(
     sigma = _falling(x, sigmas)
     hat, added = _churn(sigma, s_churn, s_tmin, s_tmax)
     first: list[int] = []
-    points: list[tuple[float, ...]] = []  # rho, weights of D and of the D before, sigma, noise that leads there
+    steps: list[tuple[float, ...]] = []  # rho, weights of D and of the D before, sigma, noise that leads there
     for now, then, before in zip(hat, sigma[1:], s_noise * added, strict=True):
-        first.append(len(points))
-        points.append((then / now, 1 - then / now, 0.0, now, before))
+        first.append(len(steps))
+        steps.append((then / now, 1 - then / now, 0.0, now, before))
         if then > 0:
             half = (now / then - 1) / 2
-            points.append((1.0, half, -half, then, 0.0))
-    rho, own, last, levels, leading = np.array(points).T
-    noise = {point: torch.randn_like(x) for point in first} if s_churn > 0 else {}
-    local = _local(rho, np.stack([own, last], 1), np.append(levels, sigma[-1]), np.append(leading, 0.0))
+            steps.append((1.0, half, -half, then, 0.0))
+    rho, weight, weight_before, levels, leading = np.array(steps).T
+    noise = {step: torch.randn_like(x) for step in first} if s_churn > 0 else {}
+    weights = np.stack([weight, weight_before], 1)
+    local = _coefficients(rho, weights, np.append(levels, sigma[-1]), np.append(leading, 0.0))
     call = KSamplerCall(model, x, sigmas, hat, first, extra_args, callback, disable)
     return call.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
@@ -206,17 +207,17 @@ def sample_dpmpp_2m(
     weight = np.stack([1 - rho, np.zeros(len(rho))], 1)
     for i in range(1, len(rho)):
         if sigma[i + 1] > 0:
-            more = (1 - rho[i]) * math.log(rho[i]) / math.log(rho[i - 1]) / 2
-            weight[i] += more, -more
+            correction = (1 - rho[i]) * math.log(rho[i]) / math.log(rho[i - 1]) / 2
+            weight[i] += correction, -correction
     call = KSamplerCall(model, x, sigmas, sigma[:-1], range(len(rho)), extra_args, callback, disable)
-    return call.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance, max_rows)
+    return call.solve(_coefficients(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance, max_rows)
 
 
 def _falling(x: Tensor, sigmas: Tensor) -> Array:
     """Return the noise levels in float64, or raise unless they fall and x is a batch."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
-        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a floating-point tensor (B, *shape) of at least one sample, got {given}.")
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a floating-point tensor (B, *shape) of at least one sample, got {got}.")
     if not isinstance(sigmas, Tensor):
         raise ValueError(f"sigmas must be a tensor (N + 1,) of falling noise levels, got {type(sigmas).__name__}.")
     sigma = np.asarray(sigmas.detach().cpu().double().numpy())
@@ -235,15 +236,15 @@ def _churn(sigma: Array, churn: float, smallest: float, largest: float) -> tuple
     return hat, np.sqrt(hat**2 - before**2)
 
 
-def _local(rho: Array, weight: Array, sigma: Array, noise: Array) -> Coefficients:
-    """Return the local form of steps on D; the noise (N + 1,) leads to every point and to the end."""
-    zero, one = np.zeros(len(rho)), np.ones(len(sigma))
+def _coefficients(rho: Array, weight: Array, sigma: Array, noise: Array) -> Coefficients:
+    """Return the coefficients of steps on D; the noise (N + 1,) leads to every state and to the end."""
+    zeros, ones = np.zeros(len(rho)), np.ones(len(sigma))
     weight = weight.reshape(len(rho), -1)
-    return Coefficients(rho, weight, noise[1:], one, sigma, one, x0_from_input=zero, x0_from_output=one[:-1])
+    return Coefficients(rho, weight, noise[1:], ones, sigma, ones, x0_from_input=zeros, x0_from_output=ones[:-1])
 
 
 class KSamplerCall:
-    """The model and the callback of one call, as rows and rounds reach them."""
+    """One call of a sampler function: its model, its callback and their arguments."""
 
     def __init__(
         self,
@@ -256,7 +257,7 @@ class KSamplerCall:
         callback: Callback | None,
         disable: bool | None,
     ) -> None:
-        """Keep what k-diffusion's signature says; ``first`` (S,) is the first point of every step."""
+        """Take the arguments of k-diffusion's signature; ``first`` (S,) is the first evaluation of every step."""
         self.model, self.x, self.sigmas, self.hat, self.first = model, x, sigmas, hat, first
         self.extra_args, self.callback, self.disable = dict(extra_args or {}), callback, disable
         self.step = 0
@@ -271,20 +272,20 @@ class KSamplerCall:
         tolerance: float,
         max_rows: int | None,
     ) -> Tensor:
-        """Solve the loop; ``noise`` is standard normal, by the point (or end) that it leads to."""
+        """Solve the loop; ``noise`` is standard normal, by the state that it leads to."""
         solver, tolerance = check_options(solver, tolerance)
         execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise_std.any() else None
         if drawn is not None:
-            for point, normal in noise.items():
-                if point > 0:
-                    drawn[:, point - 1] = float(local.noise_std[point - 1]) * normal
-        table = Recurrence(local, x + leading * noise[0] if leading else x, drawn)
+            for state, normal in noise.items():
+                if state > 0:
+                    drawn[:, state - 1] = float(local.noise_std[state - 1]) * normal
+        recurrence = Recurrence(local, x + leading * noise[0] if leading else x, drawn)
         assert local.sigma is not None
         self.levels = torch.from_numpy(local.sigma[:-1]).to(self.x)
         sampler = Sampler("k-diffusion", local.sigma[:-1], local)
-        runs = start(sampler, table, solver, tolerance=tolerance, dtype=self.x.dtype)
+        runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=self.x.dtype)
         with torch.no_grad(), tqdm(total=len(self.first), disable=self.disable) as bar:
             for rounds in drive(runs, lambda rows: self.keep(rows, execute(rows))):
                 self.report(min(local.steps if run.done else run.accepted for run in runs))
@@ -304,22 +305,22 @@ class KSamplerCall:
         return self.model(rows.x, sigma, **tree_map(follow, self.extra_args))
 
     def keep(self, rows: EvalBatch, denoised: Tensor) -> Tensor:
-        """Keep what the callback will be told: the model's next call may write to the memory of this output."""
+        """Copy outputs for the callback: the model's next call may write to their memory."""
         if self.callback is not None:
             keys = zip(rows.sample.tolist(), rows.step.tolist(), strict=True)
             self.seen.update(zip(keys, zip(rows.x, denoised.clone(), strict=True), strict=True))
         return denoised
 
-    def report(self, front: int) -> None:
-        """Call the callback for the steps whose first point lies before the front of all samples."""
-        while self.step < len(self.first) and self.first[self.step] < front:
+    def report(self, accepted: int) -> None:
+        """Call the callback for the steps whose first evaluation is accepted for all samples."""
+        while self.step < len(self.first) and self.first[self.step] < accepted:
             if self.callback is not None:
-                point = self.first[self.step]
-                pairs = [self.seen[b, point] for b in range(len(self.x))]
+                evaluation = self.first[self.step]
+                pairs = [self.seen[b, evaluation] for b in range(len(self.x))]
                 x, denoised = (torch.stack(rows) for rows in zip(*pairs, strict=True))
                 sigma, hat = self.sigmas[self.step], self.sigmas.new_tensor(self.hat[self.step])
                 self.callback({"x": x, "i": self.step, "sigma": sigma, "sigma_hat": hat, "denoised": denoised})
-                self.seen = {key: value for key, value in self.seen.items() if key[1] > point}
+                self.seen = {key: value for key, value in self.seen.items() if key[1] > evaluation}
             self.step += 1
 
 
@@ -334,33 +335,33 @@ def parallel(
     boundaries: Boundaries = (),
     on_round: Callable[[int, int], object] | None = None,
 ) -> Parallel:
-    """Return a sampler function that does what another one does, in fewer rounds of calls of the model.
+    """Return a sampler function that gives the samples of another one, in fewer rounds of model calls.
 
     The function's own loop runs, unmodified (:mod:`parataxis.loops`), so its noise is that of the seed.
 
-    - The model is any callable; of its attributes the loop reads and writes the real ones. Tensors of x's shape that it
-      holds (the image and noise of an inpainting mask) follow the samples.
-    - A ``noise_sampler`` may keep a state: it is asked once for each draw, whatever is run more than once.
+    - The model is any callable; the loop reads and writes its real attributes. Tensors of x's shape that it holds (the
+      image and noise of an inpainting mask) follow the samples.
+    - A ``noise_sampler`` may have state: it is called once for each draw, however often the loop runs.
     - ``callback`` is called in a last replay, once a step and in order, with the x and denoised of that step.
-    - A loop that listens inside its model's call (CFG++) runs sequentially, with a warning; likewise with a model that
-      gives other results for several steps than for each of them.
+    - A loop that hooks into its model's call (CFG++) runs sequentially, with a warning; so does a loop whose model
+      gives other outputs for a batch of steps than for single ones.
 
     Args:
         sampler: ``sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options)``.
         solver: Default ``Secant(window=8)``.
-        tolerance: Relative error allowed in each sample, compared with the sampler's own.
-        boundaries: Noise levels at which the model changes for all rows of a call, because it looks at the sigma of the
+        tolerance: Relative error allowed in each sample, compared with the unmodified loop.
+        boundaries: Noise levels at which the model changes for all rows of a call, because it reads the sigma of the
             first row only; or a function of (model, extra_args) that returns them. Steps on different sides of a
             boundary, or on it, never share a call.
-        on_round: Called after every round with the number of evaluations that are settled, and how many there are; what
-            it raises ends the sampling.
+        on_round: Called after every round with the numbers of accepted steps and of all steps; an exception that it
+            raises ends the sampling.
 
     Returns:
-        A function that takes what the sampler takes, options by name, with ``.report``. What it finds out about a model
-        is kept for the next call with the same networks and arguments of the same form.
+        A function with the sampler's arguments, options by name, and with ``.report``. What was recorded of a model
+        is reused in the next call with the same networks and arguments of the same form.
 
     Raises:
-        TypeError: If the sampler is not callable, or the solver is none.
+        TypeError: If the sampler is not callable, or the solver is not one.
         ValueError: For a negative tolerance.
     """
     if not callable(sampler):
@@ -369,7 +370,16 @@ def parallel(
 
 
 class Parallel:
-    """A sampler function, solved in parallel; ``report`` says how the latest call went."""
+    """A sampler function, solved in parallel.
+
+    Attributes:
+        sampler: The unmodified function.
+        solver: How its loop is solved.
+        tolerance: Relative error allowed.
+        boundaries: Noise levels at which the model changes.
+        on_round: Called after every round.
+        report: How the latest call went.
+    """
 
     def __init__(
         self,
@@ -386,6 +396,11 @@ class Parallel:
         self.report = Report()
         self._loops: dict[Any, Loop] = {}
 
+    def __repr__(self) -> str:
+        """Return what is solved, and how."""
+        name = getattr(self.sampler, "__qualname__", type(self.sampler).__qualname__)
+        return f"Parallel({name}, {self.solver!r}, tolerance={self.tolerance:g})"
+
     def __call__(
         self,
         model: Model,
@@ -401,12 +416,12 @@ class Parallel:
         network: Any = loop.denoisers[0]
         network.model = model
         loop.state = sigmas.tolist
-        found = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
-        levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64, device="cpu")
-        seen = ModelProxy(network, model, x, levels, extra_args)
+        boundaries = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
+        levels = torch.tensor(sorted({float(level) for level in boundaries}), dtype=torch.float64, device="cpu")
+        proxy = ModelProxy(network, model, x, levels, extra_args)
         if options.get("noise_sampler") is not None:
             options["noise_sampler"] = NoiseSamplerReplay(options["noise_sampler"])
-        given = {"extra_args": extra_args, "callback": callback, "disable": disable, **options}
+        keywords = {"extra_args": extra_args, "callback": callback, "disable": disable, **options}
         bar: tqdm[Any] | None = None
 
         def update_progress(accepted: int, steps: int) -> None:
@@ -419,7 +434,7 @@ class Parallel:
 
         loop.on_round = update_progress
         try:
-            return solve_loop(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
+            return solve_loop(loop, (proxy, x, sigmas), keywords, self.solver, self.tolerance, self.report)
         except OutputError:
             self._loops = {form: known for form, known in self._loops.items() if known is not loop}
             raise
@@ -429,29 +444,32 @@ class Parallel:
             network.model, loop.on_round = None, lambda accepted, steps: None
 
     def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
-        """Return what is known of the loop with the same networks and arguments of this form."""
+        """Return the loop with the same networks and arguments of this form."""
         plain = (int, float, str, bytes)
         reached = [value for value in reachable(model, extra_args) if type(value) not in plain]
         networks: list[Any] = [value for value in reached if isinstance(value, nn.Module)] or [model]
         form = (*map(_identity, networks), *map(_feature, reached))
         loop = self._loops.pop(form, None)
         if loop is None:
-            called_back: Callable[[dict[str, Any]], bool] = lambda given: given["callback"] is not None  # noqa: E731
-            loop = Loop(self._run, (_Network(),), calls_back=called_back)
+            loop = Loop(self._run, (_Network(),), calls_back=_has_callback)
         self._loops[form] = loop
         if len(self._loops) > FORMS:
             del self._loops[next(iter(self._loops))]
         return loop
 
-    def _run(self, args: tuple[Any, ...], given: dict[str, Any], quiet: bool) -> Tensor:
+    def _run(self, args: tuple[Any, ...], keywords: dict[str, Any], quiet: bool) -> Tensor:
         """Run the loop once, with arguments that it may write to."""
         model, x, sigmas = args
-        if isinstance(noise := given.get("noise_sampler"), NoiseSamplerReplay):
-            noise.again()
-        given = {**given, "extra_args": tree_map(lambda leaf: leaf, given["extra_args"])}
+        if isinstance(noise := keywords.get("noise_sampler"), NoiseSamplerReplay):
+            noise.restart()
+        keywords = {**keywords, "extra_args": tree_map(lambda leaf: leaf, keywords["extra_args"])}
         if quiet:
-            given = {**given, "callback": None, "disable": True}
-        return self.sampler(model, x.clone(), sigmas, **given)
+            keywords = {**keywords, "callback": None, "disable": True}
+        return self.sampler(model, x.clone(), sigmas, **keywords)
+
+
+def _has_callback(keywords: dict[str, Any]) -> bool:
+    return keywords["callback"] is not None
 
 
 class _Network(nn.Module):
@@ -462,7 +480,7 @@ class _Network(nn.Module):
         self.model: Any = None
 
     def forward(self, x: Tensor, sigma: Tensor, side: str, held: dict[str, Tensor], extra: dict[str, Any]) -> Tensor:
-        """Call the model, with the rows of what it holds for its samples; ``side`` keeps calls apart."""
+        """Call the model, with the rows of the tensors that it holds; ``side`` keeps calls apart."""
         before = {name: getattr(self.model, name) for name in held}
         try:
             for name, rows in held.items():
@@ -474,7 +492,7 @@ class _Network(nn.Module):
 
 
 class ModelProxy:
-    """The model, as the loop sees it."""
+    """What the loop sees in the place of the model: it shows the model's attributes, and its call can be replaced."""
 
     def __init__(
         self, network: nn.Module, model: Any, x: Tensor, boundaries: Tensor, extra_args: Mapping[str, Any] | None
@@ -486,10 +504,8 @@ class ModelProxy:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         for leaf in tree_leaves(extra) if has_stub(self._network) else ():
-            if callable(leaf) and not any(leaf is one for one in self._functions):
-                raise NotParallelizable(
-                    "the sampler listens inside the model's call, by a function of its own (CFG++)."
-                )
+            if callable(leaf) and not any(leaf is function for function in self._functions):
+                raise NotParallelizable("the sampler hooks into the model's call by its own function (CFG++).")
         return self._network(x, sigma, self._side(sigma), self._held, extra)
 
     def __getattr__(self, name: str) -> Any:
@@ -499,7 +515,7 @@ class ModelProxy:
         setattr(self._model, name, value)
 
     def _side(self, sigma: Tensor) -> str:
-        """Return on which side of every boundary the first row is; a level that is one itself is apart."""
+        """Return on which side of every boundary the first row is: ``<``, ``=`` or ``>`` each."""
         if not len(self._boundaries):
             return ""
         first = sigma.detach().reshape(-1)[:1].cpu()
@@ -507,14 +523,14 @@ class ModelProxy:
 
 
 class NoiseSamplerReplay:
-    """A noise sampler that says the same in every pass, whatever state it keeps."""
+    """A noise sampler that draws the same in every pass, whatever state it has."""
 
     def __init__(self, draw: Callable[..., Tensor]) -> None:
         self.draw, self.next = draw, 0
         self.seen = [value for value in reachable(draw) if not isinstance(value, Tensor)]
         self.drawn: list[tuple[Tensor, RandomState]] = []
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """Begin a pass."""
         self.next = 0
 
@@ -529,16 +545,16 @@ class NoiseSamplerReplay:
 
 
 def _identity(value: Any) -> Any:
-    """Return what is the same for the same object only, and does not keep it."""
+    """Return a key that is equal for the same object only, and does not keep it alive."""
     try:
         hash(weak := weakref.ref(value))
-    except TypeError:  # of a kind without
+    except TypeError:  # a kind without weak references
         return object()
     return weak
 
 
 def _feature(value: Any) -> Any:
-    """Return what tells forms of models and arguments apart: types, shapes and flags, not numbers and texts."""
+    """Return what distinguishes forms of models and arguments: types, shapes and flags, not numbers and texts."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     return value if isinstance(value, bool) else getattr(value, "__qualname__", type(value).__qualname__)

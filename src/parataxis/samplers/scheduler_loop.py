@@ -1,4 +1,4 @@
-"""The loop of a diffusers scheduler, stepped on its own: with random numbers, or with unit vectors."""
+"""The loop of a diffusers scheduler, stepped by itself: with random numbers, or with unit vectors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ RANDOM = (
 
 
 class UnitResponses(NamedTuple):
-    """What unit impulses read, in the coordinates of the network's input.
+    """What unit vectors show of a scheduler, in the coordinates of the network's input.
 
     Attributes:
         states: (N, N) S.
         outputs: (N, N) F.
         noise: (N, K) Z.
         scale: (N + 1,) network input over state; the last is 1.
-        memory: (N, 2) p and q of what the scheduler remembers of each step, 0 and 1 where that is nothing else.
-        data: (N, 2) p and q of the data prediction that it tells, or None.
+        memory: (N, 2) p and q of what the scheduler remembers of each step; 0 and 1 where that is the output itself.
+        data: (N, 2) p and q of the data prediction that it returns, or None.
     """
 
     states: Array
