@@ -220,7 +220,7 @@ def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options
         return
     if isinstance(sampler, str):
         assert re.match(
-            rf"{name} is not a table of numbers: .+\.$|scheduler must have|it requires the \w+ lib", sampler
+            rf"{name} is not supported: .+\.$|scheduler must have|it requires the \w+ lib", sampler
         )
         return
     scheduler, step = make(name, options)
@@ -265,7 +265,7 @@ def page():
     reasons = []
 
     def mark(reason):
-        reason = re.sub(r"^\w+ is not a table of numbers: ", "", reason).rstrip(".")
+        reason = re.sub(r"^\w+ is not supported: ", "", reason).rstrip(".")
         reason = re.sub(r"got \w+Scheduler", "got one without", re.sub(r"\w+Scheduler\.step", "step", reason))
         if reason not in reasons:
             reasons.append(reason)

@@ -45,7 +45,7 @@ def test_shift_spends_more_steps_at_high_noise():
         (lambda: px.vp().grid(10, "log"), "spacing must be 'trailing', 'leading' or 'linspace', got 'log'"),
         (lambda: px.vp().grid(10, "leading", 200), "beyond 999"),
         (lambda: px.vp().grid(10, "leading", -5), "offset -5 puts the last time at -5, before 0"),
-        (lambda: px.vp().grid(10, "leading", 1.5), "offset must be a whole number of training steps, got 1.5"),
+        (lambda: px.vp().grid(10, "leading", 1.5), "offset must be an integer number of training steps, got 1.5"),
         (lambda: px.vp(beta_start=2.0), r"beta_start must be in \(0, 1\), got 2.0"),
         (lambda: px.vp(beta_end=float("nan")), r"beta_end must be in \(0, 1\), got nan"),
         (lambda: px.flow("a"), "shift must be positive, got 'a'"),

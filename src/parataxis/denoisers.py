@@ -57,7 +57,7 @@ class Mixture:
         return self.means[which] + z
 
     def data_prediction(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return xhat (R, dim) at states x (R, dim), levels alpha and sigma (R,); sigma > 0."""
+        """Return xhat (R, dim) at states x (R, dim), signal alpha and noise level sigma (R,); sigma > 0."""
         a, s = alpha[:, None, None], sigma[:, None, None]
         away = x[:, None] - a * self.means  # (R, K, dim)
         if self.bases is not None:

@@ -55,7 +55,7 @@ class Model:
         """Return ``denoise(x, t, label)``, guided unless ``guidance`` is 1; unconditional: ``denoise(x, t)``.
 
         Raises:
-            ValueError: If the guidance is no number, or is not 1 without classes.
+            ValueError: If the guidance is not a number, or is not 1 without classes.
         """
         if not is_finite(guidance):
             raise ValueError(f"guidance must be a finite number, got {guidance!r}.")
@@ -74,7 +74,7 @@ class Model:
         """Return a sampler of ``SAMPLERS`` on the model's own schedule and prediction type.
 
         Raises:
-            ValueError: If there is no such sampler, or the model's schedule does not admit it.
+            ValueError: If there is no such sampler, or it does not fit the model's schedule.
         """
         preserving = isinstance(self.schedule, Variance)
         fitting = [other for other in SAMPLERS if (other == "flow_euler") != preserving]

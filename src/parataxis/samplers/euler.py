@@ -34,7 +34,7 @@ def euler(
         steps: N.
         prediction: What the network returns; ``edm`` for its own preconditioning with sigma_data = 0.5.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         karras: Space the noise levels evenly in sigma^(1/7) between the ends of the grid.
     """
     levels, first = variance_exploding(
@@ -62,7 +62,7 @@ def euler_ancestral(
         eta: How much noise; 0 is :func:`euler`.
         prediction: What the network returns.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
     if not (is_finite(eta) and eta >= 0):

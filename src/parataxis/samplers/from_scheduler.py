@@ -1,24 +1,25 @@
-r"""Tables read from schedulers: any linear scheduler, by unit impulses through its own ``step``, and no code for each.
+r"""Samplers from diffusers schedulers: any linear one, by unit vectors through its own ``step``, without code for each.
 
-A diffusers scheduler is a loop body. From t = timesteps[i] and the output f_i at u_i = scale_model_input(x_i, t) its
-``step`` makes x_{i+1}, from x_i and from whatever it remembers of earlier calls. If it is linear, one walk through the
-loop reads all of its coefficients: every state, output and draw of noise is handed in as a unit vector of its own,
+A scheduler is a loop body. From t = timesteps[i] and the output f_i at u_i = scale_model_input(x_i, t) its ``step``
+makes x_{i+1}, from x_i and from whatever it remembers of earlier calls. If it is linear, one run of the loop shows all
+of its coefficients: every state, output and draw of noise is a unit vector,
 
     x_{i+1} = sum_j S_{ij} x_j + sum_j F_{ij} f_j + sum_k Z_{ik} z_k
 
 in float64, exact zeros included, since a state that comes out is not the unit vector that goes in next. Two things
-make that the local form of :mod:`parataxis.samplers.recurrence`:
+make that a recurrence (:mod:`parataxis.samplers.recurrence`):
 
 - What a multistep scheduler remembers of a step is rarely the output itself but a prediction p u + q f made of it, as
   the tensors in its attributes show. With y = p u + q f in the place of f the earlier states drop out (the sampler's
   ``transform`` makes y of f).
-- Earlier states that are left, as in the second call of a Heun step, follow from later ones:
+- Earlier states that remain, as in the second call of a Heun step, follow from later ones:
   x_j = (x_{j+1} - sum_l B_{jl} y_{j-l} - C_j z) / A_j.
 
-A clipped data prediction is not linear, but linear in what is clipped: the table is read with the option off, and the
-gain of the clipped part (:class:`parataxis.samplers.OutputTransform`) from a pair of walks with the option on and off.
+A clipped data prediction is not linear, but linear in the clipped value: coefficients are read with the option off, and
+the gain of the clipped part (:class:`parataxis.samplers.OutputTransform`) from a pair of runs with the option on and
+off.
 
-alpha and sigma are what the scheduler's ``add_noise`` makes of ones and of noise. Every table is compared with the
+alpha and sigma are what the scheduler's ``add_noise`` makes of ones and of noise. Every recurrence is compared with the
 scheduler's own loop, step by step, on random outputs and with its noise drawn from a generator, before it is returned.
 """
 
@@ -41,35 +42,30 @@ __all__ = ["from_scheduler"]
 
 Array = NDArray[np.float64]
 
-SHAPE = (2, 1, 4, 4)  # of the states in walks with random numbers
-
+SHAPE = (2, 1, 4, 4)  # of the states in runs with random numbers
 AGREES = 1e-5  # relative, with the scheduler's own step, which may compute in float32
-
 ZERO = 1e-9  # relative to the terms that cancelled
-
 SAME = 1e-4  # relative, of the ratio of two predictions: schedulers keep noise levels in float32
-
 CLIPS = ("thresholding", "clip_sample", "clip_denoised")  # they clip the data prediction; the first that is on counts
-
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
 
 def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> Sampler:
-    """Read the table of a diffusers scheduler, or of anything with its methods.
+    """Return the sampler of a diffusers scheduler, or of anything with its methods.
 
-    :func:`parataxis.sample` with this sampler gives what the loop gives that starts at
-    ``noise * scheduler.init_noise_sigma`` and, for each t of ``scheduler.timesteps``, gives the network
-    ``scheduler.scale_model_input(x, t)`` and its output to ``scheduler.step``; with the same generator, seed for seed.
+    :func:`parataxis.sample` with this sampler gives the result of the scheduler's loop: it starts at
+    ``noise * scheduler.init_noise_sigma`` and, for each t of ``scheduler.timesteps``, calls the network on
+    ``scheduler.scale_model_input(x, t)`` and ``scheduler.step`` on the output. With the same generator, seed for seed.
 
     Args:
         scheduler: With its timesteps set; it is copied, not changed.
         timesteps: (N,) the times that the loop visits; default all of ``scheduler.timesteps``. A loop that starts in
-            the middle, at a state x of its own, is solved for the noise x / ``scheduler.init_noise_sigma``.
+            the middle, at another state x, is solved for the noise x / ``scheduler.init_noise_sigma``.
         **options: Keyword arguments of every ``step``, such as ``eta=1.0``.
 
     Raises:
-        TypeError: If it is no scheduler, or its ``step`` does not take such an option.
-        ValueError: If its loop is not a table of numbers, with the option or the step that is to blame.
+        TypeError: If it is not a scheduler, or its ``step`` does not take such an option.
+        ValueError: If its loop is not linear, with the option or the step that is not.
     """
     with torch.device("cpu"):  # whatever the default device is
         return _read_sampler(SchedulerLoop(scheduler, timesteps, options))
@@ -111,13 +107,13 @@ class _Form(NamedTuple):
 
 
 def _build(loop: SchedulerLoop, rows: UnitResponses, clips: list[str]) -> Sampler:
-    """Build the sampler of these rows."""
+    """Build the sampler from these responses."""
     schedule = loop.alpha_sigma()
     data = rows.data if rows.data is not None else _data(loop, rows, schedule)
     if clips and data is None:
         raise loop.unsupported(f"{clips[0]} clips a data prediction that is not known at every step; switch it off")
     if data is not None and np.allclose(rows.memory, data, rtol=SAME, atol=0):
-        data = rows.memory  # the same, rounded as its steps have it
+        data = rows.memory  # the same, with the rounding of its steps
     form = _form(loop, rows, data if clips else None)
     p, q = form.basis.T
     transform = OutputTransform(p, q, np.ones(loop.steps)) if p.any() or (q != 1).any() or clips else None
@@ -148,24 +144,24 @@ def _data(loop: SchedulerLoop, rows: UnitResponses, schedule: tuple[Array, Array
         return None
     try:
         p, q = data_prediction(kind, *schedule, spread or 0.5)
-    except ValueError:  # this prediction says nothing at one of these noise levels
+    except ValueError:  # this prediction is undefined at one of these noise levels
         return None
     return np.stack([p / rows.scale[:-1], q], 1)
 
 
 def _form(loop: SchedulerLoop, rows: UnitResponses, data: Array | None) -> _Form:
-    """Return the local form with data predictions, if given, or the shorter of raw outputs and what is remembered."""
+    """Return the form with these data predictions; None: the shorter one of raw outputs and what is remembered."""
     raw = np.tile([0.0, 1.0], (loop.steps, 1))
     bases = [raw, rows.memory] if np.tril(rows.states, -1).any() else [raw]
     forms = [_eliminate(rows, basis) for basis in (bases if data is None else [data])]
-    found = [form for form in forms if form is not None]
-    if not found:
+    possible = [form for form in forms if form is not None]
+    if not possible:
         raise loop.unsupported("a step uses an earlier state that does not follow from later ones")
-    return min(found, key=lambda form: form.weight.shape[1])
+    return min(possible, key=lambda form: form.weight.shape[1])
 
 
 def _eliminate(rows: UnitResponses, basis: Array) -> _Form | None:
-    """Return the local form with outputs in this basis, or None if earlier states do not follow from later ones."""
+    """Return the form with outputs in this basis, or None if earlier states do not follow from later ones."""
     steps = len(rows.scale) - 1
     p, q = basis.T
     states, outputs = rows.states - rows.outputs * (p / q), rows.outputs / q
@@ -174,19 +170,19 @@ def _eliminate(rows: UnitResponses, basis: Array) -> _Form | None:
     result = np.zeros((steps, 1 + steps + rows.noise.shape[1]))  # A | B | C
     behind = np.zeros_like(result)  # row j: state j by the present state, outputs and draws
     for i in range(steps):
-        own = np.concatenate([states[i, i : i + 1], outputs[i], rows.noise[i]])
+        direct = np.concatenate([states[i, i : i + 1], outputs[i], rows.noise[i]])
         used = np.flatnonzero(states[i, :i])
-        result[i] = own + states[i, used] @ behind[used]
-        size = np.abs(own) + np.abs(states[i, used]) @ np.abs(behind[used])
+        result[i] = direct + states[i, used] @ behind[used]
+        size = np.abs(direct) + np.abs(states[i, used]) @ np.abs(behind[used])
         result[i, np.abs(result[i]) <= ZERO * size] = 0.0
-        live = np.flatnonzero(last[: i + 1] > i + 1)
-        if not len(live):
+        needed = np.flatnonzero(last[: i + 1] > i + 1)  # states that later steps use
+        if not len(needed):
             continue
         if result[i, 0] == 0:
             return None
         behind[i, 0] = 1.0
-        behind[live, 0] /= result[i, 0]
-        behind[live, 1:] -= behind[live, :1] * result[i, 1:]
+        behind[needed, 0] /= result[i, 0]
+        behind[needed, 1:] -= behind[needed, :1] * result[i, 1:]
     square = result[:, 1 : 1 + steps]
     later, earlier = square.nonzero()
     weight = np.zeros((steps, int((later - earlier).max(initial=0)) + 1))
@@ -201,7 +197,7 @@ def _with_schedule(
     """Add alpha, sigma and the data prediction, if they fit the steps.
 
     They do if a network that always predicts the same datum keeps it at alpha: the state is then followed through the
-    loop as its share of the datum and of the noises, and that of the last step tells alpha and sigma of the sample.
+    loop as its share of the datum and of the noises, and that of the last step gives alpha and sigma of the sample.
     """
     alpha, sigma = schedule
     p, q = form.basis.T
@@ -252,12 +248,12 @@ def _clipped(
     gain = np.ones(loop.steps)
     for i in range(loop.steps):
         x = torch.randn(SHAPE, generator=random, dtype=torch.float64)
-        u, _ = (loop.scale_input(own, i, x) for own in pair)
+        u, _ = (loop.scale_input(scheduler, i, x) for scheduler in pair)
         f = output_beyond_clip(transform, i, u, random)
-        on, off = (loop.step(own, i, f, x, seed)[0] for own, seed in zip(pair, seeds, strict=True))
-        point = torch.full((len(u),), i)
-        plain = dataclasses.replace(transform, clip=None, quantile=None)(point, u, f)
-        cut = transform(point, u, f) - plain
+        on, off = (loop.step(scheduler, i, f, x, seed)[0] for scheduler, seed in zip(pair, seeds, strict=True))
+        step = torch.full((len(u),), i)
+        plain = dataclasses.replace(transform, clip=None, quantile=None)(step, u, f)
+        cut = transform(step, u, f) - plain
         used = float(((on - off) * cut).sum() / (cut * cut).sum()) * rows.scale[i + 1]
         if form.weight[i, 0] == 0:
             raise loop.unsupported(f"{clips[0]} acts in step {i} on a data prediction that does not enter it")
@@ -275,15 +271,15 @@ def output_beyond_clip(transform: OutputTransform | None, i: int, u: Tensor, ran
 def _compare(
     loop: SchedulerLoop, sampler: Sampler, noise: Tensor, states: Tensor, outputs: Tensor, clips: Sequence[str]
 ) -> None:
-    """Compare every step of the table with a walk through the scheduler's own loop, from that walk's states."""
+    """Compare every step of the recurrence with a run of the scheduler's loop, from the states of that run."""
     entered = torch.stack(
         [sampler.output(torch.full((len(noise),), i), states[:, i], outputs[:, i]) for i in range(loop.steps)], 1
     )
-    local, table = sampler.coefficients, sampler.recurrence(noise, torch.Generator().manual_seed(0))
+    local, recurrence = sampler.coefficients, sampler.recurrence(noise, torch.Generator().manual_seed(0))
     size = np.abs(local.state_weight) * _rms(states[:, :-1]) + _rms(states[:, 1:])
     for lag in range(local.lags + 1):
         size[lag:] += np.abs(local.output_weight[lag:, lag]) * _rms(entered[:, : loop.steps - lag])
-    errors = _rms(table.residual(states, entered)) / size
+    errors = _rms(recurrence.residual(states, entered)) / size
     if not (errors <= AGREES).all():
         step = int(np.argmin(errors <= AGREES))
         raise loop.unsupported(
@@ -293,5 +289,5 @@ def _compare(
 
 
 def _rms(values: Tensor) -> Array:
-    """Return the root mean square of each level, (B, N, ..) to (N,)."""
+    """Return the root mean square at each step, (B, N, ..) to (N,)."""
     return values.transpose(0, 1).flatten(1).square().mean(1).sqrt().numpy()

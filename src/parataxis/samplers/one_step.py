@@ -28,7 +28,7 @@ def _posterior(levels: NetworkGrid) -> Array:
 
 
 def _ending(grid: Grid, schedule: Schedule, final: str) -> Grid:
-    """Replace the last level by the schedule's first training level."""
+    """Replace the last noise level by the schedule's first training level."""
     if final == "zero":
         return grid
     if final != "first":
@@ -82,7 +82,7 @@ def ddim(
         eta: 0 deterministic, 1 as much noise as DDPM.
         prediction: What the network returns.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         final: The level after the last step: ``zero`` noise, or the ``first`` training level (diffusers:
             ``set_alpha_to_one=False``).
         clip: Clip the data prediction to [-clip, clip].
@@ -118,10 +118,10 @@ def ddpm(
         schedule: A variance-preserving schedule; default :func:`parataxis.vp`.
         steps: N.
         variance: s^2 is the posterior's (``fixed_small``) or 1 - alpha^2/alpha'^2 (``fixed_large``). A learned variance
-            is a function of the output, so not linear, and is refused.
+            is a function of the output, so it is not linear and not supported.
         prediction: What the network returns.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         clip: Clip the data prediction to [-clip, clip].
         quantile: Threshold it dynamically instead, at this quantile of |xhat| (0.995 is common).
 
@@ -131,7 +131,7 @@ def ddpm(
     if variance not in ("fixed_small", "fixed_large"):
         raise ValueError(
             f"variance must be 'fixed_small' or 'fixed_large', got {variance!r}: a learned variance scales the noise "
-            "by a function of the output, which no table can hold; run such a loop as it is."
+            "by a function of the output, which is not linear; run such a loop without this library."
         )
     schedule = checked_schedule(schedule, vp)
     levels = network_grid(schedule.grid(steps, spacing, offset), prediction)

@@ -74,8 +74,8 @@ class SchedulerLoop:
         return getattr(self._scheduler, "config", {}).get(option)
 
     def unsupported(self, reason: str) -> ValueError:
-        """Return the error that refuses this scheduler."""
-        return UnsupportedScheduler(f"{self.name} is not a table of numbers: {reason}.")
+        """Return the error that says why this scheduler is not supported."""
+        return UnsupportedScheduler(f"{self.name} is not supported: {reason}.")
 
     def fresh(self, off: Sequence[str] = ()) -> Any:
         """Return a copy of the scheduler on the CPU, with these options of its configuration off."""
@@ -96,7 +96,7 @@ class SchedulerLoop:
         return scheduler.scale_model_input(x, self.times[i]).to(x) if hasattr(scheduler, "scale_model_input") else x
 
     def step(self, scheduler: Any, i: int, f: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Return state i + 1 and, where the scheduler tells it, the data prediction."""
+        """Return state i + 1 and, where the scheduler returns it, the data prediction."""
         options = {**self.options, "generator": generator} if self._seeded else self.options
         try:
             result = scheduler.step(f, self.times[i], x, **options)
@@ -114,11 +114,11 @@ class SchedulerLoop:
             ) from error
         state = result.prev_sample if hasattr(result, "prev_sample") else result[0]
         if not isinstance(state, Tensor) or state.shape != x.shape or not state.is_floating_point():
-            raise self.unsupported(f"step {i} does not return a state of the shape and kind that it was given")
+            raise self.unsupported(f"step {i} does not return a floating-point state of the shape of its input")
         return state.to(x), getattr(result, "pred_original_sample", None)
 
     def run(self, noise: Tensor, network: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Walk through the loop, noise drawn with seed 0.
+        """Run the loop, with noise drawn with seed 0.
 
         Returns:
             The network's inputs and, last, the sample (B, N + 1, ..); the outputs (B, N, ..).
@@ -153,24 +153,24 @@ class SchedulerLoop:
                     raise self.unsupported(f"scale_model_input of step {i} does not multiply the state by a number")
                 x, predicted = self.step(scheduler, i, unit(steps + i), x, generator)
                 rows[i] = x.flatten().numpy()
-                for found, tensors in ((memory, _tensors(vars(scheduler))), (data, [predicted])):
+                for target, tensors in ((memory, _tensors(vars(scheduler))), (data, [predicted])):
                     for tensor in tensors:
                         if isinstance(tensor, Tensor) and tensor.numel() == size and tensor.flatten()[steps + i] != 0:
                             entries = tensor.flatten().double().numpy()
                             if set(np.flatnonzero(entries)) <= {i, steps + i}:
-                                found[i] = entries[i] / scale[i], entries[steps + i]
+                                target[i] = entries[i] / scale[i], entries[steps + i]
         finite = np.isfinite(rows).all(1)
         if not finite.all():
             raise self.unsupported(f"a coefficient of step {int(np.argmin(finite))} is infinite")
         rows *= scale[1:, None]
-        told = bool(np.isfinite(data).all() and data[:, 1].all())
+        has_data = bool(np.isfinite(data).all() and data[:, 1].all())
         states, outputs, noise = np.split(rows, [steps, 2 * steps], axis=1)
-        return UnitResponses(states / scale[:-1], outputs, noise, scale, memory, data if told else None)
+        return UnitResponses(states / scale[:-1], outputs, noise, scale, memory, data if has_data else None)
 
     def alpha_sigma(self) -> tuple[Array, Array] | None:
-        """Return (alpha, sigma) of the times, (N,) each, by the scheduler's scheduler way to add noise, or None."""
+        """Return (alpha, sigma) of the times, (N,) each, by the scheduler's own way to add noise, or None."""
         scheduler = self.fresh()
-        found = np.zeros((self.steps, 2))
+        schedule = np.zeros((self.steps, 2))
         try:
             for i, t in enumerate(self.times[:, None]):
                 for kind in range(2):
@@ -183,11 +183,11 @@ class SchedulerLoop:
                         if hasattr(scheduler, "add_noise")
                         else scheduler.scale_noise(data, t, noise)
                     )
-                    found[i, kind] = float(mixed)
+                    schedule[i, kind] = float(mixed)
         except Exception:  # it has no such way, or not for these times
             return None
-        alpha, sigma = found.T
-        return (alpha, sigma) if np.isfinite(found).all() and (sigma > 0).all() else None
+        alpha, sigma = schedule.T
+        return (alpha, sigma) if np.isfinite(schedule).all() and (sigma > 0).all() else None
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -200,13 +200,15 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 class UnsupportedScheduler(ValueError):
-    """The refusal of a scheduler, also from inside its step."""
+    """A scheduler is not supported; raised also from inside its step."""
 
 
 class NoiseInterceptor(TorchFunctionMode):
-    """Counts the noise that a scheduler draws; with ``unit``, draw k is answered with ``unit(k)``.
+    """Counts the noise that a scheduler draws; with ``unit``, draw k returns ``unit(k)``.
 
-    ``dtype`` is None if the noise has the dtype of the states, else the dtype that it has instead.
+    Attributes:
+        count: Draws so far.
+        dtype: Of the noise, where it differs from that of the states; else None.
     """
 
     def __init__(
@@ -220,13 +222,13 @@ class NoiseInterceptor(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in RANDOM:
             raise self.loop.unsupported(
-                f"it draws with {func.__name__}, not with randn from the generator that it is given"
+                f"it draws with {func.__name__}, not with randn from the generator passed to it"
             )
         result = func(*args, **(kwargs or {}))
         if func is not torch.randn:
             return result
         if (kwargs or {}).get("generator") is None:
-            raise self.loop.unsupported("it draws noise, but not from a generator given")
+            raise self.loop.unsupported("it draws noise, but not from the generator passed to it")
         if tuple(result.shape) != self.shape:
             raise self.loop.unsupported(
                 f"it draws noise of shape {tuple(result.shape)} for states of shape {self.shape}"

@@ -1,7 +1,7 @@
 r"""Schedules: how much signal and how much noise there is at a time.
 
 A state is x = alpha x_clean + sigma n with n standard normal. A schedule maps a time t, as the network is
-told it, to (alpha, sigma), and lists the times that a sampler of N steps visits:
+receives it, to (alpha, sigma), and lists the times that a sampler of N steps visits:
 
 ========  ==================================================  ===========================================
 ``vp``    alpha^2 = prod_{s<=t} (1 - beta_s), sigma^2 =        DDPM (Ho et al. 2020), Stable Diffusion
@@ -32,12 +32,12 @@ Spacing = Literal["trailing", "leading", "linspace"]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The levels that a sampler visits.
+    """The noise levels that a sampler visits.
 
     Attributes:
-        times: (N,) what the network is told at each step.
+        times: (N,) timestep of each step.
         alpha: (N + 1,) signal at the start of each step and, last, of the sample.
-        sigma: (N + 1,) noise level, likewise.
+        sigma: (N + 1,) noise level, in the same order.
     """
 
     times: Array
@@ -53,16 +53,16 @@ class Schedule(Protocol):
         ...
 
     def grid(self, steps: int, spacing: Spacing = "trailing", offset: int = 0, *, whole: bool = True) -> Grid:
-        """Return the levels of a sampler of ``steps`` steps, ending at (alpha, sigma) = (1, 0)."""
+        """Return the noise levels of a sampler of ``steps`` steps, ending at (alpha, sigma) = (1, 0)."""
         ...
 
 
 def _check_steps(steps: int, limit: int | None = None) -> None:
     if not is_int(steps):
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}: ask for one step or more.")
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
     if limit is not None and steps > limit:
         raise ValueError(
-            f"steps must be at most the {limit} training steps of this schedule, got {steps}: ask for fewer steps."
+            f"steps must be at most the {limit} training steps of this schedule, got {steps}: choose fewer steps."
         )
 
 
@@ -99,7 +99,7 @@ class Variance:
         return np.interp(np.log(ratio), np.log(self.ratios), np.arange(self.training_steps, dtype=np.float64))
 
     def grid(self, steps: int, spacing: Spacing = "trailing", offset: int = 0, *, whole: bool = True) -> Grid:
-        """Return the levels of a sampler of ``steps`` steps.
+        """Return the noise levels of a sampler of ``steps`` steps.
 
         The names are those of Lin et al. 2024 (2305.08891), table 2:
 
@@ -114,11 +114,11 @@ class Variance:
             whole: Round the times of ``linspace``.
 
         Raises:
-            ValueError: For another spacing, steps outside 1..T, or an offset that is not whole or leaves 0..T - 1.
+            ValueError: For another spacing, steps outside 1..T, or an offset that is not an integer or leaves 0..T - 1.
         """
         _check_steps(steps, self.training_steps)
         if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)):
-            raise ValueError(f"offset must be a whole number of training steps, got {offset!r}.")
+            raise ValueError(f"offset must be an integer number of training steps, got {offset!r}.")
         total = self.training_steps
         if spacing == "trailing":
             times = np.round(total - np.arange(steps) * (total / steps)) - 1
@@ -139,7 +139,7 @@ class Variance:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """Flow matching: alpha = 1 - sigma, and the network is told t = T sigma.
+    """Flow matching: alpha = 1 - sigma, and the network receives t = T sigma.
 
     Attributes:
         shift: c in sigma <- c sigma / (1 + (c - 1) sigma), which spends more steps at high noise (SD3).
@@ -169,7 +169,7 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class Karras:
-    """EDM: alpha = 1, and the network is told t = log(sigma) / 4.
+    """EDM: alpha = 1, and the network receives t = log(sigma) / 4.
 
     sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (2206.00364, eq. 5).
     """
@@ -184,7 +184,7 @@ class Karras:
         return np.ones_like(sigma), sigma
 
     def grid(self, steps: int, spacing: Spacing = "trailing", offset: int = 0, *, whole: bool = True) -> Grid:
-        """Return the N noise levels of the formula above, then 0; ``spacing`` has no meaning here."""
+        """Return the N noise levels of the formula above, then 0; ``spacing`` is ignored."""
         _check_steps(steps)
         sigma = np.append(karras_sigmas(self.sigma_max, self.sigma_min, steps, self.rho), 0.0)
         return Grid(np.log(sigma[:-1]) / 4, np.ones(steps + 1), sigma)
@@ -234,7 +234,7 @@ def cosine(steps: int = 1000) -> Variance:
 
 
 def flow(shift: float = 1.0, steps: int = 1000) -> Flow:
-    """Return the flow-matching schedule with the given shift; the network is told ``steps`` * sigma."""
+    """Return the flow-matching schedule with the given shift; the network receives ``steps`` * sigma."""
     if not (is_finite(shift) and shift > 0):
         raise ValueError(f"shift must be positive, got {shift!r}.")
     _check_steps(steps)

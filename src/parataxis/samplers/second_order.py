@@ -26,7 +26,7 @@ def heun(
 ) -> Sampler:
     """Heun's second-order steps (EDM, 2206.00364, algorithm 1 without churn): N = 2 steps - 1 evaluations.
 
-    With h = sigma' - sigma and alpha = 1, point k is x and point k + 1 the trial state x + h eps_k; then
+    With h = sigma' - sigma and alpha = 1, state k is x and state k + 1 the trial x + h eps_k; then
     x' = x + h/2 (eps_k + eps_{k+1}). The last interval, into sigma' = 0, is a plain Euler step.
 
     Args:
@@ -34,13 +34,13 @@ def heun(
         steps: Number of intervals.
         prediction: What the network returns.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         karras: Space the noise levels evenly in sigma^(1/7).
     """
     single, first = variance_exploding(
         checked_schedule(schedule, vp), steps, spacing, offset, prediction, karras=karras
     )
-    twice = np.repeat(np.arange(steps), 2)[1:]  # 0, 1, 1, 2, 2, ..: the level of every point
+    twice = np.repeat(np.arange(steps), 2)[1:]  # 0, 1, 1, 2, 2, ..: the noise level of every step
     sigma = np.append(single.sigma[twice], 0.0)
     grid = Grid(single.grid.times[twice], np.ones(len(sigma)), sigma)
     levels = network_grid(grid, prediction, np.append(single.scale[twice], 1.0))
@@ -87,7 +87,7 @@ def dpmpp_2m(
         steps: N.
         prediction: What the network returns.
         spacing: See :meth:`parataxis.samplers.schedules.Variance.grid`.
-        offset: Likewise.
+        offset: See :meth:`parataxis.samplers.schedules.Variance.grid`.
         karras: Space the noise levels evenly in (sigma/alpha)^(1/7) over all training levels; ``spacing`` is unused.
         clip: Clip the data prediction to [-clip, clip].
         quantile: Threshold it dynamically instead, at this quantile of |xhat| (0.995 is common).
@@ -116,7 +116,7 @@ def dpmpp_2m(
         weight[i] = total[i] * (1 + half), -total[i] * half
     if not np.isfinite(weight).all():
         raise ValueError(
-            "dpmpp_2m divides by log(alpha) = -inf at a first level with alpha = 0: choose another spacing."
+            "dpmpp_2m divides by log(alpha) = -inf at a first noise level with alpha = 0: choose another spacing."
         )
     local = levels.coefficients(decay, weight, np.zeros(steps), data=True)
     return Sampler("dpmpp_2m", grid.times, local, transform=levels.to_data(clip, quantile))
