@@ -43,6 +43,7 @@ from baselines import (
     buckets_of,
     by_rows,
     cuda_graph,
+    curve,
     drawn,
     eager_loop,
 )
@@ -196,9 +197,13 @@ def train(
                 step()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            step()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                step()
+        except RuntimeError as error:  # training is then slower, and nothing else
+            graph = None
+            print("a training step cannot be captured:", error, file=sys.stderr)
     count, loss, begun = 0, float("nan"), time.perf_counter()
     every = 20 if cuda else 1
     while (elapsed := time.perf_counter() - begun) < seconds:
@@ -409,6 +414,8 @@ def latency(options: argparse.Namespace) -> None:
     module = policy_network()
     data = Demonstrations(device, POLICY / "demonstrations" / f"{TASK}.safetensors")
     results = Results(options.results / "policy_latency.csv", KEY, device, resume=options.resume)
+    key = ("model", "dtype", "rows")
+    curves = Results(options.results / "latency_curve.csv", key, device, resume=options.resume)
     dtype = getattr(torch, options.dtype)
     for size in sorted(options.sizes, key=ORDER.index):
         if budget.over(options.train):
@@ -431,7 +438,7 @@ def latency(options: argparse.Namespace) -> None:
         example = torch.zeros(1, data.observation_dim, device=device)
         shape = (HORIZON, data.action_dim)
         graphed = GraphedLoop(denoise, shape, example, device, compiled=options.compile)
-        called = by_rows(denoise) if options.compile else denoise
+        called = by_rows(denoise, static=options.static) if options.compile else denoise
         for kind in ("eps", "flow"):
             names = [name for name in options.samplers if (name == "flow") == (kind == "flow")]
             names = [
@@ -451,6 +458,10 @@ def latency(options: argparse.Namespace) -> None:
             for name in names:
                 measure(size, name, denoise, graphed, called, data, results, about, options, budget)
                 print(f"  {budget.left:.0f} s left", flush=True)
+        sizes = [1, 8, 16, 32, STEPS]
+        if not budget.over() and not curves.done(model=f"policy {size}", dtype=options.dtype, rows=1):
+            about = {"dtype": options.dtype, "compiled": options.compile}
+            curve(f"policy {size}", called, shape, example, curves, sizes, about, device)
         del graphed, called
         torch.compiler.reset()
         if device == "cuda":
@@ -472,6 +483,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="end after so many, between two turns")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--reduce-overhead", action="store_true", help='also torch.compile(mode="reduce-overhead")')
+    parser.add_argument("--static", action="store_true", help="compile for each number of rows by itself")
     parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
