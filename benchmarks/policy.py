@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -245,12 +244,8 @@ def weights(size: str, kind: str, network: nn.Module, data: Demonstrations, opti
     about = f"{steps} steps of {options.batch or BATCH[size]} in {time.perf_counter() - begun:.0f} s, loss {loss:.4f}"
     held = {name: value.half().contiguous().cpu() for name, value in network.state_dict().items()}
     network.load_state_dict({name: value.float() for name, value in held.items()})  # as they are read again
-    folders = [options.weights]
-    if os.environ.get("OUT") and sum(value.nbytes for value in held.values()) < 12e6:
-        folders.append(Path(os.environ["OUT"]))
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(held, folder / path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(held, path)
     return about
 
 
