@@ -454,7 +454,7 @@ def latency(options: argparse.Namespace) -> None:
                 measure(size, name, denoise, graphed, called, data, results, about, options, budget)
                 print(f"  {budget.left:.0f} s left", flush=True)
         sizes = [1, 8, 16, 32, STEPS]
-        if not budget.over() and not curves.done(model=f"policy {size}", dtype=options.dtype, rows=1):
+        if not budget.over() and not curves.done(model=f"policy {size}", dtype=options.dtype, rows_per_round=1):
             about = {"dtype": options.dtype, "compiled": options.compile}
             curve(f"policy {size}", called, shape, example, curves, sizes, about, device)
         del graphed, called
