@@ -112,7 +112,7 @@ class CapturedRounds:
         )
         self.batch = Batch(batch.problem, static)
         assert isinstance(self.solver, Windowed)
-        self.window = CapturedWindow(self.batch, self.solver.window, keeps_pairs=self.solver.measures_pairs)
+        self.window = CapturedWindow(self.batch, self.solver.window)
         self.times = sampler.network_times(dtype).to(start.device)
         self.columns = None
         if sampler.transform is not None:

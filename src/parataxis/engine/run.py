@@ -55,6 +55,8 @@ class Group:
         """Return what the solver waits for."""
         if self._query is None:
             self._query, self._first = next(self._queries), None
+            for run in self.runs.values():
+                run.look()  # states of a guess may be accepted from the start
         elif self.changed:
             self._query, self._first = self._queries.send(NOTHING), None
         self.changed = False
@@ -252,6 +254,11 @@ class Run:
         self.number = self.group.batch.numbers[self.place] = number
         self.group.slots[self.place] = slot
 
+    def look(self) -> None:
+        """Look at how far the solver has come."""
+        batch = self.group.batch
+        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
+
     def took_round(self, width: int) -> None:
         """Count a round, and end if the sample is there."""
         batch = self.group.batch
@@ -259,7 +266,7 @@ class Run:
         self.evaluations += width
         self.peak_width = max(self.peak_width, width)
         self.history.append(Round(self._accepted, width, self._error))
-        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
+        self.look()
         if batch.finished[self.place]:
             if batch.trajectory is not None and self._accepted == self.problem.steps:
                 self._trajectory = batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
@@ -267,7 +274,7 @@ class Run:
 
     def _end(self, reason: str, sample: Tensor) -> None:
         batch = self.group.batch
-        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
+        self.look()
         self._reason, self._final = reason, sample.flatten()
         batch.active[self.place] = False
         self.group.changed = True
