@@ -17,9 +17,11 @@ from .samplers.sampler import Sampler
 from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
 from .solvers.coarse_to_fine import CoarseToFine
+from .solvers.parareal import Parareal
 from .solvers.picard import Picard
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
+from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Coefficients",
     "CoarseToFine",
     "OutputError",
+    "Parareal",
     "Picard",
     "Plan",
     "Report",
@@ -38,6 +41,7 @@ __all__ = [
     "Sampler",
     "Secant",
     "Sequential",
+    "Speculative",
     "Solution",
     "Solutions",
     "Recurrence",
