@@ -79,12 +79,17 @@ def test_without_the_pipeline_the_sample_is_sequential_within_its_estimate(name)
 
 
 def test_two_iterations_of_a_block_may_begin_at_once():
-    """Each has its own coarse step then: after two iterations the sample is that of the formula, to rounding."""
-    steps, blocks = 60, 13
-    for width in (None, 3):
-        result = ticks(steps, blocks=blocks, width=width, iterations=2, rule="none", name="ddpm")
-        assert result.rounds <= steps
-        assert bool(torch.isfinite(result.x).all())
+    """Each keeps a coarse step of its own then, and the block that of the later one."""
+    bounds = px.Parareal().bounds(60)
+    schedule = BlockSchedule(bounds, len(bounds) - 1, width=3, pipelined=True, lagged=False, guessed=False)
+    together = [tick for tick in schedule.ticks() if len(set(tick.blocks)) < len(tick.blocks)]
+    assert together
+    for tick in together:
+        assert len(set(tick.coarse)) == len(tick.first)
+        assert sorted(tick.latest_blocks) == sorted(set(tick.blocks))
+        for index, block in zip(tick.latest, tick.latest_blocks, strict=True):
+            others = [tick.iterations[row] for row, other in zip(tick.first, tick.blocks, strict=True) if other == block]
+            assert tick.iterations[tick.first[index]] == max(others)
 
 
 def test_samples_that_are_answered_apart_are_those_of_a_batch():

@@ -305,8 +305,8 @@ class _Cohort:
         self.memory = _Rows(like, schedule.slots)
         self.test = _StopTest(solver, batch.problem.tolerance, len(batch), self.blocks)
         if batch.noise is not None:
-            slots = upload(2 * self.blocks + np.arange(self.blocks), like.device)
-            self.memory[slots] = folded_noise(local, self.bounds, batch.noise)
+            noise_slots = upload(2 * self.blocks + np.arange(self.blocks), like.device)
+            self.memory[noise_slots] = folded_noise(local, self.bounds, batch.noise)
         slots = np.array([state.x for state in schedule.initial])
         levels = np.array([self.bounds[state.j] for state in schedule.initial])
         states = like[:, None] if batch.guess is None else batch.guess[:, torch.from_numpy(levels).to(like.device)]
