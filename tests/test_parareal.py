@@ -88,7 +88,9 @@ def test_two_iterations_of_a_block_may_begin_at_once():
         assert len(set(tick.coarse)) == len(tick.first)
         assert sorted(tick.latest_blocks) == sorted(set(tick.blocks))
         for index, block in zip(tick.latest, tick.latest_blocks, strict=True):
-            others = [tick.iterations[row] for row, other in zip(tick.first, tick.blocks, strict=True) if other == block]
+            others = [
+                tick.iterations[row] for row, other in zip(tick.first, tick.blocks, strict=True) if other == block
+            ]
             assert tick.iterations[tick.first[index]] == max(others)
 
 
