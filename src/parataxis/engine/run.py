@@ -55,8 +55,6 @@ class Group:
         """Return what the solver waits for."""
         if self._query is None:
             self._query, self._first = next(self._queries), None
-            for run in self.runs.values():
-                run.look()  # states of a guess may be accepted from the start
         elif self.changed:
             self._query, self._first = self._queries.send(NOTHING), None
         self.changed = False
@@ -110,9 +108,10 @@ class Group:
             self._send(np.array(through), torch.cat(ready), query)
 
     def _send(self, places: Indices | None, outputs: Tensor, query: Query) -> None:
+        accepted, error = self.batch.accepted.copy(), self.batch.error.copy()
         self._query, self._first = self._queries.send(Answer(places, outputs)), None
         for place in np.flatnonzero(query.width).tolist() if places is None else places.tolist():
-            self.runs[place].took_round(int(query.width[place]))
+            self.runs[place].took_round(Round(int(accepted[place]), int(query.width[place]), float(error[place])))
 
 
 class Run:
@@ -254,27 +253,21 @@ class Run:
         self.number = self.group.batch.numbers[self.place] = number
         self.group.slots[self.place] = slot
 
-    def look(self) -> None:
-        """Look at how far the solver has come."""
-        batch = self.group.batch
-        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
-
-    def took_round(self, width: int) -> None:
+    def took_round(self, entry: Round) -> None:
         """Count a round, and end if the sample is there."""
         batch = self.group.batch
         self.rounds += 1
-        self.evaluations += width
-        self.peak_width = max(self.peak_width, width)
-        self.history.append(Round(self._accepted, width, self._error))
-        self.look()
+        self.evaluations += entry.width
+        self.peak_width = max(self.peak_width, entry.width)
+        self.history.append(entry)
         if batch.finished[self.place]:
-            if batch.trajectory is not None and self._accepted == self.problem.steps:
+            if batch.trajectory is not None and batch.accepted[self.place] == self.problem.steps:
                 self._trajectory = batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
             self._end("converged", batch.results[self.place])
 
     def _end(self, reason: str, sample: Tensor) -> None:
         batch = self.group.batch
-        self.look()
+        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
         self._reason, self._final = reason, sample.flatten()
         batch.active[self.place] = False
         self.group.changed = True
