@@ -124,19 +124,19 @@ def fit(chosen: list[dict[str, Any]]) -> tuple[RoundsCurve, list[float], str]:
     level = np.mean(levels[trained])
     coefficients = tuple(round(float(number), 4) for number in (level, *slopes))
 
-    def curve(settling: float) -> RoundsCurve:
-        return RoundsCurve(coefficients, round(float(spread), 4), 0.0, round(float(settling), 2))
+    def curve(acceptance: float) -> RoundsCurve:
+        return RoundsCurve(coefficients, round(float(spread), 4), 0.0, round(float(acceptance), 2))
 
     # The evaluations of one run of every cell, against those that its rounds lead to expect.
     _, first = np.unique(np.stack([own, steps, window, target, taken]), axis=1, return_index=True)
 
-    def misfit(settling: float) -> float:
-        expected = [curve(settling).widths(taken[i, None], int(steps[i]), int(window[i])).sum() for i in first]
+    def mismatch(acceptance: float) -> float:
+        expected = [curve(acceptance).widths(taken[i, None], int(steps[i]), int(window[i])).sum() for i in first]
         return float(np.sqrt(np.mean(np.log(np.array(expected) / evaluations[first]) ** 2)))
 
-    best = curve(min(np.arange(0.4, 1.41, 0.05), key=misfit))
+    best = curve(min(np.arange(0.4, 1.41, 0.05), key=mismatch))
     off = [f"{' '.join(network)} {own:+.2f}" for network, own in zip(networks, levels - level, strict=True)]
-    said = f"{len(chosen)} runs, evaluations within {misfit(best.settling):.0%}; ln R off the curve: {', '.join(off)}"
+    said = f"{len(chosen)} runs, evaluations within {mismatch(best.acceptance):.0%}; ln R off the curve: {', '.join(off)}"
     return best, [float(levels[i] - level) for i in trained], said
 
 

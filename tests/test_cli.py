@@ -121,7 +121,7 @@ def test_lists(capsys):
         (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
         (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
         (["--sampler", "flow_euler"], "which flow_euler is not for: choose one of ddim"),
-        (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        (["--steps", "0"], "steps must be an integer of at least 1, got 0"),
         (["--steps", "1001"], "at most the 1000 training steps of this schedule, got 1001"),
         (["--window", "0"], "window must be a whole number of steps, at least 1, or None for all, got 0"),
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
@@ -157,7 +157,7 @@ def test_what_is_wrong_is_said_in_one_line_before_the_work_starts(arguments, mes
         (["--sampler", "dim"], "there is no sampler 'dim'. Did you mean 'ddim'?"),
         (["--model", "digitz"], "there is no model 'digitz'. Did you mean 'digits'?"),
         (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--devices", "0"], "devices must be a whole number of at least 1, got 0"),
+        (["--devices", "0"], "devices must be an integer of at least 1, got 0"),
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
     ],
 )

@@ -103,7 +103,7 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert found["failure"] == broken if rank == 1 else broken in found["failure"]
         broken = "ValueError: the third call fails"
         assert found["trial"] == broken if rank == 1 else broken in found["trial"]
-        assert "expected its input's (1, 64)" in found["shape"]
+        assert "expected that of its input, (1, 64)" in found["shape"]
         assert "rank 1 (" in found["stop"]
         assert "other rows" in found["stop"]
         assert "none is named 'time'" in found["unnamed"]

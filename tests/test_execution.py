@@ -128,9 +128,9 @@ def test_outputs_may_lie_in_memory_that_the_next_call_writes_to(limits):
 
 
 def test_an_output_of_another_form_is_refused_and_not_spread_over_the_rows_of_a_call():
-    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(2, 3\)"):
+    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected that of its input, \(2, 3\)"):
         Executor(lambda own: own.x[:1], max_rows=2)(rows(4))
-    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected its input's \(4, 3\)"):
+    with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected that of its input, \(4, 3\)"):
         Executor(lambda own: own.x[:1], buckets=(4,))(rows(1))
 
 

@@ -30,7 +30,35 @@ ORDER = [
     "parallel",
     "cli",
 ]
-LOOPS = ["merge", "recording", "passes", "solving", "function"]
+LOOPS = [
+    "signals",
+    "rows",
+    "calls",
+    "batch",
+    "layout",
+    "merger",
+    "structure",
+    "known_outputs",
+    "answers",
+    "passes",
+    "error_estimate",
+    "fit",
+    "analysis",
+    "stage_plan",
+    "loop",
+    "randomness",
+    "module_state",
+    "purity",
+    "memo",
+    "stubs",
+    "runner",
+    "record",
+    "evaluate",
+    "equation",
+    "report",
+    "solver",
+    "function",
+]
 LATER = {("solvers", "engine")}  # until the requests of solvers live with them
 
 

@@ -180,9 +180,9 @@ def test_a_wrong_shape_type_or_dtype_is_named(solver):
     for broken, message in [
         (
             lambda x, t: x[:, :-1],
-            r"returned the shape \(\d+, 15\), expected its input's \(\d+, 16\), at steps? 0( to |\.)",
+            r"returned the shape \(\d+, 15\), expected that of its input, \(\d+, 16\), at steps? 0( to |\.)",
         ),
-        (lambda x, t: x.float(), r"returned torch.float32, expected its input's torch.float64, at steps? 0( to |:)"),
+        (lambda x, t: x.float(), r"returned torch.float32, expected that of its input, torch.float64, at steps? 0( to |:)"),
         (lambda x, t: [x], r"returned list, expected a tensor of shape \(\d+, 16\), at steps? 0( to |:)"),
     ]:
         with pytest.raises(px.OutputError, match=message):

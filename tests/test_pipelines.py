@@ -425,7 +425,7 @@ def test_denoisers_that_no_name_gives_away_are_asked_for():
         def register_modules(self):
             pass
 
-    with pytest.raises(ValueError, match=r"components thing is known as a denoiser.*denoisers=\[\.\.\.\]"):
+    with pytest.raises(ValueError, match=r"components thing is denoiser among the components.*denoisers=\[\.\.\.\]"):
         px.parallel(Holder())()
 
 

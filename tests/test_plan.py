@@ -62,7 +62,7 @@ def measure(denoise, most=64):
     rows = px.engine.rows.EvalBatch(
         problems.noise(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     )
-    return px.latency(lambda own: denoise(own.x, own.step + 500), rows, most=most)
+    return px.latency(lambda own: denoise(own.x, own.step + 500), rows, max_rows=most)
 
 
 def test_the_rows_that_cost_as_much_as_one_are_found(costing):
@@ -106,7 +106,7 @@ def test_planning_makes_few_calls_and_no_larger_ones_than_can_matter(costing):
 def test_a_network_that_returns_no_output_is_not_planned_for():
     noise, sampler = problems.noise(2), problems.sampler(ODE, 20)
     for broken, message in (
-        (lambda x, t: x[:1, :3], r"returned the shape \(1, 3\), expected its input's \(1, 16\)"),
+        (lambda x, t: x[:1, :3], r"returned the shape \(1, 3\), expected that of its input, \(1, 16\)"),
         (lambda x, t: [x], "returned list, expected a tensor"),
         (lambda x, t: x.float(), "returned torch.float32"),
         (lambda x, t: x / 0, "returned NaN or Inf at step 0 of 20"),
@@ -207,9 +207,9 @@ def test_devices_share_rows_and_change_the_choice(costing):
     assert planned(8, count=8).solver == px.Sequential()
 
 
-def test_rows_per_level_take_their_share_of_the_batch(costing):
+def test_rows_per_step_take_their_share_of_the_batch(costing):
     denoise, sampler = costing(bent), problems.sampler(ODE, 50)
-    one, two = (px.plan(denoise, problems.noise(1), sampler, rows_per_level=rows, windows=(8,)) for rows in (1, 2))
+    one, two = (px.plan(denoise, problems.noise(1), sampler, rows_per_step=rows, windows=(8,)) for rows in (1, 2))
     assert [one.loop_seconds, two.loop_seconds] == pytest.approx([0.5, 0.5])
     assert 1.5 * one.seconds < two.seconds < 2 * one.seconds
 
@@ -310,17 +310,17 @@ def test_planning_leaves_random_numbers_alone(costing):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 1.5}, "devices must be a whole number of at least 1, got 1.5"),
+        ({"devices": 1.5}, "devices must be an integer of at least 1, got 1.5"),
         ({"tolerance": float("inf")}, "tolerance must be a relative error of at least 0, got inf"),
-        ({"max_rows": 0}, "max_rows must be a whole number"),
-        ({"devices": 0}, "devices must be a whole number of at least 1, got 0"),
-        ({"rows_per_level": 0}, "rows_per_level must be a whole number of at least 1, got 0"),
+        ({"max_rows": 0}, "max_rows must be an integer"),
+        ({"devices": 0}, "devices must be an integer of at least 1, got 0"),
+        ({"rows_per_step": 0}, "rows_per_step must be an integer of at least 1, got 0"),
         ({"tolerance": -1.0}, "tolerance must be a relative error of at least 0, got -1.0"),
-        ({"solvers": [px.Picard(entry="copy")]}, "rounds of Picard.*'copy'.* are not known beforehand"),
-        ({"solvers": [px.Parareal()]}, "rounds of Parareal.* are not known beforehand: plan with Picard"),
+        ({"solvers": [px.Picard(entry="copy")]}, "no forecast for Picard.*'copy'"),
+        ({"solvers": [px.Parareal()]}, "no forecast for Parareal.*: plan with Picard"),
         ({"solvers": []}, "nothing to choose from"),
         ({"windows": ()}, "nothing to choose from"),
-        ({"windows": (0,)}, "window must be a whole number of levels"),
+        ({"windows": (0,)}, "window must be a whole number of steps"),
         ({"condition": torch.arange(3)}, "one row a sample"),
     ],
 )

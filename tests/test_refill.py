@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_named():
         list(px.stream(EXACT, [NOISE[0], px.Job(NOISE[1], torch.ones(1))], sampler, solver, rows_per_round=2))
     with pytest.raises(ValueError, match="may differ in tensors only, got 'a'"):
         list(px.stream(Counted(), [px.Job(NOISE[0], "a"), px.Job(NOISE[1], "b")], sampler, solver, rows_per_round=2))
-    with pytest.raises(ValueError, match="rows_per_round must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows_per_round must be an integer of at least 1, got 0"):
         px.stream(EXACT, NOISE, sampler, solver, rows_per_round=0)
     with pytest.raises(
         ValueError, match=r"jobs, which need rows_per_round=.* got tuple_iterator and rows_per_round=None"
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(TypeError, match=f"solver must be a solver with its options, .* got '{named}'"):
             px.stream(EXACT, NOISE, sampler, named, rows_per_round=2)
     for rows in ("8", 1.5, True):
-        with pytest.raises(ValueError, match=r"rows must be a whole number of at least 1, got"):
+        with pytest.raises(ValueError, match=r"rows must be an integer of at least 1, got"):
             px.sample(EXACT, NOISE, sampler, solver, rows_per_round=rows)
     with pytest.raises(
         TypeError, match=r"generator must be a torch.Generator, one for each sample, or None, got \[0\]"

@@ -38,7 +38,7 @@ def test_shift_spends_more_steps_at_high_noise():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: px.vp().grid(0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: px.vp().grid(0), "steps must be an integer of at least 1, got 0"),
         (lambda: px.vp().grid(2.5), "got 2.5"),
         (lambda: px.vp().grid(1001), "at most the 1000 training steps of this schedule, got 1001"),
         (lambda: px.flow().grid(2000), "at most the 1000 training steps"),

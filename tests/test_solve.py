@@ -216,29 +216,29 @@ def test_progress_counts_settled_levels(capsys):
         ({"noise": torch.zeros(3, dtype=torch.int64)}, "noise must be a floating-point tensor"),
         ({"noise": torch.zeros(4)}, "at least 2 dimensions"),
         ({"noise": torch.zeros(0, 16)}, "holds no sample"),
-        ({"noise": torch.zeros(4, 0)}, r"noise holds no sample, or no number: all its dimensions \(4, 0\)"),
-        ({"noise": torch.ones(3, 4).to_sparse()}, "noise must be dense and hold numbers, got layout torch.sparse_coo"),
-        ({"noise": torch.zeros(3, 4, device="meta")}, "noise must be dense and hold numbers, .* on meta"),
-        ({"noise": torch.full((3, 4), torch.nan)}, "noise holds NaN or Inf"),
+        ({"noise": torch.zeros(4, 0)}, r"expected at least one sample: all its dimensions \(4, 0\)"),
+        ({"noise": torch.ones(3, 4).to_sparse()}, "noise must be a dense tensor, got layout torch.sparse_coo"),
+        ({"noise": torch.zeros(3, 4, device="meta")}, "noise must be a dense tensor, .* on meta"),
+        ({"noise": torch.full((3, 4), torch.nan)}, "noise has NaN or Inf"),
         ({"noise": np.zeros((3, 4))}, "noise must be a floating-point tensor .* got ndarray and rows_per_round=None"),
         ({"noise": [torch.zeros(4)]}, "noise must be a floating-point tensor .* got list and rows_per_round=None"),
         ({"tolerance": None}, "tolerance must be"),
         ({"tolerance": "a"}, "tolerance must be"),
         ({"tolerance": float("inf")}, "tolerance must be"),
         ({"tolerance": True}, "tolerance must be"),
-        ({"max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
-        ({"max_rows": 1.5}, "max_rows must be a whole number of at least 1, got 1.5"),
-        ({"max_rows": True}, "max_rows must be a whole number of at least 1, got True"),
+        ({"max_rows": 0}, "max_rows must be an integer of at least 1, got 0"),
+        ({"max_rows": 1.5}, "max_rows must be an integer of at least 1, got 1.5"),
+        ({"max_rows": True}, "max_rows must be an integer of at least 1, got True"),
         ({"buckets": 8}, r"buckets must be numbers of rows of at least 1, such as \(1, 2, 4, 8\), got 8"),
         ({"buckets": (1, 2.5)}, "buckets must be numbers of rows"),
-        ({"frozen_steps": 1.5}, "frozen_steps must be a whole number of at least 0, got 1.5"),
-        ({"frozen_steps": True}, "frozen_steps must be a whole number of at least 0, got True"),
+        ({"frozen_steps": 1.5}, "frozen_steps must be an integer of at least 0, got 1.5"),
+        ({"frozen_steps": True}, "frozen_steps must be an integer of at least 0, got True"),
         ({"guess": [1]}, r"guess must have the shape \(B, N \+ 1, \*shape\) = \(3, 26, 16\), got list"),
-        ({"condition": np.zeros((3, 2))}, r"condition must hold tensors \(3, \.\.\.\)"),
-        ({"condition": 3.0}, "condition must hold tensors .* got 3.0"),
-        ({"condition": {}}, "condition must hold tensors .* got {}"),
-        ({"condition": ["a", "b", "c"]}, "condition must hold tensors"),
-        ({"condition": {"label": torch.zeros(3), "text": np.zeros((3, 2))}}, "condition holds a NumPy array"),
+        ({"condition": np.zeros((3, 2))}, r"condition must have tensors \(3, \.\.\.\)"),
+        ({"condition": 3.0}, "condition must have tensors .* got 3.0"),
+        ({"condition": {}}, "condition must have tensors .* got {}"),
+        ({"condition": ["a", "b", "c"]}, "condition must have tensors"),
+        ({"condition": {"label": torch.zeros(3), "text": np.zeros((3, 2))}}, "condition has a NumPy array"),
         ({"sampler": px.samplers.ddpm(steps=5), "generator": [torch.Generator()]}, "3 samples, 1 generators"),
     ],
 )
@@ -389,7 +389,7 @@ def test_trajectories_survive_the_disk(tmp_path):
     lost = px.sample(network, noise, sampler, px.Picard())
     for none in (lost, lost.trajectory):
         with pytest.raises(
-            TypeError, match=f"got {type(none).__name__}: give the .trajectory .* with keep_trajectory=True"
+            TypeError, match=f"got {type(none).__name__}: pass the .trajectory .* with keep_trajectory=True"
         ):
             px.save_trajectory(path, none, sampler)
     with pytest.raises(ValueError, match="cannot be written"):
@@ -451,7 +451,7 @@ def test_the_floor_is_what_the_network_makes_of_its_batch_and_no_tolerance_goes_
         for make in (lambda x, t: network(x, t) * (1 + 1e-5), lambda x, t: network(x, t) * (1 + 8e-5))
     )
     assert found == pytest.approx(problems.relative(among, sequential), rel=1e-3)
-    with pytest.raises(ValueError, match=r"rows must be a whole number of at least 2, got 2\.5"):
+    with pytest.raises(ValueError, match=r"rows must be an integer of at least 2, got 2\.5"):
         px.numerical_floor(rough, noise, sampler, rows=2.5)
     with pytest.raises(ValueError, match=r"tolerance 1e-05 is below the floor \d\.\d+e-05 of this network"):
         px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, numerical_floor=found)

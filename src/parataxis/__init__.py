@@ -6,7 +6,7 @@ from .engine.latency import Latency, latency
 from .engine.rows import OutputError
 from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
-from .loops.solving import Report
+from .loops.report import Report
 from .parallel import parallel
 from .planning import Plan, plan
 from .sample import Job, numerical_floor, sample, stream

@@ -1,4 +1,4 @@
-"""What is checked of arguments before anything runs: errors say what was given, and what was expected."""
+"""Checks of arguments, before anything runs: errors say what was passed and what was expected."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 __all__ = [
     "OutputError",
-    "called",
+    "wrap_denoiser",
     "check_generators",
     "check_rows",
     "check_solver",
     "check_tolerance",
     "check_whole",
     "is_finite",
-    "is_whole",
+    "is_int",
 ]
 
 
@@ -29,26 +29,26 @@ class OutputError(ValueError):
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether this is a number, and a finite one; flags are none."""
+    """Return whether this is a finite number; booleans are not numbers."""
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
-def is_whole(value: Any, least: int = 1) -> bool:
-    """Return whether this is a whole number, and not too small; flags are none."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= least
+def is_int(value: Any, minimum: int = 1) -> bool:
+    """Return whether this is an integer of at least ``minimum``; booleans are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= minimum
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless a number is whole and not too small."""
-    if not is_whole(value, least):
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+def check_whole(name: str, value: Any, minimum: int = 1) -> None:
+    """Raise unless a number is an integer of at least ``minimum``."""
+    if not is_int(value, minimum):
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
 
 
 def check_rows(max_rows: Any, buckets: Any) -> None:
     """Raise unless these limit the rows of a call; see :func:`parataxis.sample`."""
     if max_rows is not None:
         check_whole("max_rows", max_rows)
-    if buckets is not None and not (isinstance(buckets, Sequence) and buckets and all(map(is_whole, buckets))):
+    if buckets is not None and not (isinstance(buckets, Sequence) and buckets and all(map(is_int, buckets))):
         raise ValueError(f"buckets must be numbers of rows of at least 1, such as (1, 2, 4, 8), got {buckets!r}.")
     if buckets is not None and max_rows is not None and min(buckets) > max_rows:
         raise ValueError(f"the smallest of buckets={buckets!r} must be at most max_rows={max_rows}: add a smaller one.")
@@ -73,18 +73,18 @@ def check_generators(generator: Any, count: int) -> None:
     """Raise unless this is a generator, or one for each of ``count`` samples, or None."""
     if generator is None or isinstance(generator, torch.Generator):
         return
-    every = list(generator) if isinstance(generator, Sequence) else [generator]
-    if not all(isinstance(one, torch.Generator) for one in every):
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    if not all(isinstance(source, torch.Generator) for source in generators):
         raise TypeError(
-            f"generator must be a torch.Generator, one for each sample, or None, got {generator!r}: make it of a seed "
-            "by torch.Generator().manual_seed(seed)."
+            f"generator must be a torch.Generator, one for each sample, or None, got {generator!r}: make "
+            "one by torch.Generator().manual_seed(seed)."
         )
-    if len(every) != count:
-        raise ValueError(f"pass one generator a sample: {count} samples, {len(every)} generators.")
+    if len(generators) != count:
+        raise ValueError(f"pass one generator a sample: {count} samples, {len(generators)} generators.")
 
 
-def called(denoise: Any) -> Callable[..., Any]:
-    """Return a network whose call says, if its arguments do not fit, what decides how many there are.
+def wrap_denoiser(denoise: Any) -> Callable[..., Any]:
+    """Return a network that says, if its arguments do not fit, why it is called with two or with three.
 
     Raises:
         TypeError: If ``denoise`` is not callable.
@@ -92,22 +92,25 @@ def called(denoise: Any) -> Callable[..., Any]:
     if not callable(denoise):
         raise TypeError(f"denoise must be a network that can be called as denoise(x, t), got {denoise!r}.")
 
-    def call(*told: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         try:
-            return denoise(*told)
+            return denoise(*arguments)
         except TypeError as error:
-            if _takes(denoise, told):
+            if _accepts(denoise, arguments):
                 raise
-            given = "denoise(x, t, condition), as there is a" if len(told) > 2 else "denoise(x, t), as there is no"
-            raise TypeError(f"the network is called as {given} condition=, which it does not admit: {error}") from error
+            signature, article = ("denoise(x, t, condition)", "a") if len(arguments) > 2 else ("denoise(x, t)", "no")
+            raise TypeError(
+                f"the network is called as {signature}, as there is {article} condition=, and does not accept that: "
+                f"{error}"
+            ) from error
 
     return call
 
 
-def _takes(function: Any, told: Sequence[Any]) -> bool:
+def _accepts(function: Any, arguments: Sequence[Any]) -> bool:
     """Return whether a call fits the function's signature, as far as that is known."""
     try:
-        inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function).bind(*told)
+        inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function).bind(*arguments)
     except TypeError:
         return False
     except ValueError:

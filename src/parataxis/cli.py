@@ -25,12 +25,12 @@ from . import models
 from .checks import is_finite
 from .engine.rows import OutputError
 from .engine.run import Run
-from .solvers.base import Solver
 from .planning import Plan, plan
 from .sample import Solutions, sample
 from .samplers import SAMPLERS, options
 from .samplers.sampler import Sampler
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 
 __all__ = ["main"]
@@ -291,7 +291,7 @@ def _sample(arguments: Sequence[str]) -> None:
         "evaluations": _median([one.evaluations for one in result]),
         "work": _median([one.nfe_ratio for one in result]),
         "peak_width": max(one.peak_width for one in result),
-        "rows_per_level": 1 if given.guidance == 1 else 2,
+        "rows_per_step": 1 if given.guidance == 1 else 2,
         "converged": result.converged,
         # None while it is not known, as JSON has no infinity
         "error_estimate": max(one.error_estimate for one in result) if result.converged else None,

@@ -34,13 +34,16 @@ from .checks import is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
-from .solvers.base import Solver
-from .loops.merge import Refused
-from .loops.passes import Loop, Randomness, reachable, replaced
-from .loops.solving import Report, checked, solved
+from .loops.loop import Loop, reachable
+from .loops.randomness import RandomState
+from .loops.report import Report
+from .loops.signals import NotParallelizable
+from .loops.solver import check_options, solve_loop
+from .loops.stubs import has_stub
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers.base import Solver
 
 __all__ = ["Parallel", "parallel", "sample_dpmpp_2m", "sample_euler", "sample_euler_ancestral", "sample_heun"]
 
@@ -101,8 +104,8 @@ def sample_euler(
     # k-diffusion draws in every step, also where it adds none.
     noise = {i: torch.randn_like(x) for i in range(len(hat))} if s_churn > 0 else {}
     local = _local(rho, 1 - rho, np.append(hat, sigma[-1]), leading)
-    told = _Told(model, x, sigmas, hat, range(len(rho)), extra_args, callback, disable)
-    return told.solve(local, leading[0], noise, solver, tolerance, max_rows)
+    call = KSamplerCall(model, x, sigmas, hat, range(len(rho)), extra_args, callback, disable)
+    return call.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
 
 def sample_euler_ancestral(
@@ -147,8 +150,8 @@ def sample_euler_ancestral(
     for i in np.flatnonzero(after):
         noise[int(i) + 1] = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigmas[i], sigmas[i + 1])
     local = _local(rho, 1 - rho, sigma, np.append(0.0, s_noise * up))
-    told = _Told(model, x, sigmas, before, range(len(rho)), extra_args, callback, disable)
-    return told.solve(local, 0.0, noise, solver, tolerance, max_rows)
+    call = KSamplerCall(model, x, sigmas, before, range(len(rho)), extra_args, callback, disable)
+    return call.solve(local, 0.0, noise, solver, tolerance, max_rows)
 
 
 def sample_heun(
@@ -181,8 +184,8 @@ def sample_heun(
     rho, own, last, levels, leading = np.array(points).T
     noise = {point: torch.randn_like(x) for point in first} if s_churn > 0 else {}
     local = _local(rho, np.stack([own, last], 1), np.append(levels, sigma[-1]), np.append(leading, 0.0))
-    told = _Told(model, x, sigmas, hat, first, extra_args, callback, disable)
-    return told.solve(local, leading[0], noise, solver, tolerance, max_rows)
+    call = KSamplerCall(model, x, sigmas, hat, first, extra_args, callback, disable)
+    return call.solve(local, leading[0], noise, solver, tolerance, max_rows)
 
 
 def sample_dpmpp_2m(
@@ -205,8 +208,8 @@ def sample_dpmpp_2m(
         if sigma[i + 1] > 0:
             more = (1 - rho[i]) * math.log(rho[i]) / math.log(rho[i - 1]) / 2
             weight[i] += more, -more
-    told = _Told(model, x, sigmas, sigma[:-1], range(len(rho)), extra_args, callback, disable)
-    return told.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance, max_rows)
+    call = KSamplerCall(model, x, sigmas, sigma[:-1], range(len(rho)), extra_args, callback, disable)
+    return call.solve(_local(rho, weight, sigma, np.zeros(len(sigma))), 0.0, {}, solver, tolerance, max_rows)
 
 
 def _falling(x: Tensor, sigmas: Tensor) -> Array:
@@ -239,7 +242,7 @@ def _local(rho: Array, weight: Array, sigma: Array, noise: Array) -> Coefficient
     return Coefficients(rho, weight, noise[1:], one, sigma, one, x0_from_input=zero, x0_from_output=one[:-1])
 
 
-class _Told:
+class KSamplerCall:
     """The model and the callback of one call, as rows and rounds reach them."""
 
     def __init__(
@@ -269,7 +272,7 @@ class _Told:
         max_rows: int | None,
     ) -> Tensor:
         """Solve the loop; ``noise`` is standard normal, by the point (or end) that it leads to."""
-        solver, tolerance = checked(solver, tolerance)
+        solver, tolerance = check_options(solver, tolerance)
         execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise_std.any() else None
@@ -362,7 +365,7 @@ def parallel(
     """
     if not callable(sampler):
         raise TypeError(f"sampler must be a function with k-diffusion's signature, got {sampler!r}.")
-    return Parallel(sampler, *checked(solver, tolerance), boundaries, on_round)
+    return Parallel(sampler, *check_options(solver, tolerance), boundaries, on_round)
 
 
 class Parallel:
@@ -400,30 +403,30 @@ class Parallel:
         loop.state = sigmas.tolist
         found = self.boundaries(model, extra_args) if callable(self.boundaries) else self.boundaries
         levels = torch.tensor(sorted({float(level) for level in found}), dtype=torch.float64, device="cpu")
-        seen = _Model(network, model, x, levels, extra_args)
+        seen = ModelProxy(network, model, x, levels, extra_args)
         if options.get("noise_sampler") is not None:
-            options["noise_sampler"] = _Noise(options["noise_sampler"])
+            options["noise_sampler"] = NoiseSamplerReplay(options["noise_sampler"])
         given = {"extra_args": extra_args, "callback": callback, "disable": disable, **options}
         bar: tqdm[Any] | None = None
 
-        def told(settled: int, count: int) -> None:
+        def update_progress(accepted: int, steps: int) -> None:
             nonlocal bar
             if bar is None:
-                bar = tqdm(total=count, disable=disable)
-            bar.update(settled - bar.n)
+                bar = tqdm(total=steps, disable=disable)
+            bar.update(accepted - bar.n)
             if self.on_round is not None:
-                self.on_round(settled, count)
+                self.on_round(accepted, steps)
 
-        loop.on_round = told
+        loop.on_round = update_progress
         try:
-            return solved(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
+            return solve_loop(loop, (seen, x, sigmas), given, self.solver, self.tolerance, self.report)
         except OutputError:
             self._loops = {form: known for form, known in self._loops.items() if known is not loop}
             raise
         finally:
             if bar is not None:
                 bar.close()
-            network.model, loop.on_round = None, lambda settled, count: None
+            network.model, loop.on_round = None, lambda accepted, steps: None
 
     def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
         """Return what is known of the loop with the same networks and arguments of this form."""
@@ -443,7 +446,7 @@ class Parallel:
     def _run(self, args: tuple[Any, ...], given: dict[str, Any], quiet: bool) -> Tensor:
         """Run the loop once, with arguments that it may write to."""
         model, x, sigmas = args
-        if isinstance(noise := given.get("noise_sampler"), _Noise):
+        if isinstance(noise := given.get("noise_sampler"), NoiseSamplerReplay):
             noise.again()
         given = {**given, "extra_args": tree_map(lambda leaf: leaf, given["extra_args"])}
         if quiet:
@@ -470,7 +473,7 @@ class _Network(nn.Module):
                 setattr(self.model, name, tensor)
 
 
-class _Model:
+class ModelProxy:
     """The model, as the loop sees it."""
 
     def __init__(
@@ -482,9 +485,11 @@ class _Model:
         self.__dict__["_functions"] = [leaf for leaf in tree_leaves(extra_args) if callable(leaf)]
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-        for leaf in tree_leaves(extra) if replaced(self._network) else ():
+        for leaf in tree_leaves(extra) if has_stub(self._network) else ():
             if callable(leaf) and not any(leaf is one for one in self._functions):
-                raise Refused("the sampler listens inside the model's call, by a function of its own (CFG++).")
+                raise NotParallelizable(
+                    "the sampler listens inside the model's call, by a function of its own (CFG++)."
+                )
         return self._network(x, sigma, self._side(sigma), self._held, extra)
 
     def __getattr__(self, name: str) -> Any:
@@ -501,13 +506,13 @@ class _Model:
         return "".join("<=>"[int(sign) + 1] for sign in torch.sign(first - self._boundaries.to(first.dtype)))
 
 
-class _Noise:
+class NoiseSamplerReplay:
     """A noise sampler that says the same in every pass, whatever state it keeps."""
 
     def __init__(self, draw: Callable[..., Tensor]) -> None:
         self.draw, self.next = draw, 0
         self.seen = [value for value in reachable(draw) if not isinstance(value, Tensor)]
-        self.drawn: list[tuple[Tensor, Randomness]] = []
+        self.drawn: list[tuple[Tensor, RandomState]] = []
 
     def again(self) -> None:
         """Begin a pass."""
@@ -516,7 +521,7 @@ class _Noise:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.next == len(self.drawn):
             noise = self.draw(*args, **kwargs)
-            self.drawn.append((noise.clone(), Randomness(self.seen)))
+            self.drawn.append((noise.clone(), RandomState(self.seen)))
         noise, after = self.drawn[self.next]
         self.next += 1
         after.restore()

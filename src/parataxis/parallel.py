@@ -9,9 +9,10 @@ from torch import nn
 
 from . import pipelines
 from .engine.executor import ranks_of
-from .solvers.base import Solver
 from .loops.function import Parallel
-from .loops.solving import checked, named
+from .loops.loop import check_denoisers
+from .loops.solver import check_options
+from .solvers.base import Solver
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,22 +35,23 @@ def parallel(
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline.
         solver: Default ``Secant(window=8)``.
-        tolerance: Relative error allowed in each sample, compared with the loop as it is.
+        tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
         mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
-            see :func:`parataxis.engine.distributed.sharded`. Levels are shared, as rows of one call belong together.
+            see :func:`parataxis.engine.distributed.sharded`. They share whole steps, because rows of one call belong
+            together.
 
     Returns:
         For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context
         manager: within ``with parallel(pipe) as report``, calls of ``pipe`` itself run in parallel.
 
     Raises:
-        TypeError: If the target is neither, or the denoisers are no modules.
-        ValueError: If the denoisers cannot be found, or for a tolerance that is negative or infinite.
+        TypeError: If the target is neither, or the denoisers are not modules.
+        ValueError: If the denoisers cannot be found, or the tolerance is negative or infinite.
     """
     if hasattr(target, "components") and hasattr(target, "register_modules"):
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     if not callable(target) or isinstance(target, nn.Module):
         raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
-    return Parallel(target, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
+    return Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))

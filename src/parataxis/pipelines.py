@@ -1,9 +1,8 @@
-"""Diffusers pipelines, parallel in time: what must be known of a pipeline, and nothing of any one of them.
+"""Diffusers pipelines, parallel in time, without code for any single pipeline.
 
-Its denoisers are the components whose class is one of diffusers' U-Nets, transformers or ControlNets, or whose name
-says so. Every other module is remembered: text encoders run once, a decoder in the final replay only. For
-:func:`enable`, the object's class is exchanged for one whose call goes through :mod:`parataxis.loops`;
-:func:`disable` puts it back, and nothing else has changed.
+The denoisers are the components whose class is one of diffusers' U-Nets, transformers or ControlNets, or whose name
+says so. Every other module is memoized: text encoders run once, a decoder in the final replay only. :func:`enable`
+replaces the class of the pipeline by one whose call goes through :mod:`parataxis.loops`; :func:`disable` puts it back.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .engine.executor import ranks_of
+from .loops.loop import Loop, check_denoisers
+from .loops.report import Report
+from .loops.solver import check_options, solve_loop
 from .solvers.base import Solver
-from .loops.passes import Loop
-from .loops.solving import Report, checked, named, solved
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,15 +43,16 @@ def parallel(
 ) -> ParallelPipeline:
     """Run a pipeline parallel in time; see :func:`parataxis.parallel`.
 
-    ``parallel(pipe)(...)`` is one call; within ``with parallel(pipe) as report``, calls of ``pipe`` itself are meant.
+    ``parallel(pipe)(...)`` is one call; within ``with parallel(pipe) as report``, calls of ``pipe`` itself are
+    parallel.
 
     Raises:
-        TypeError: If ``pipe`` is no pipeline, or the denoisers are no modules.
-        ValueError: For a tolerance that is negative or infinite.
+        TypeError: If ``pipe`` is not a pipeline, or the denoisers are not modules.
+        ValueError: If the tolerance is negative or infinite.
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
         raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}.")
-    return ParallelPipeline(pipe, *checked(solver, tolerance), named(denoisers), ranks_of(mesh))
+    return ParallelPipeline(pipe, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
 
 
 def enable(
@@ -62,7 +63,7 @@ def enable(
     denoisers: Sequence[nn.Module] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
 ) -> Report:
-    """Make every call of ``pipe`` parallel in time, until :func:`disable`; a copy of it is what it was before.
+    """Make every call of ``pipe`` parallel in time, until :func:`disable`; its copies are not.
 
     Returns:
         The report, filled in by each call.
@@ -70,13 +71,13 @@ def enable(
     Raises:
         RuntimeError: If it is enabled already.
         TypeError: See :func:`parallel`.
-        ValueError: Likewise.
+        ValueError: See :func:`parallel`.
     """
     return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh).__enter__()
 
 
 def disable(pipe: Any) -> None:
-    """Make ``pipe`` what it was before :func:`enable`.
+    """Undo :func:`enable`.
 
     Raises:
         RuntimeError: If it is not enabled.
@@ -87,7 +88,14 @@ def disable(pipe: Any) -> None:
 
 
 class ParallelPipeline:
-    """A pipeline whose calls run parallel in time; ``report`` says how the latest one went."""
+    """A pipeline whose calls run parallel in time.
+
+    Attributes:
+        pipe: The pipeline.
+        solver: How its loop is solved.
+        tolerance: Relative error allowed.
+        report: How the latest call went.
+    """
 
     def __init__(
         self,
@@ -104,20 +112,24 @@ class ParallelPipeline:
         self._ranks = ranks
         self._loop: Loop | None = None
 
+    def __repr__(self) -> str:
+        """Return what is solved, and how."""
+        return f"ParallelPipeline({type(self.pipe).__name__}, {self.solver!r}, tolerance={self.tolerance:g})"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline."""
-        return solved(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        return solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
 
     def __enter__(self) -> Report:
         """Enable the pipeline."""
         pipe = self.pipe
         if _enabled(pipe):
-            raise RuntimeError("this pipeline is enabled already: disable it before it is enabled again.")
+            raise RuntimeError("this pipeline is enabled already: call parataxis.pipelines.disable(pipe) first.")
         plain, parallelized = type(pipe), self
 
         @functools.wraps(plain.__call__)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self is not pipe:  # a copy, which nobody has enabled
+            if self is not pipe:  # a copy has the same class, and was not enabled
                 return plain.__call__(self, *args, **kwargs)
             return parallelized(*args, **kwargs)
 
@@ -133,26 +145,26 @@ class ParallelPipeline:
         disable(self.pipe)
 
     def _current(self) -> Loop:
-        """Return what is known of the loop; components may have been exchanged since the last call."""
+        """Return the loop; a new one if components have been exchanged since the last call."""
         components = [(name, part) for name, part in self.pipe.components.items() if isinstance(part, nn.Module)]
         denoisers = self._chosen or tuple(part for name, part in components if _denoises(name, part))
         if not denoisers:
             raise ValueError(
-                f"none of the components {', '.join(name for name, _ in components)} is known as a denoiser: name them "
-                "with denoisers=[...]."
+                f"found no denoiser among the components {', '.join(name for name, _ in components)}; pass those that "
+                "the pipeline calls at every step: denoisers=[...]."
             )
-        remembered: list[tuple[Any, str]] = []
+        memoized: list[tuple[Any, str]] = []
         for _, part in components:
-            if not any(part is one for one in denoisers):
-                remembered.append((part, "__call__"))
-                remembered += [(part, name) for name in METHODS if callable(getattr(part, name, None))]
+            if not any(part is denoiser for denoiser in denoisers):
+                memoized.append((part, "__call__"))
+                memoized += [(part, name) for name in METHODS if callable(getattr(part, name, None))]
         loop = self._loop
-        if loop is None or loop.denoisers != denoisers or loop.remembered != tuple(remembered):
+        if loop is None or loop.denoisers != denoisers or loop.memoized != tuple(memoized):
             loop = self._loop = Loop(
                 run=self._run,
                 denoisers=denoisers,
-                remembered=tuple(remembered),
-                refuses=lambda: _refusal(denoisers),
+                memoized=tuple(memoized),
+                unsupported=lambda: _unsupported(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
                 ranks=self._ranks,
@@ -164,9 +176,9 @@ class ParallelPipeline:
         plain = type(pipe).__mro__[1] if _enabled(pipe) else type(pipe)
         if not quiet:
             return plain.__call__(pipe, *args, **kwargs)
-        kept = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
+        without_callbacks = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
         with _no_progress(pipe):
-            return plain.__call__(pipe, *args, **kept)
+            return plain.__call__(pipe, *args, **without_callbacks)
 
     def _state(self) -> Any:
         parts = self.pipe.components.items()
@@ -181,12 +193,12 @@ def _enabled(pipe: Any) -> bool:
 def _denoises(name: str, part: nn.Module) -> bool:
     kind = type(getattr(part, "_orig_mod", part))
     path = kind.__module__.split(".")
-    return name.rstrip("_0123456789") in NAMES or (path[0] == "diffusers" and any(one in FOLDERS for one in path))
+    return name.rstrip("_0123456789") in NAMES or (path[0] == "diffusers" and any(folder in FOLDERS for folder in path))
 
 
 @contextmanager
 def _no_progress(pipe: Any) -> Iterator[None]:
-    """Show no progress bars for passes: they do not show the work."""
+    """Hide the progress bars of passes, which do not show the progress of the solve."""
     before = pipe.__dict__.get("_progress_bar_config")
     pipe.__dict__["_progress_bar_config"] = {**(before or {}), "disable": True}
     try:
@@ -198,7 +210,7 @@ def _no_progress(pipe: Any) -> Iterator[None]:
             pipe.__dict__["_progress_bar_config"] = before
 
 
-def _refusal(denoisers: Sequence[nn.Module]) -> str | None:
+def _unsupported(denoisers: Sequence[nn.Module]) -> str | None:
     """Return why denoisers cannot be evaluated out of order, or None."""
     for denoiser in denoisers:
         for part in denoiser.modules():

@@ -1,15 +1,15 @@
 r"""Planning: whether many steps side by side are faster here, and by which solver.
 
 A call of the network with n rows takes tau(n) seconds, as measured. A solver that needs R rounds for N steps, evaluates
-n_k levels in round k and works c seconds a round besides the network, takes
+n_k steps in round k and takes c seconds a round besides the network, needs
 
     seconds = sum_{k<R} (tau(n_k) + c),     speed-up = N tau(B) / seconds
 
-for B samples. R and n_k are known beforehand well enough to choose by: windowed solvers were run on the shipped models
-and on exact mixtures (``benchmarks/curves.py``), and their rounds follow, with a window of W levels,
+for B samples. Forecasts of R and n_k are good enough to choose by: windowed solvers were run on the shipped models and
+on exact mixtures (``benchmarks/curves.py``), and their rounds follow, with a window of W steps,
 
     ln R = c0 + c1 x + c2 x^2 + c3 t + c4 x t + c5 n,   x = ln(W/N), t = log10(100 tolerance), n = ln(N/100)
-    n_k = min(W, N - front_k),   front_k = N (k/R)^g
+    n_k = min(W, N - accepted_k),   accepted_k = N (k/R)^g
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .checks import check_tolerance, check_whole
-from .engine.executor import Executor, Network, check
-from .engine.latency import Latency, agree, format_seconds, latency, seconds_of
+from .engine.executor import Executor, Network, check_inputs
+from .engine.latency import Latency, format_seconds, latency, seconds_of, timings_agree
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
 from .engine.solution import Solution
-from .solvers.base import Solver
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import SOLVERS
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .solvers.window import check_window
 
@@ -59,8 +59,8 @@ class Range(NamedTuple):
 
     def text(self, form: Callable[[float], str]) -> str:
         """Return the estimate, and in brackets its range where it has one."""
-        one, low, high = form(self.median), form(self.low), form(self.high)
-        return one if low == high else f"{one} ({low} to {high})"
+        estimate, low, high = form(self.median), form(self.low), form(self.high)
+        return estimate if low == high else f"{estimate} ({low} to {high})"
 
 
 def features(steps: ArrayLike, window: ArrayLike, tolerance: ArrayLike) -> Array:
@@ -78,13 +78,13 @@ class RoundsCurve:
         coefficients: (6,) of :func:`features`.
         spread: Standard deviation of ln R among the samples of one network.
         between: Standard deviation of ln R among networks.
-        settling: g, with which the front moves.
+        acceptance: g, by which steps are accepted faster towards the end.
     """
 
     coefficients: tuple[float, ...]
     spread: float
     between: float
-    settling: float
+    acceptance: float
 
     @classmethod
     def load(cls, solver: Solver, local: Coefficients) -> RoundsCurve:
@@ -99,8 +99,8 @@ class RoundsCurve:
         options = [field for field in fields(solver) if field.name != "window"]  # type: ignore[arg-type]
         if curve is None or any(getattr(solver, field.name) != field.default for field in options):
             raise ValueError(
-                f"the rounds of {solver!r} are not known beforehand: plan with {', '.join(known)} and their default "
-                "options, or sample with this solver without a plan."
+                f"there is no forecast for {solver!r}: plan with {', '.join(known)} and their default options, or "
+                "sample with this solver without a plan."
             )
         return cls(**{**curve, "coefficients": tuple(curve["coefficients"])})
 
@@ -110,10 +110,10 @@ class RoundsCurve:
         return min(max(expected, steps / window), float(steps))
 
     def widths(self, rounds: Array, steps: int, window: int) -> Array:
-        """Return (rounds of the last, samples) the levels evaluated in every round, of samples with these rounds."""
+        """Return (largest of rounds, samples) the steps evaluated in every round, of samples with these rounds."""
         k = np.arange(int(rounds.max()))[:, None]
-        front = steps * np.minimum(k / rounds, 1.0) ** self.settling
-        return np.where(k < rounds, np.clip(np.ceil(steps - front), 1, window), 0.0)
+        accepted = steps * np.minimum(k / rounds, 1.0) ** self.acceptance
+        return np.where(k < rounds, np.clip(np.ceil(steps - accepted), 1, window), 0.0)
 
 
 @cache
@@ -168,7 +168,7 @@ class Plan:
     @property
     def chosen(self) -> Candidate:
         """What ``solver`` is expected to take."""
-        return next(one for one in self.candidates if one.solver == self.solver)
+        return next(candidate for candidate in self.candidates if candidate.solver == self.solver)
 
     @property
     def seconds(self) -> float:
@@ -185,23 +185,28 @@ class Plan:
         return Range(*(self.loop_seconds / seconds for seconds in reversed(candidate.seconds)))
 
     def compare(self, seconds: float) -> str:
-        """Say what was expected, and how far from it are the seconds that the solve took."""
-        one = self.chosen
+        """Return what was expected, and how far from it the seconds are that the solve took."""
+        chosen = self.chosen
         return (
-            f"planned {one.rounds.median:.0f} rounds, {one.seconds.text(format_seconds)}; "
-            f"took {format_seconds(seconds)}, {100 * (seconds / one.seconds.median - 1):+.0f} %"
+            f"planned {chosen.rounds.median:.0f} rounds, {chosen.seconds.text(format_seconds)}; "
+            f"took {format_seconds(seconds)}, {100 * (seconds / chosen.seconds.median - 1):+.0f} %"
         )
+
+    def __repr__(self) -> str:
+        """Return the choice, without the table."""
+        return f"Plan({self.solver!r}, {self.speedup.text('{:.2f}'.format)} times as fast as the loop)"
 
     def __str__(self) -> str:
         """Return the plan as a table."""
         lines = [self.setting, str(self.latency)]
         lines.append(f"  {'':<12}{'window':>8}{'rounds':>16}{'seconds':>30}{'speed-up':>22}")
         lines.append(f"  {'plain loop':<12}{1:>8}{self.steps:>16}{format_seconds(self.loop_seconds):>30}{'1.00':>22}")
-        for one in self.candidates:
-            mark, name = ">" if one.solver == self.solver else " ", type(one.solver).__name__
-            window = getattr(one.solver, "window", 1) or "all"
-            rounds, seconds = one.rounds.text("{:.0f}".format), one.seconds.text(format_seconds)
-            speed = self.speedup_of(one).text("{:.2f}".format)
+        for candidate in self.candidates:
+            solver = candidate.solver
+            mark, name = ">" if solver == self.solver else " ", type(solver).__name__
+            window = getattr(solver, "window", 1) or "all"
+            rounds, seconds = candidate.rounds.text("{:.0f}".format), candidate.seconds.text(format_seconds)
+            speed = self.speedup_of(candidate).text("{:.2f}".format)
             lines.append(f"{mark} {name:<12}{window:>8}{rounds:>16}{seconds:>30}{speed:>22}")
         return "\n".join([*lines, f"{self.solver!r}: {self.reason}."])
 
@@ -216,7 +221,7 @@ def plan(
     solvers: Sequence[Solver] | None = None,
     windows: Sequence[int | None] = (8, 16, 32, None),
     devices: int = 1,
-    rows_per_level: int = 1,
+    rows_per_step: int = 1,
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
     known: Latency | None = None,
@@ -228,138 +233,185 @@ def plan(
 
     Args:
         denoise: As for :func:`parataxis.sample`.
-        noise: (B, *shape) as for :func:`parataxis.sample`; any that the network can be given.
+        noise: (B, *shape) as for :func:`parataxis.sample`; any input of the network will do.
         sampler: The equation.
         tolerance: Relative error allowed in each sample.
         condition: As for :func:`parataxis.sample`.
-        solvers: Solvers with default options, whose windows are replaced; default all whose rounds are known.
-        windows: Levels evaluated in a round; None for all.
-        devices: Equal devices that share the rows of a round, and the samples of the loop. What they tell one another
-            is taken to cost nothing.
-        rows_per_level: Rows of the network that one level takes, if ``denoise`` or ``known`` count rows, not levels.
+        solvers: Solvers with default options, whose windows are replaced; default all that there are forecasts for.
+        windows: Steps evaluated in a round; None for all.
+        devices: Equal devices that share the rows of a round, and the samples of the loop. Communication between them
+            is counted as free.
+        rows_per_step: Rows of the network that one step takes, if ``denoise`` or ``known`` count rows, not steps.
         max_rows: Most rows of one call.
         buckets: The numbers of rows that a call may have, as for :func:`parataxis.sample`.
         known: tau(n), if it has been measured already.
-        measured: Earlier solves with this network: where a solver took more or fewer rounds than expected, it is
-            expected to do so again. Other solvers and samplers of the other kind tell nothing.
+        measured: Earlier solves with this network: where a solver took more or fewer rounds than forecast, the new
+            forecast follows. Solves with other solvers or with samplers of the other kind are ignored.
 
     Raises:
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf.
-        TypeError: If ``sampler`` is not one, or ``measured`` is no list of solutions.
-        ValueError: For a solver whose rounds are not known, and inputs that do not fit together or are out of range.
+        TypeError: If ``sampler`` is not one, or ``measured`` is not a list of solutions.
+        ValueError: For a solver without a forecast, and inputs that do not fit together or are out of range.
         torch.cuda.OutOfMemoryError: If there is no memory for one row.
     """
-    begun = time.perf_counter()
-    check(noise, sampler, condition)
+    started = time.perf_counter()
+    check_inputs(noise, sampler, condition)
     check_tolerance(tolerance)
     check_whole("devices", devices)
-    check_whole("rows_per_level", rows_per_level)
-    if not (isinstance(measured, Sequence) and all(isinstance(one, Solution) for one in measured)):
+    check_whole("rows_per_step", rows_per_step)
+    if not (isinstance(measured, Sequence) and all(isinstance(solution, Solution) for solution in measured)):
         raise TypeError(
             f"measured must be what parataxis.sample returned, or a list of its solutions, got {measured!r}."
         )
-    steps, count, local = sampler.steps, len(noise), sampler.coefficients
-    if solvers is None:
-        curves_of = _fitted()["curves"]
-        every = [cls() for cls in SOLVERS.values() if _kind(local) in curves_of.get(cls.__name__, {})]
-        solvers = [solver for solver in every if solver.unsupported(local) is None]
-    curves = [RoundsCurve.load(solver, local) for solver in solvers]
-    for window in windows:
-        check_window(window)
-    levels = sorted({steps if window is None else min(window, steps) for window in windows})
-    if not solvers or not levels:
-        raise ValueError("there is nothing to choose from: give at least one solver and one window.")
+    setting = _Setting(sampler, len(noise), tolerance, devices, rows_per_step)
+    forecasts = setting.forecast(_solvers(sampler, solvers), windows, measured)
+    network = Network(denoise, sampler.network_times(noise.dtype), condition)
+    example, single_row = _examples(noise, sampler)
+    execute = Executor(network, max_rows=max_rows, buckets=buckets)
+    call = partial(execute, single_row)
+    with torch.no_grad():
+        if not torch.isfinite(call()).all():
+            raise OutputError(
+                f"the network returned NaN or Inf at step 0 of {sampler.steps} for the noise: check the noise, the "
+                "network's dtype and its conditioning."
+            )
+    if known is None:
+        largest = setting.rows(len(noise) * max(forecast.window for forecast in forecasts))
+        limit = min(int(largest), max_rows or int(largest))
+        enough = partial(setting.is_enough, forecasts)
+        known = latency(network, example, max_rows=limit, buckets=execute.buckets or None, enough=enough)
+    if max_rows is not None:
+        known = replace(known, limit=min(max_rows, known.limit or max_rows))
+    states, scale = example.x.to(torch.promote_types(noise.dtype, torch.float32)), float(known.seconds(1))
+    overheads: dict[type[Solver], float] = {}
+    for forecast in [*forecasts, None]:
+        solver = Sequential() if forecast is None else forecast.solver
+        if type(solver) not in overheads:
+            with torch.no_grad():
+                overheads[type(solver)] = _overhead(solver, sampler, states, call, scale)
+    candidates = setting.candidates(forecasts, known, overheads)
+    best = min(candidates[:-1], key=_expected)
+    loop = sampler.steps * float(known.seconds(setting.rows(len(noise))))
+    return Plan(
+        solver=best.solver if best.seconds.median < loop else Sequential(),
+        reason=setting.reason(candidates, known),
+        candidates=tuple(sorted(candidates, key=_expected)),
+        loop_seconds=loop,
+        latency=known,
+        steps=sampler.steps,
+        setting=_description(sampler, noise, tolerance, devices),
+        planning_seconds=time.perf_counter() - started,
+    )
 
-    def rows(evaluated: Any) -> Any:
-        return np.ceil(np.multiply(evaluated, rows_per_level) / devices)
 
-    foreseen: list[tuple[Solver, list[Array]]] = []  # with the rows of every round: few rounds, median, many
-    for solver, curve in zip(solvers, curves, strict=True):
-        shifts = _shifts(solver, curve, local, count, measured)
-        for window in levels:
-            taken = [_rounds(curve, shift, steps, window, tolerance, count) for shift in shifts]
-            widths = [rows(curve.widths(one, steps, window).sum(1)) for one in taken]
-            foreseen.append((_windowed(solver, window, steps), widths))
+class _Forecast(NamedTuple):
+    """What a solver is expected to evaluate: the rows of every round, with few rounds, in the median, with many."""
 
-    def enough(known: Latency) -> bool:
+    solver: Solver
+    window: int
+    rows: list[Array]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is planned for."""
+
+    sampler: Sampler
+    samples: int
+    tolerance: float
+    devices: int
+    rows_per_step: int
+
+    def rows(self, evaluations: Any) -> Any:
+        """Return the rows of each device for so many evaluations."""
+        return np.ceil(np.multiply(evaluations, self.rows_per_step) / self.devices)
+
+    def forecast(
+        self, solvers: Sequence[Solver], windows: Sequence[int | None], measured: Sequence[Solution]
+    ) -> list[_Forecast]:
+        """Return a forecast for every solver with every window."""
+        steps, local = self.sampler.steps, self.sampler.coefficients
+        curves = [RoundsCurve.load(solver, local) for solver in solvers]
+        for window in windows:
+            check_window(window)
+        sizes = sorted({steps if window is None else min(window, steps) for window in windows})
+        if not solvers or not sizes:
+            raise ValueError("there is nothing to choose from: pass at least one solver and one window.")
+        forecasts = []
+        for solver, curve in zip(solvers, curves, strict=True):
+            shifts = _shifts(solver, curve, local, self.samples, measured)
+            for window in sizes:
+                rounds = [_rounds(curve, shift, steps, window, self.tolerance, self.samples) for shift in shifts]
+                rows = [self.rows(curve.widths(case, steps, window).sum(1)) for case in rounds]
+                forecasts.append(_Forecast(_windowed(solver, window, steps), window, rows))
+        return forecasts
+
+    def is_enough(self, forecasts: Sequence[_Forecast], known: Latency) -> bool:
         """Return whether no solver that makes larger calls can be the fastest, even if they cost no more."""
-        largest, best, wide = known.rows[-1], steps * float(known.seconds(rows(count))), math.inf
-        for _, (_, median, _) in foreseen:
-            seconds = float(known.seconds(np.minimum(median, largest)).sum())
-            if median.max() <= largest:
+        largest, wide = known.rows[-1], math.inf
+        best = self.sampler.steps * float(known.seconds(self.rows(self.samples)))
+        for _, _, (_, median_rows, _) in forecasts:
+            seconds = float(known.seconds(np.minimum(median_rows, largest)).sum())
+            if median_rows.max() <= largest:
                 best = min(best, seconds)
             else:
                 wide = min(wide, seconds)
         return wide >= best
 
-    network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    example = EvalBatch(
-        noise * sampler.start_scale, *(torch.arange(count, device="cpu") % most for most in (steps, count))
-    )
-    one_row = EvalBatch(*(part[:1] for part in example))
-    execute = Executor(network, max_rows=max_rows, buckets=buckets)
-    buckets, one_call = execute.buckets or None, partial(execute, one_row)
-    with torch.no_grad():
-        if not torch.isfinite(one_call()).all():
-            raise OutputError(
-                f"the network returned NaN or Inf at step 0 of {steps} for the noise that it was given: check the "
-                "noise, the network's dtype and its conditioning."
-            )
-    if known is None:
-        most = int(rows(count * levels[-1]))
-        most = min(most, max_rows or most)
-        known = latency(network, example, most=most, buckets=buckets, enough=enough)
-    if max_rows is not None:
-        known = replace(known, limit=min(max_rows, known.limit or max_rows))
-    states = example.x.to(torch.promote_types(noise.dtype, torch.float32))
-    call, scale = float(known.seconds(rows(count))), float(known.seconds(1))
+    def candidates(
+        self, forecasts: Sequence[_Forecast], known: Latency, overheads: dict[type[Solver], float]
+    ) -> list[Candidate]:
+        """Return what every forecast costs, and last what the sequential solver does."""
+        candidates = []
+        for solver, _, cases in forecasts:
+            overhead = overheads[type(solver)]
+            calls = [known.seconds(rows) for rows in cases]
+            rounds = Range(*(float(len(seconds)) for seconds in calls))
+            total = Range(*(float(seconds.sum()) + overhead * len(seconds) for seconds in calls))
+            candidates.append(Candidate(solver, rounds, total, overhead))
+        steps, overhead = self.sampler.steps, overheads[Sequential]
+        seconds = steps * (float(known.seconds(self.rows(self.samples))) + overhead)
+        sequential = Candidate(Sequential(), Range(steps, steps, steps), Range(seconds, seconds, seconds), overhead)
+        return [*candidates, sequential]
 
-    def overhead(solver: Solver) -> float:
-        with torch.no_grad():
-            return _overhead(solver, sampler, states, one_call, scale)
+    def reason(self, candidates: Sequence[Candidate], known: Latency) -> str:
+        """Return what decides between the loop and the best of the other candidates; the last one is sequential."""
+        best, steps = min(candidates[:-1], key=_expected), self.sampler.steps
+        samples_rows = self.rows(self.samples)
+        call = float(known.seconds(samples_rows))
+        loop, fewest = steps * call, min(candidate.rounds.median for candidate in candidates)
+        rows = self.rows(self.samples * min(getattr(best.solver, "window", None) or steps, steps))
+        cost = f"{rows:.0f} rows cost {float(known.seconds(rows)) / call:.1f} x "
+        cost += "one row" if samples_rows == 1 else f"{samples_rows:.0f} rows"
+        if best.seconds.median < loop:
+            return f"{best.rounds.median:.0f} rounds take the place of {steps} calls, and {cost}"
+        if steps < 1.5 * fewest:
+            return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
+        if best.seconds.median - best.rounds.median * best.overhead < loop:
+            overhead, call_seconds = format_seconds(best.overhead), format_seconds(call)
+            return f"the solver's own work, {overhead} a round, is too much beside calls of {call_seconds}"
+        return f"the network's batch is not free: {cost}"
 
-    works = {type(solver): overhead(_windowed(solver, levels[0], steps)) for solver in solvers}
-    candidates: list[Candidate] = []
-    for solver, widths in foreseen:
-        own = works[type(solver)]
-        calls = [known.seconds(one) for one in widths]
-        rounds = Range(*(float(len(one)) for one in calls))
-        seconds = Range(*(float(one.sum()) + own * len(one) for one in calls))
-        candidates.append(Candidate(solver, rounds, seconds, own))
-    best = min(candidates, key=_expected)
-    loop, own = steps * call, overhead(Sequential())
-    alone = loop + steps * own
-    candidates.append(Candidate(Sequential(), Range(steps, steps, steps), Range(alone, alone, alone), own))
-    side = rows(count * min(getattr(best.solver, "window", None) or steps, steps))
-    cost = f"{side:.0f} rows cost {float(known.seconds(side)) / call:.1f} x "
-    cost += "one row" if rows(count) == 1 else f"{rows(count):.0f} rows"
-    return Plan(
-        solver=best.solver if best.seconds.median < loop else Sequential(),
-        reason=_reason(candidates, steps, call, cost),
-        candidates=tuple(sorted(candidates, key=_expected)),
-        loop_seconds=loop,
-        latency=known,
-        steps=steps,
-        setting=_setting(sampler, noise, tolerance, devices),
-        planning_seconds=time.perf_counter() - begun,
-    )
+
+def _solvers(sampler: Sampler, solvers: Sequence[Solver] | None) -> Sequence[Solver]:
+    """Return the solvers to choose from: by default all that there are forecasts for."""
+    if solvers is not None:
+        return solvers
+    local, curves = sampler.coefficients, _fitted()["curves"]
+    with_forecast = [cls() for cls in SOLVERS.values() if _kind(local) in curves.get(cls.__name__, {})]
+    return [solver for solver in with_forecast if solver.unsupported(local) is None]
+
+
+def _examples(noise: Tensor, sampler: Sampler) -> tuple[EvalBatch, EvalBatch]:
+    """Return rows to time the network with, and a single one of them."""
+    count = len(noise)
+    step, sample = (torch.arange(count, device="cpu") % size for size in (sampler.steps, count))
+    example = EvalBatch(noise * sampler.start_scale, step, sample)
+    return example, EvalBatch(*(field[:1] for field in example))
 
 
 def _expected(candidate: Candidate) -> float:
     return candidate.seconds.median
-
-
-def _reason(candidates: Sequence[Candidate], steps: int, call: float, cost: str) -> str:
-    """Say what decides between the loop and the best of the other candidates; the last one is the sequential solver."""
-    best, loop = min(candidates[:-1], key=_expected), steps * call
-    fewest = min(one.rounds.median for one in candidates)
-    if best.seconds.median < loop:
-        return f"{best.rounds.median:.0f} rounds take the place of {steps} calls, and {cost}"
-    if steps < 1.5 * fewest:
-        return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
-    if best.seconds.median - best.rounds.median * best.overhead < loop:
-        return f"the solver's own work, {format_seconds(best.overhead)} a round, is too much beside calls of {format_seconds(call)}"
-    return f"the network's batch is not free: {cost}"
 
 
 def _windowed(solver: Any, window: int, steps: int) -> Solver:
@@ -371,21 +423,21 @@ def _overhead(solver: Solver, sampler: Sampler, states: Tensor, call: Callable[[
     """Return the seconds of a round besides the network: the median of a few, within a tenth of a second.
 
     They need to agree to a part of the ``seconds`` of a call, beside which they count. Outputs are zero, but the
-    network is called in between: what it leaves of the caches decides what the rest costs.
+    network is called in between: what it leaves in the processor's caches decides how long the solver takes.
     """
     runs = start(sampler, Recurrence(sampler.coefficients, states), solver, tolerance=0.0)
     inside = [0.0]
 
-    def nothing(rows: EvalBatch) -> Tensor:
+    def zeros(rows: EvalBatch) -> Tensor:
         inside.append(inside[-1] + seconds_of(call, rows.x.device))
         return torch.zeros_like(rows.x)
 
     ends, taken = [time.perf_counter()], np.zeros(1)
-    for _ in drive(runs, nothing):
+    for _ in drive(runs, zeros):
         ends.append(time.perf_counter())
         taken = np.diff(ends) - np.diff(inside)
         taken = taken[1:] if len(taken) > 1 else taken  # the first one makes room
-        if len(ends) == 9 or (len(ends) > 2 and (ends[-1] - ends[0] > 0.1 or agree(taken, seconds))):
+        if len(ends) == 9 or (len(ends) > 2 and (ends[-1] - ends[0] > 0.1 or timings_agree(taken, seconds))):
             break
     return float(np.median(taken))
 
@@ -394,32 +446,35 @@ def _shifts(
     solver: Solver, curve: RoundsCurve, local: Coefficients, count: int, measured: Sequence[Solution]
 ) -> list[float]:
     """Return how far the ln R of a batch lies from its curve: low, median and high."""
-    found = []
-    for one in measured:
-        problem, alike = one.problem, _kind(one.problem.coefficients) == _kind(local)
-        if type(one.solver) is type(solver) and alike and one.converged and not problem.guessed:
-            window = min(getattr(one.solver, "window", None) or one.steps, one.steps)
-            found.append(math.log(one.rounds / curve.rounds(one.steps, window, problem.tolerance)))
-    if found:  # what networks differ by is known
-        median, deviation = statistics.median(found), curve.spread
+    shifts = []
+    for solution in measured:
+        problem, steps = solution.problem, solution.steps
+        comparable = type(solution.solver) is type(solver) and _kind(problem.coefficients) == _kind(local)
+        if comparable and solution.converged and not problem.guessed:
+            window = min(getattr(solution.solver, "window", None) or steps, steps)
+            shifts.append(math.log(solution.rounds / curve.rounds(steps, window, problem.tolerance)))
+    if shifts:  # how this network differs from others has been measured
+        median, deviation = statistics.median(shifts), curve.spread
     else:
         median, deviation = 0.0, math.hypot(curve.between, curve.spread / math.sqrt(count))
-    return [median + way * NormalDist().inv_cdf(0.9) * deviation for way in (-1, 0, 1)]
+    return [median + sign * NormalDist().inv_cdf(0.9) * deviation for sign in (-1, 0, 1)]
 
 
 def _rounds(curve: RoundsCurve, shift: float, steps: int, window: int, tolerance: float, count: int) -> Array:
     """Return the rounds of a batch of samples, (count,), spread around the curve as samples are."""
-    apart = np.array([NormalDist().inv_cdf((index + 0.5) / count) for index in range(count)])
-    expected = np.rint(curve.rounds(steps, min(window, steps), tolerance) * np.exp(shift + curve.spread * apart))
+    quantiles = np.array([NormalDist().inv_cdf((index + 0.5) / count) for index in range(count)])
+    expected = np.rint(curve.rounds(steps, min(window, steps), tolerance) * np.exp(shift + curve.spread * quantiles))
     return np.clip(expected, math.ceil(steps / window), steps)
 
 
-def _setting(sampler: Sampler, noise: Tensor, tolerance: float, devices: int) -> str:
-    """Say what is planned for, and whether the rounds were measured there."""
+def _description(sampler: Sampler, noise: Tensor, tolerance: float, devices: int) -> str:
+    """Return what is planned for, and whether the rounds were measured there."""
     where = str(noise.device) if devices == 1 else f"{devices} x {noise.device.type}"
     samples = "1 sample" if len(noise) == 1 else f"{len(noise)} samples"
     text = f"{sampler.name}, N = {sampler.steps}, {samples}, tolerance {tolerance:g}, {where}"
-    (fewest, most), (finest, coarsest) = _fitted()["steps"], _fitted()["tolerance"]
-    if not (fewest <= sampler.steps <= most and finest <= tolerance <= coarsest):
-        text += f"; rounds were measured for N from {fewest} to {most} and tolerances from {finest:g} to {coarsest:g}"
+    (fewest, largest), (finest, coarsest) = _fitted()["steps"], _fitted()["tolerance"]
+    if not (fewest <= sampler.steps <= largest and finest <= tolerance <= coarsest):
+        text += (
+            f"; rounds were measured for N from {fewest} to {largest} and tolerances from {finest:g} to {coarsest:g}"
+        )
     return text

@@ -13,18 +13,17 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .arrays import upload
-from .checks import called, check_generators, check_rows, check_solver, check_tolerance, check_whole
+from .checks import check_generators, check_rows, check_solver, check_tolerance, check_whole, wrap_denoiser
 from .engine.captured import GraphedNetwork
-from .engine.executor import Executor, Network, check, pick, ranks_of
-from .engine.latency import format_seconds
-from .engine.rows import EvalBatch
+from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.pool import Pool
+from .engine.rows import EvalBatch
 from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
-from .solvers.base import Solver
-from .planning import Plan, plan
+from .planning import plan
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers.base import Solver
 from .solvers.sequential import Sequential
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def sample(
         ValueError: For inputs that do not fit together, with what was given and what was expected.
     """
     graphed = denoise if isinstance(denoise, GraphedNetwork) else None
-    network = called(denoise)
+    network = wrap_denoiser(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     if 0 < tolerance < numerical_floor:
@@ -121,7 +120,7 @@ def sample(
             "differs between batch sizes: ask for at least that, or for 0, which solves the equations to rounding."
         )
     if isinstance(noise, Tensor):
-        check(noise, sampler, condition)
+        check_inputs(noise, sampler, condition)
         check_generators(generator, len(noise))
     if rows_per_round is not None or not isinstance(noise, Tensor):
         if rows_per_round is None or not isinstance(noise, Iterable):
@@ -176,7 +175,7 @@ def sample(
             max_rows=max_rows,
             buckets=buckets,
         )
-        planned = planned if ranks is None else ranks.first(planned)
+        planned = planned if ranks is None else ranks.broadcast(planned)
         solver, max_rows = planned.solver, planned.latency.limit
     begun = time.perf_counter()
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
@@ -247,7 +246,7 @@ def _jobs(
         if table is not None:
             added = None if table.noise is None else table.noise[b : b + 1]
             drawn = Recurrence(table.coefficients, table.start[b : b + 1], added)
-        yield Job(noise[b], pick(condition, torch.tensor(b, device="cpu")), own, drawn)
+        yield Job(noise[b], select_condition(condition, torch.tensor(b, device="cpu")), own, drawn)
 
 
 def _gathered(found: Stream, bar: Any) -> dict[int, Solution]:
@@ -301,11 +300,11 @@ def numerical_floor(
         The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
         :func:`parataxis.sample`.
     """
-    check(noise, sampler, condition)
+    check_inputs(noise, sampler, condition)
     check_generators(generator, len(noise))
     check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
     table = sampler.recurrence(_states(noise), generator, noise.dtype)
-    network = Network(called(denoise), sampler.network_times(noise.dtype), condition)
+    network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
 
     def samples(count: int) -> Tensor:
         def repeated(row: EvalBatch) -> Tensor:
@@ -484,7 +483,7 @@ def stream(
         ValueError: Also on the way, for a job that does not fit: what was given and what was expected.
         OutputError: On the way, if the network returns a wrong type, shape or dtype, or NaN or Inf for a final input.
     """
-    network = called(denoise)
+    network = wrap_denoiser(denoise)
     check_whole("rows_per_round", rows_per_round)
     check_rows(max_rows, buckets)
     check_solver(solver)
@@ -496,7 +495,7 @@ def stream(
     def entries() -> Iterator[tuple[Recurrence, Any, torch.Generator | None]]:
         for number, given in enumerate(jobs):
             job = given if isinstance(given, Job) else Job(given)
-            check(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
+            check_inputs(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
             check_generators(None if job.generator is None else [job.generator], 1)
             _check_alike(number, job, first[0] if first else job)
             first[:] = first or [job]

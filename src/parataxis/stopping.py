@@ -1,7 +1,7 @@
-"""Ends of a solve before its own test: a budget of rounds, or a preview that no longer changes for a person.
+"""Early stopping: after a number of rounds, or when a preview no longer changes visibly.
 
 Each is a callable for ``stop=`` of :func:`parataxis.sample`; :attr:`parataxis.Solution.reason` then says ``stopped:``
-and its name. What comes back is the present estimate: close to the sample, not certified to be it.
+and its name. The result is the present estimate of the sample, without an error estimate.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["error_below", "preview_settled", "rounds"]
 class rounds:
     """Stop after so many rounds."""
 
-    most: int
+    limit: int
 
     def __post_init__(self) -> None:
-        if self.most < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.most!r}.")
+        if self.limit < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.limit!r}.")
 
     def __call__(self, run: Run) -> bool:
-        """Return whether the run has had its rounds."""
-        return run.rounds >= self.most
+        """Return whether the run has made so many rounds."""
+        return run.rounds >= self.limit
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class error_below:
             raise ValueError(f"the bound must be positive, got {self.bound!r}.")
 
     def __call__(self, run: Run) -> bool:
-        """Return whether the estimate of the sample has come to rest."""
+        """Return whether the estimate of the sample has changed by less than the bound."""
         estimate = run.estimate
         before = self._last.get(run)
         self._last[run] = estimate
@@ -59,8 +59,8 @@ class preview_settled:
     a difference counts only when the estimate itself changed less than in the round before.
 
     Attributes:
-        decode: From an estimate (*shape) to what a person sees; the identity for pixel models.
-        psnr: Decibels; 40 is hardly visible.
+        decode: From an estimate (*shape) to an image; the identity for pixel models.
+        psnr: Decibels; at 40 a difference is hardly visible.
         peak: Range of the preview's values; 2 for [-1, 1].
     """
 
@@ -72,7 +72,7 @@ class preview_settled:
     )
 
     def __call__(self, run: Run) -> bool:
-        """Return whether the preview has come to rest."""
+        """Return whether the preview has stopped changing."""
         estimate = run.estimate
         preview = self.decode(estimate).float()
         change, streak = float("inf"), 0

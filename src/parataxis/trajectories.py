@@ -18,23 +18,23 @@ def save_trajectory(path: str | Path, trajectory: Tensor, sampler: Sampler) -> N
     """Write trajectories (B, N + 1, *shape) as safetensors, with the sampler's name and times.
 
     Raises:
-        TypeError: If the trajectory is none.
+        TypeError: If the trajectory is not a tensor.
         ValueError: If the trajectory is not of this sampler's length, or cannot be written.
     """
     if not isinstance(trajectory, Tensor):
         raise TypeError(
-            f"trajectory must be a tensor (B, N + 1, *shape), got {type(trajectory).__name__}: give the .trajectory of "
+            f"trajectory must be a tensor (B, N + 1, *shape), got {type(trajectory).__name__}: pass the .trajectory of "
             "what parataxis.sample returned with keep_trajectory=True."
         )
     if trajectory.ndim < 3 or trajectory.shape[1] != sampler.steps + 1:
         raise ValueError(
             f"trajectory must be (B, {sampler.steps + 1}, *shape) for this sampler, got {tuple(trajectory.shape)}."
         )
-    told = {"sampler": sampler.name, "times": json.dumps(sampler.times.tolist())}
+    metadata = {"sampler": sampler.name, "times": json.dumps(sampler.times.tolist())}
     try:
-        save_file({"trajectory": trajectory.contiguous()}, str(path), metadata=told)
+        save_file({"trajectory": trajectory.contiguous()}, str(path), metadata=metadata)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be written ({error}): give another path.") from error
+        raise ValueError(f"{path} cannot be written ({error}): choose another path.") from error
 
 
 def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:
@@ -45,13 +45,13 @@ def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             trajectory: Tensor = file.get_tensor("trajectory")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a trajectory ({error}): save it with save_trajectory.") from error
-    if json.loads(told.get("times", "[]")) != sampler.times.tolist():
+    if json.loads(metadata.get("times", "[]")) != sampler.times.tolist():
         raise ValueError(
-            f"{path} was written for {told.get('sampler', 'another sampler')} with other times: use the same schedule, "
-            "steps and spacing."
+            f"{path} was written for {metadata.get('sampler', 'another sampler')} with other times: use the same "
+            "schedule, steps and spacing."
         )
     return trajectory

@@ -1,4 +1,4 @@
-"""Execution: how the rows of a round reach the network, and what a call costs."""
+"""How the rows of a round reach the network: in calls of a bounded number of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
 
     from .distributed.ranks import Ranks
 
-__all__ = ["Executor", "Network", "check", "out_of_memory", "pick", "ranks_of"]
+__all__ = ["Executor", "Network", "check_inputs", "out_of_memory", "select_condition", "ranks_of"]
 
-
-Array = NDArray[np.float64]
 
 # What allocators say, besides raising torch's own error: those of the CPU, of MPS and of CUDA's libraries.
 _ALLOCATION = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -33,12 +30,12 @@ _ALLOCATION = ("out of memory", "can't allocate memory", "not enough memory", "A
 
 @dataclass(frozen=True)
 class Network:
-    """The user's callable as a driver sees it: rows to outputs.
+    """The user's callable as the engine sees it: rows to outputs.
 
     Attributes:
         denoise: ``denoise(x, t)``, or ``denoise(x, t, condition)`` with a condition; see :func:`parataxis.sample`.
-        times: (N,) what the network is told at every point.
-        condition: Tensors (B, ...) of what it is told of every sample, or dicts, lists, tuples of them, or None.
+        times: (N,) timesteps.
+        condition: Tensors (B, ...), one entry a sample, or dicts, lists, tuples of them, or None.
     """
 
     denoise: Callable[..., Tensor]
@@ -50,22 +47,22 @@ class Network:
         t = upload(self.times[rows.step], rows.x.device)
         if self.condition is None:
             return self.denoise(rows.x, t)
-        return self.denoise(rows.x, t, pick(self.condition, rows.sample))
+        return self.denoise(rows.x, t, select_condition(self.condition, rows.sample))
 
 
-def pick(condition: Any, index: Tensor) -> Any:
-    """Return what the network is told of some samples."""
+def select_condition(condition: Any, index: Tensor) -> Any:
+    """Return the condition of some samples."""
     if isinstance(condition, Tensor):
         return condition[upload(index, condition.device)]
     if isinstance(condition, dict):
-        return {name: pick(value, index) for name, value in condition.items()}
+        return {name: select_condition(value, index) for name, value in condition.items()}
     if isinstance(condition, (list, tuple)):
-        parts = [pick(value, index) for value in condition]
+        parts = [select_condition(value, index) for value in condition]
         return condition._make(parts) if hasattr(condition, "_make") else type(condition)(parts)
     return condition
 
 
-def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
+def check_inputs(noise: Tensor, sampler: Sampler, condition: Any) -> None:
     """Raise unless a batch can be drawn from these; see :func:`parataxis.sample`."""
     if not isinstance(sampler, Sampler):
         raise TypeError(
@@ -73,27 +70,27 @@ def check(noise: Tensor, sampler: Sampler, condition: Any) -> None:
             "parataxis.SAMPLERS has them by name."
         )
     if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
-        given = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {given}.")
+        got = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {got}.")
     if noise.numel() == 0:
         raise ValueError(
-            f"noise holds no sample, or no number: all its dimensions {tuple(noise.shape)} must be at least 1."
+            f"noise has the shape {tuple(noise.shape)}, expected at least one sample of at least one element."
         )
     if noise.layout != torch.strided or noise.is_meta:
-        raise ValueError(f"noise must be dense and hold numbers, got layout {noise.layout} on {noise.device}.")
+        raise ValueError(f"noise must be a dense tensor with values, got layout {noise.layout} on {noise.device}.")
     if not bool(torch.isfinite(noise).all()):
-        raise ValueError("noise holds NaN or Inf: draw it standard normal, as by torch.randn.")
+        raise ValueError("noise has NaN or Inf: draw it by torch.randn.")
     if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
         raise ValueError(
-            f"condition must hold tensors ({len(noise)}, ...) of what each sample is told, got {condition!r}: make it "
-            "one, or let the network itself know what is the same for all samples."
+            f"condition must have tensors ({len(noise)}, ...), one entry a sample, got {condition!r}: make it one, or "
+            "leave it to the network if it is the same for all samples."
         )
     _check_condition(condition, len(noise))
 
 
 def _check_condition(condition: Any, batch: int) -> None:
     if isinstance(condition, np.ndarray):
-        raise ValueError("condition holds a NumPy array, which no sample could be given its part of: make it a tensor.")
+        raise ValueError("condition has a NumPy array: make it a tensor.")
     if isinstance(condition, Tensor) and (condition.ndim == 0 or len(condition) != batch):
         raise ValueError(
             f"condition must have one row a sample, ({batch}, ...), got shape {tuple(condition.shape)}: expand it."
@@ -105,11 +102,11 @@ def _check_condition(condition: Any, batch: int) -> None:
 
 
 class Executor:
-    """Evaluate rows in calls of a bounded number of rows; what comes back is the same as from one call.
+    """Evaluate rows in calls of a bounded number of rows; the outputs are those of one call.
 
-    A call that runs out of memory is made again with half as many rows, and with no more from then on. With
+    A call that runs out of memory is made again with half as many rows, which is the limit from then on. With
     ``buckets`` a call has one of these numbers of rows, so that a compiled network or a CUDA graph sees few shapes: the
-    last row is repeated, and what it gives is cut off. What a call returns may lie in memory that the next call writes
+    last row is repeated, and its outputs are cut off. What a call returns may lie in memory that the next call writes
     to, as a CUDA graph's outputs do.
 
     Args:
@@ -118,7 +115,7 @@ class Executor:
         buckets: The numbers of rows that a call may have, such as (1, 2, 4, 8); the largest is a limit as well.
 
     Raises:
-        ValueError: If a number of rows is not a whole one of at least 1.
+        ValueError: If a number of rows is not an integer of at least 1.
         OutputError: When called, if a call returns a wrong type, shape or dtype.
         torch.cuda.OutOfMemoryError: When called, if there is no memory for the smallest call.
     """
@@ -138,11 +135,11 @@ class Executor:
     def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows."""
         count, first = len(rows.x), 0
-        every = rows.x.new_empty(0)
+        all_outputs = rows.x.new_empty(0)
         while first < count:
-            own = min(self.limit or count, count - first)
-            size = next((bucket for bucket in self.buckets if bucket >= own), own)
-            part = _padded(rows, first, own, size)
+            taken = min(self.limit or count, count - first)
+            size = next((bucket for bucket in self.buckets if bucket >= taken), taken)
+            part = _padded(rows, first, taken, size)
             try:
                 outputs: Any = self._evaluate(part)
             except (RuntimeError, MemoryError) as error:
@@ -150,35 +147,36 @@ class Executor:
                     raise
                 self._back_off(size, rows.x, error)
             else:
-                outputs = expect(outputs, tuple(part.x.shape), part.x.dtype, part.step.numpy())[:own]
-                if own == count:
+                outputs = expect(outputs, tuple(part.x.shape), part.x.dtype, part.step.numpy())[:taken]
+                if taken == count:
                     return outputs
                 if first == 0:
-                    every = outputs.new_empty(rows.x.shape)
-                every[first : first + own] = outputs
-                first += own
+                    all_outputs = outputs.new_empty(rows.x.shape)
+                all_outputs[first : first + taken] = outputs
+                first += taken
                 continue
-            if rows.x.is_cuda:  # here the error is gone, and with it the tensors of the call that failed
+            # Only here, behind the handler, is the error gone, and with it the tensors of the call that failed.
+            if rows.x.is_cuda:
                 torch.cuda.empty_cache()
-        return every
+        return all_outputs
 
-    def _back_off(self, size: int, u: Tensor, error: Exception) -> None:
+    def _back_off(self, size: int, x: Tensor, error: Exception) -> None:
         """Allow fewer rows than the ``size`` for which there is no memory."""
         smaller = [bucket for bucket in self.buckets if bucket < size]
         self.limit = (smaller[-1] if smaller else 0) if self.buckets else size // 2
         if self.limit == 0:
             rows = "a single row" if size == 1 else f"the smallest bucket, {size} rows,"
             raise torch.cuda.OutOfMemoryError(
-                f"the network runs out of memory with {rows} of shape {tuple(u.shape[1:])} and {u.dtype} on "
-                f"{u.device}: free memory, or use a smaller network, shape or dtype."
+                f"the network runs out of memory with {rows} of shape {tuple(x.shape[1:])} and {x.dtype} on "
+                f"{x.device}: free memory, or use a smaller network, shape or dtype."
             ) from error
 
 
-def _padded(rows: EvalBatch, first: int, own: int, size: int) -> EvalBatch:
-    """Return ``own`` rows from ``first`` on and, up to ``size``, the last of them again."""
-    if size == own:
-        return EvalBatch(*(one[first : first + own] for one in rows))
-    return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + own - 1))
+def _padded(rows: EvalBatch, first: int, count: int, size: int) -> EvalBatch:
+    """Return ``count`` rows from ``first`` on and, up to ``size``, the last of them again."""
+    if size == count:
+        return EvalBatch(*(field[first : first + count] for field in rows))
+    return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + count - 1))
 
 
 def ranks_of(mesh: DeviceMesh | Ranks | None) -> Ranks | None:

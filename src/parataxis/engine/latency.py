@@ -1,4 +1,4 @@
-"""How long a call of the network takes, by its number of rows."""
+"""Latency: how long a call of the network takes, by its number of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .executor import out_of_memory
 from .rows import EvalBatch
 
-__all__ = ["Latency", "agree", "format_seconds", "latency", "seconds_of"]
+__all__ = ["Latency", "timings_agree", "format_seconds", "latency", "seconds_of"]
 
 
 Array = NDArray[np.float64]
@@ -26,9 +26,9 @@ Array = NDArray[np.float64]
 class Latency:
     """Seconds of a call of the network against its rows: tau(n), as measured.
 
-    Piecewise linear through the measured points, and behind the last one on with the slope of the last three: exact
-    for a cost that is flat and then linear, or linear above a constant, which a multiple of one row is not. Whatever
-    disturbs a measurement makes it longer, so a point counts as at most what a larger number of rows was measured at.
+    Piecewise linear through the measured points, and beyond the last one with the slope of the last three: exact for a
+    cost that is flat and then linear. A disturbance only makes a measurement longer, so a point counts as at most what
+    a larger number of rows took.
 
     Attributes:
         rows: The numbers of rows that were measured, increasing.
@@ -47,8 +47,9 @@ class Latency:
         count = np.asarray(rows, np.float64)
         if self.limit is None:
             return self._call(count)
-        calls, rest = np.divmod(count, self.limit)
-        return calls * self._call(np.float64(self.limit)) + np.where(rest > 0, self._call(rest), 0.0)
+        calls, remainder = np.divmod(count, self.limit)
+        last = np.where(remainder > 0, self._call(remainder), 0.0)
+        return calls * self._call(np.float64(self.limit)) + last
 
     def _call(self, count: Any) -> Any:
         sizes, times = np.array(self.rows, np.float64), self._times
@@ -82,39 +83,39 @@ class Latency:
 
     def __str__(self) -> str:
         """Return the measured points and b*, on one line."""
-        one = float(self.seconds(1))
-        points = [f"{rows} rows {float(self.seconds(rows)) / one:.1f}" for rows in self.rows if rows > 1]
+        single = float(self.seconds(1))
+        points = [f"{rows} rows {float(self.seconds(rows)) / single:.1f}" for rows in self.rows if rows > 1]
         multiples = f", times that: {', '.join(points)}" if points else ""
         limit = "" if self.limit is None else f", at most {self.limit} rows a call"
-        return f"1 row {format_seconds(one)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
+        return f"1 row {format_seconds(single)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
 
 
 def latency(
     evaluate: Callable[[EvalBatch], Tensor],
     rows: EvalBatch,
     *,
-    most: int = 128,
+    max_rows: int = 128,
     buckets: Sequence[int] | None = None,
     enough: Callable[[Latency], bool] = lambda known: False,
 ) -> Latency:
     """Measure the seconds of a call with 1, 2, 4, .. rows.
 
-    Of each, one call to warm up and the median of more, until the two shortest agree to a twentieth: at most five,
-    within a tenth of a second, at least one; the clock waits for the device. Ends at ``most`` rows, where memory runs
-    out, or where the cost has plainly become a straight line: by half more than the point before, and within a tenth of
-    where the two points before it lead.
+    Each is the median of one to five calls behind a warm-up call: until the two shortest agree to a twentieth, or for a
+    tenth of a second. The clock waits for the device. The measurement ends at ``max_rows`` rows, where memory runs out,
+    or where the cost has become a straight line: by half more than the point before, and within a tenth of the line
+    through the two points before it.
 
     Args:
-        evaluate: Rows to outputs, as a driver calls it; not an :class:`Executor`, which hides where memory ends.
+        evaluate: Rows to outputs; not an :class:`Executor`, which hides where memory ends.
         rows: What to evaluate; repeated as often as needed.
-        most: Most rows of a call.
+        max_rows: Most rows of a call.
         buckets: The numbers of rows to measure instead, all of them.
-        enough: Asked after every point whether larger calls still matter.
+        enough: Called after every point; true ends the measurement, as larger calls do not matter.
 
     Raises:
         torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
     """
-    sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(most.bit_length())), most})
+    sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(max_rows.bit_length())), max_rows})
     times: list[float] = []
     limit = sizes[-1] if buckets else None
     with torch.no_grad():
@@ -138,13 +139,13 @@ def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> float:
 
     once()
     taken = [once()]
-    while len(taken) < 5 and sum(taken) < 0.1 and not agree(taken, min(taken)):
+    while len(taken) < 5 and sum(taken) < 0.1 and not timings_agree(taken, min(taken)):
         taken.append(once())
     return median(taken)
 
 
-def agree(taken: Iterable[float], size: float) -> bool:
-    """Return whether the two shortest times differ by less than a twentieth of a size: what disturbs is in neither."""
+def timings_agree(taken: Iterable[float], size: float) -> bool:
+    """Return whether the two shortest times differ by less than a twentieth of a size: neither was disturbed."""
     shortest = sorted(taken)[:2]
     return len(shortest) == 2 and shortest[1] - shortest[0] < size / 20
 
@@ -152,17 +153,19 @@ def agree(taken: Iterable[float], size: float) -> bool:
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Return how long a call takes until its work on the device is done."""
     _wait(device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     call()
     _wait(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
-    """Wait until the work on a device is done, if it is of a kind that works on its own."""
+    """Wait until the work on a device is done, if it is of an asynchronous kind."""
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
     if synchronize is not None:
-        synchronize(*(() if device.type == "mps" else (device,)))  # there is one MPS, which is not named
+        synchronize(
+            *(() if device.type == "mps" else (device,))
+        )  # there is one MPS device, and its function takes none
 
 
 def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:
@@ -174,5 +177,5 @@ def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return seconds as a person reads them."""
+    """Return seconds in readable units."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

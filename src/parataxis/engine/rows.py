@@ -20,14 +20,18 @@ class EvalBatch(NamedTuple):
     step: Tensor
     sample: Tensor
 
+    def __repr__(self) -> str:
+        """Return the sizes, without the tensors."""
+        return f"EvalBatch(x={tuple(self.x.shape)} {str(self.x.dtype)[6:]})"
+
     def take(self, index: Tensor) -> EvalBatch:
         """Return some of the rows; ``index`` is on the CPU."""
         return EvalBatch(self.x[upload(index, self.x.device)], self.step[index], self.sample[index])
 
 
-def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Indices) -> Tensor:
-    """Return what the network returned for points, or raise an :class:`OutputError` unless it is of this form."""
-    first, last = int(point.min()), int(point.max())
+def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, step: Indices) -> Tensor:
+    """Return the outputs of the network at these steps, or raise an :class:`OutputError` unless they have this form."""
+    first, last = int(step.min()), int(step.max())
     where = f"at step {first}" if first == last else f"at steps {first} to {last}"
     if not isinstance(outputs, Tensor):
         raise OutputError(
@@ -36,8 +40,10 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, point: Indi
         )
     if tuple(outputs.shape) != shape:
         raise OutputError(
-            f"the network returned the shape {tuple(outputs.shape)}, expected its input's {shape}, {where}."
+            f"the network returned the shape {tuple(outputs.shape)}, expected that of its input, {shape}, {where}."
         )
     if outputs.dtype != dtype:
-        raise OutputError(f"the network returned {outputs.dtype}, expected its input's {dtype}, {where}: convert it.")
+        raise OutputError(
+            f"the network returned {outputs.dtype}, expected that of its input, {dtype}, {where}: convert it."
+        )
     return outputs

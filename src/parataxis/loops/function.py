@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..solvers.base import Solver
-from .passes import Loop, reachable
-from .solving import Report, solved
+from .loop import Loop, reachable
+from .report import Report
+from .solver import solve_loop
 
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
@@ -19,7 +20,15 @@ __all__ = ["Parallel"]
 
 
 class Parallel:
-    """A function that runs a sampling loop, parallel in time; ``report`` says how the latest call went."""
+    """A function that runs a sampling loop, parallel in time.
+
+    Attributes:
+        function: The unmodified one.
+        solver: How the loop is solved.
+        tolerance: Relative error allowed.
+        report: How the latest call went.
+        loop: What is kept of the loop from call to call.
+    """
 
     def __init__(
         self,
@@ -35,35 +44,44 @@ class Parallel:
         self.report = Report()
         self._denoisers = denoisers
         self._ranks = ranks
-        self._loop: Loop | None = None
+        self.loop: Loop | None = None
+
+    def __repr__(self) -> str:
+        """Return what is solved, and how."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return f"Parallel({name}, {self.solver!r}, tolerance={self.tolerance:g})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""
-        found = self._denoisers
+        denoisers = self._denoisers
         modules = _modules(self.function, args, kwargs)
-        if found is None:
+        if denoisers is None:
             if len(modules) != 1:
                 raise ValueError(
-                    f"the loop {self.function!r} can see {len(modules)} modules, and which it calls level by level is "
-                    "not clear: name them with denoisers=[...]."
+                    f"found {len(modules)} modules in the loop {self.function!r}; pass the one that it calls at every "
+                    "step: denoisers=[...]."
                 )
-            found = (modules[0],)
-        others = tuple((module, "__call__") for module in modules if not any(module is one for one in found))
-        loop = self._loop
-        if loop is None or loop.denoisers != found or loop.remembered != others:
+            denoisers = (modules[0],)
+        others = tuple((module, "__call__") for module in modules if not _contains(denoisers, module))
+        loop = self.loop
+        if loop is None or loop.denoisers != denoisers or loop.memoized != others:
 
             def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
                 return self.function(*args, **kwargs)
 
-            loop = self._loop = Loop(run, found, others, ranks=self._ranks)
-        return solved(loop, args, kwargs, self.solver, self.tolerance, self.report)
+            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks)
+        return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
 
 
 def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:
     """Return the outermost modules that a function can see."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for value in reachable(function, args, kwargs):
-        if isinstance(value, nn.Module) and not any(value is one for one in found):
-            found.append(value)
-    inner = {id(part) for module in found for part in module.modules() if part is not module}
-    return [module for module in found if id(module) not in inner]
+        if isinstance(value, nn.Module) and not _contains(modules, value):
+            modules.append(value)
+    inner = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in inner]
+
+
+def _contains(modules: Sequence[nn.Module], module: nn.Module) -> bool:
+    return any(module is other for other in modules)  # a module may define ==, so not `in`

@@ -24,35 +24,34 @@ scheduler's own loop, step by step, on random outputs and with its noise drawn f
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .coefficients import Coefficients
 from .sampler import OutputTransform, Sampler, data_prediction
+from .scheduler_loop import NoiseInterceptor, SchedulerLoop, UnitResponses
 
 __all__ = ["from_scheduler"]
 
 Array = NDArray[np.float64]
 
 SHAPE = (2, 1, 4, 4)  # of the states in walks with random numbers
+
 AGREES = 1e-5  # relative, with the scheduler's own step, which may compute in float32
+
 ZERO = 1e-9  # relative to the terms that cancelled
-SAME = 1e-4  # relative, of the ratio of two predictions: schedulers keep their levels in float32
+
+SAME = 1e-4  # relative, of the ratio of two predictions: schedulers keep noise levels in float32
+
 CLIPS = ("thresholding", "clip_sample", "clip_denoised")  # they clip the data prediction; the first that is on counts
+
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
-RANDOM = (
-    *(torch.rand, torch.rand_like, torch.randn_like, torch.randint, torch.randint_like, torch.normal),
-    *(torch.multinomial, torch.bernoulli, torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_),
-)
 
 
 def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> Sampler:
@@ -73,53 +72,33 @@ def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options
         ValueError: If its loop is not a table of numbers, with the option or the step that is to blame.
     """
     with torch.device("cpu"):  # whatever the default device is
-        return _read(_Loop(scheduler, timesteps, options))
+        return _read_sampler(SchedulerLoop(scheduler, timesteps, options))
 
 
-def _read(loop: _Loop) -> Sampler:
+def _read_sampler(loop: SchedulerLoop) -> Sampler:
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=random, dtype=torch.float64)
     outputs = torch.randn(loop.steps, *SHAPE, generator=random, dtype=torch.float64)
     outputs[:, 1] *= 100  # a bound that small outputs do not reach is not linear either
-    with _Draws(loop, SHAPE) as draws:
-        walked = loop.walk(noise, lambda i, u: outputs[i])
-    finite = np.isfinite(_rms(walked[0]))
+    with NoiseInterceptor(loop, SHAPE) as draws:
+        trajectory = loop.run(noise, lambda i, u: outputs[i])
+    finite = np.isfinite(_rms(trajectory[0]))
     if not finite.all():
         options = {**loop.options, "prediction_type": loop.config("prediction_type")}
-        raise loop.refusal(
+        raise loop.unsupported(
             f"step {int(np.argmin(finite)) - 1} of {loop.steps} makes NaN or Inf of finite outputs, with "
             f"{', '.join(f'{name}={value!r}' for name, value in options.items())}; choose another, or other timesteps"
         )
     clips = [option for option in CLIPS if loop.config(option)]
-    sampler = _build(loop, loop.impulses(draws.count, clips), clips)
+    sampler = _build(loop, loop.unit_responses(draws.count, clips), clips)
     sampler = dataclasses.replace(sampler, draw_dtype=draws.dtype)
     if clips:
         beyond = torch.Generator().manual_seed(1)
-        walked = loop.walk(
-            noise, lambda i, u: torch.cat([outputs[i][:1], _beyond(sampler.transform, i, u, beyond)[1:]])
+        trajectory = loop.run(
+            noise, lambda i, u: torch.cat([outputs[i][:1], output_beyond_clip(sampler.transform, i, u, beyond)[1:]])
         )
-    _compare(loop, sampler, noise, *walked, clips)
+    _compare(loop, sampler, noise, *trajectory, clips)
     return sampler
-
-
-class _Rows(NamedTuple):
-    """What unit impulses read, in the coordinates of the network's input.
-
-    Attributes:
-        states: (N, N) S.
-        outputs: (N, N) F.
-        noise: (N, K) Z.
-        scale: (N + 1,) network input over state; the last is 1.
-        memory: (N, 2) p and q of what the scheduler remembers of each step, 0 and 1 where that is nothing else.
-        data: (N, 2) p and q of the data prediction that it tells, or None.
-    """
-
-    states: Array
-    outputs: Array
-    noise: Array
-    scale: Array
-    memory: Array
-    data: Array | None
 
 
 class _Form(NamedTuple):
@@ -131,196 +110,12 @@ class _Form(NamedTuple):
     basis: Array
 
 
-class _Loop:
-    """The scheduler's own loop; every walk steps a fresh copy, on the CPU."""
-
-    def __init__(self, scheduler: Any, timesteps: Tensor | None, options: dict[str, Any]) -> None:
-        self.name = type(scheduler).__name__
-        if not callable(getattr(scheduler, "step", None)) or not hasattr(scheduler, "timesteps"):
-            raise TypeError(
-                f"scheduler must have timesteps and step(output, t, sample), as diffusers' have, got {self.name}."
-            )
-        timesteps = scheduler.timesteps if timesteps is None else timesteps
-        if timesteps is None or not len(timesteps):
-            raise ValueError(f"{self.name} has no timesteps: call its set_timesteps first.")
-        if getattr(scheduler, "step_index", None):
-            raise ValueError(
-                f"{self.name} has taken {scheduler.step_index} steps already: call its set_timesteps again first."
-            )
-        known = inspect.signature(scheduler.step).parameters
-        for option in options:
-            if option not in known or option in ("generator", "return_dict"):
-                raise TypeError(f"step of {self.name} takes no option {option!r}, but {', '.join(known)}.")
-        self._scheduler, self.options = scheduler, options
-        self._seeded = "generator" in known
-        self.times = torch.as_tensor(timesteps).detach().cpu()
-        self.steps = len(self.times)
-
-    def config(self, option: str) -> Any:
-        """Return an option of the scheduler's configuration, or None."""
-        return getattr(self._scheduler, "config", {}).get(option)
-
-    def refusal(self, reason: str) -> ValueError:
-        """Return the error that refuses this scheduler."""
-        return _Refused(f"{self.name} is not a table of numbers: {reason}.")
-
-    def fresh(self, off: Sequence[str] = ()) -> Any:
-        """Return a copy of the scheduler on the CPU, with these options of its configuration off."""
-        own = copy.deepcopy(self._scheduler)
-        for name, value in list(vars(own).items()):
-            if isinstance(value, Tensor):
-                setattr(own, name, value.cpu())
-        if off:
-            own.register_to_config(**dict.fromkeys(off, False))
-        return own
-
-    def first(self) -> float:
-        """Return the first state over standard normal noise."""
-        return float(getattr(self._scheduler, "init_noise_sigma", 1.0))
-
-    def enter(self, own: Any, i: int, x: Tensor) -> Tensor:
-        """Return the network's input at state i."""
-        return own.scale_model_input(x, self.times[i]).to(x) if hasattr(own, "scale_model_input") else x
-
-    def leave(self, own: Any, i: int, f: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Return state i + 1 and, where the scheduler tells it, the data prediction."""
-        options = {**self.options, "generator": generator} if self._seeded else self.options
-        try:
-            result = own.step(f, self.times[i], x, **options)
-        except _Refused:
-            raise
-        except Exception as error:
-            variance = str(self.config("variance_type"))
-            if variance.startswith("learned"):
-                raise self.refusal(f"variance_type={variance!r} makes the noise a function of the output") from error
-            said = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no reason"
-            raise self.refusal(
-                f"step {i} of a loop of step(output, t, sample) raised {type(error).__name__}, {said}"
-            ) from error
-        state = result.prev_sample if hasattr(result, "prev_sample") else result[0]
-        if not isinstance(state, Tensor) or state.shape != x.shape or not state.is_floating_point():
-            raise self.refusal(f"step {i} does not return a state of the shape and kind that it was given")
-        return state.to(x), getattr(result, "pred_original_sample", None)
-
-    def walk(self, noise: Tensor, network: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Walk through the loop, noise drawn with seed 0.
-
-        Returns:
-            The network's inputs and, last, the sample (B, N + 1, ..); the outputs (B, N, ..).
-        """
-        own, generator = self.fresh(), torch.Generator().manual_seed(0)
-        x = noise * self.first()
-        states, outputs = [], []
-        for i in range(self.steps):
-            states.append(self.enter(own, i, x))
-            outputs.append(network(i, states[-1]))
-            x, _ = self.leave(own, i, outputs[-1], x, generator)
-        return torch.stack([*states, x], 1), torch.stack(outputs, 1)
-
-    def impulses(self, draws: int, off: Sequence[str]) -> _Rows:
-        """Read S, F and Z: one walk in which every state, output and draw is a unit vector of its own."""
-        steps, own, generator = self.steps, self.fresh(off), torch.Generator()
-        size = 2 * steps + draws
-
-        def unit(index: int) -> Tensor:
-            vector = torch.zeros(1, 1, 1, size, dtype=torch.float64)
-            vector[..., index] = 1
-            return vector
-
-        rows, scale = np.zeros((steps, size)), np.ones(steps + 1)
-        memory, data = np.tile([0.0, 1.0], (steps, 1)), np.full((steps, 2), np.nan)
-        with _Draws(self, (1, 1, 1, size), lambda k: unit(2 * steps + k)):
-            for i in range(steps):
-                x = unit(i)
-                u = self.enter(own, i, x)
-                scale[i] = float(u[..., i])
-                if scale[i] == 0 or not torch.equal(u, scale[i] * x):
-                    raise self.refusal(f"scale_model_input of step {i} does not multiply the state by a number")
-                x, predicted = self.leave(own, i, unit(steps + i), x, generator)
-                rows[i] = x.flatten().numpy()
-                for found, tensors in ((memory, _tensors(vars(own))), (data, [predicted])):
-                    for tensor in tensors:
-                        if isinstance(tensor, Tensor) and tensor.numel() == size and tensor.flatten()[steps + i] != 0:
-                            entries = tensor.flatten().double().numpy()
-                            if set(np.flatnonzero(entries)) <= {i, steps + i}:
-                                found[i] = entries[i] / scale[i], entries[steps + i]
-        finite = np.isfinite(rows).all(1)
-        if not finite.all():
-            raise self.refusal(f"a coefficient of step {int(np.argmin(finite))} is infinite")
-        rows *= scale[1:, None]
-        told = bool(np.isfinite(data).all() and data[:, 1].all())
-        states, outputs, noise = np.split(rows, [steps, 2 * steps], axis=1)
-        return _Rows(states / scale[:-1], outputs, noise, scale, memory, data if told else None)
-
-    def alpha_sigma(self) -> tuple[Array, Array] | None:
-        """Return (alpha, sigma) of the times, (N,) each, by the scheduler's own way to add noise, or None."""
-        own = self.fresh()
-        found = np.zeros((self.steps, 2))
-        try:
-            for i, t in enumerate(self.times[:, None]):
-                for kind in range(2):
-                    for name in ("_step_index", "_begin_index"):  # in the middle of a loop t would not matter
-                        if hasattr(own, name):
-                            setattr(own, name, None)
-                    data, noise = torch.eye(2, dtype=torch.float64)[kind].view(2, 1, 1, 1, 1)
-                    mixed = (
-                        own.add_noise(data, noise, t) if hasattr(own, "add_noise") else own.scale_noise(data, t, noise)
-                    )
-                    found[i, kind] = float(mixed)
-        except Exception:  # it has no such way, or not for these times
-            return None
-        alpha, sigma = found.T
-        return (alpha, sigma) if np.isfinite(found).all() and (sigma > 0).all() else None
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Find the tensors in an object's attributes."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (dict, list, tuple)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
-
-
-class _Refused(ValueError):
-    """The refusal of a scheduler, also from inside its step."""
-
-
-class _Draws(TorchFunctionMode):
-    """Counts the noise that a scheduler draws; with ``unit``, draw k is answered with ``unit(k)``.
-
-    ``dtype`` is None if the noise has the dtype of the states, else the dtype that it has instead.
-    """
-
-    def __init__(self, loop: _Loop, shape: tuple[int, ...], unit: Callable[[int], Tensor] | None = None) -> None:
-        super().__init__()
-        self.loop, self.shape, self.unit = loop, shape, unit
-        self.count = 0
-        self.dtype: torch.dtype | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in RANDOM:
-            raise self.loop.refusal(
-                f"it draws with {func.__name__}, not with randn from the generator that it is given"
-            )
-        result = func(*args, **(kwargs or {}))
-        if func is not torch.randn:
-            return result
-        if (kwargs or {}).get("generator") is None:
-            raise self.loop.refusal("it draws noise, but not from a generator given")
-        if tuple(result.shape) != self.shape:
-            raise self.loop.refusal(f"it draws noise of shape {tuple(result.shape)} for states of shape {self.shape}")
-        self.dtype = None if result.dtype == torch.float64 else result.dtype
-        self.count += 1
-        return result if self.unit is None else self.unit(self.count - 1).to(result.dtype)
-
-
-def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
+def _build(loop: SchedulerLoop, rows: UnitResponses, clips: list[str]) -> Sampler:
     """Build the sampler of these rows."""
-    levels = loop.alpha_sigma()
-    data = rows.data if rows.data is not None else _data(loop, rows, levels)
+    schedule = loop.alpha_sigma()
+    data = rows.data if rows.data is not None else _data(loop, rows, schedule)
     if clips and data is None:
-        raise loop.refusal(f"{clips[0]} clips a data prediction that is not known at every step; switch it off")
+        raise loop.unsupported(f"{clips[0]} clips a data prediction that is not known at every step; switch it off")
     if data is not None and np.allclose(rows.memory, data, rtol=SAME, atol=0):
         data = rows.memory  # the same, rounded as its steps have it
     form = _form(loop, rows, data if clips else None)
@@ -329,8 +124,8 @@ def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
     if transform is not None and clips:
         transform = _clipped(loop, rows, form, transform, clips)
     local = Coefficients(form.decay, form.weight, np.linalg.norm(form.noise, axis=1))
-    if data is not None and levels is not None:
-        local = _with_levels(local, form, rows.scale, data, levels)
+    if data is not None and schedule is not None:
+        local = _with_schedule(local, form, rows.scale, data, schedule)
     if transform is not None:
         local = transform.coefficients(local)
     return Sampler(
@@ -343,33 +138,33 @@ def _build(loop: _Loop, rows: _Rows, clips: list[str]) -> Sampler:
     )
 
 
-def _data(loop: _Loop, rows: _Rows, levels: tuple[Array, Array] | None) -> Array | None:
-    """Return p and q of xhat = p u + q f, (N, 2), by prediction type and levels, or None."""
+def _data(loop: SchedulerLoop, rows: UnitResponses, schedule: tuple[Array, Array] | None) -> Array | None:
+    """Return p and q of xhat = p u + q f, (N, 2), by prediction type and schedule, or None."""
     kind = PREDICTIONS.get(loop.config("prediction_type"), "flow")
     spread = loop.config("sigma_data")
     if spread is not None and kind == "eps":
         kind = "edm"
-    if levels is None:
+    if schedule is None:
         return None
     try:
-        p, q = data_prediction(kind, *levels, spread or 0.5)
-    except ValueError:  # this prediction says nothing at one of these levels
+        p, q = data_prediction(kind, *schedule, spread or 0.5)
+    except ValueError:  # this prediction says nothing at one of these noise levels
         return None
     return np.stack([p / rows.scale[:-1], q], 1)
 
 
-def _form(loop: _Loop, rows: _Rows, data: Array | None) -> _Form:
+def _form(loop: SchedulerLoop, rows: UnitResponses, data: Array | None) -> _Form:
     """Return the local form with data predictions, if given, or the shorter of raw outputs and what is remembered."""
     raw = np.tile([0.0, 1.0], (loop.steps, 1))
     bases = [raw, rows.memory] if np.tril(rows.states, -1).any() else [raw]
     forms = [_eliminate(rows, basis) for basis in (bases if data is None else [data])]
     found = [form for form in forms if form is not None]
     if not found:
-        raise loop.refusal("a step uses an earlier state that does not follow from later ones")
+        raise loop.unsupported("a step uses an earlier state that does not follow from later ones")
     return min(found, key=lambda form: form.weight.shape[1])
 
 
-def _eliminate(rows: _Rows, basis: Array) -> _Form | None:
+def _eliminate(rows: UnitResponses, basis: Array) -> _Form | None:
     """Return the local form with outputs in this basis, or None if earlier states do not follow from later ones."""
     steps = len(rows.scale) - 1
     p, q = basis.T
@@ -400,15 +195,15 @@ def _eliminate(rows: _Rows, basis: Array) -> _Form | None:
     return _Form(result[:, 0], weight, result[:, 1 + steps :], basis)
 
 
-def _with_levels(
-    local: Coefficients, form: _Form, scale: Array, data: Array, levels: tuple[Array, Array]
+def _with_schedule(
+    local: Coefficients, form: _Form, scale: Array, data: Array, schedule: tuple[Array, Array]
 ) -> Coefficients:
     """Add alpha, sigma and the data prediction, if they fit the steps.
 
     They do if a network that always predicts the same datum keeps it at alpha: the state is then followed through the
     loop as its share of the datum and of the noises, and that of the last step tells alpha and sigma of the sample.
     """
-    alpha, sigma = levels
+    alpha, sigma = schedule
     p, q = form.basis.T
     gain = data[:, 1] / q  # xhat = p_data u + q_data (y - p u) / q
     into = data[:, 0] - gain * p
@@ -438,7 +233,9 @@ def _with_levels(
     )
 
 
-def _clipped(loop: _Loop, rows: _Rows, form: _Form, transform: OutputTransform, clips: list[str]) -> OutputTransform:
+def _clipped(
+    loop: SchedulerLoop, rows: UnitResponses, form: _Form, transform: OutputTransform, clips: list[str]
+) -> OutputTransform:
     """Add the clipping of the scheduler's configuration, with the gain that its steps show."""
     if clips[0] == "thresholding":
         transform = dataclasses.replace(
@@ -455,20 +252,20 @@ def _clipped(loop: _Loop, rows: _Rows, form: _Form, transform: OutputTransform, 
     gain = np.ones(loop.steps)
     for i in range(loop.steps):
         x = torch.randn(SHAPE, generator=random, dtype=torch.float64)
-        u, _ = (loop.enter(own, i, x) for own in pair)
-        f = _beyond(transform, i, u, random)
-        on, off = (loop.leave(own, i, f, x, seed)[0] for own, seed in zip(pair, seeds, strict=True))
+        u, _ = (loop.scale_input(own, i, x) for own in pair)
+        f = output_beyond_clip(transform, i, u, random)
+        on, off = (loop.step(own, i, f, x, seed)[0] for own, seed in zip(pair, seeds, strict=True))
         point = torch.full((len(u),), i)
         plain = dataclasses.replace(transform, clip=None, quantile=None)(point, u, f)
         cut = transform(point, u, f) - plain
         used = float(((on - off) * cut).sum() / (cut * cut).sum()) * rows.scale[i + 1]
         if form.weight[i, 0] == 0:
-            raise loop.refusal(f"{clips[0]} acts in step {i} on a data prediction that does not enter it")
+            raise loop.unsupported(f"{clips[0]} acts in step {i} on a data prediction that does not enter it")
         gain[i] = used / form.weight[i, 0]
     return dataclasses.replace(transform, gain=np.where(np.isclose(gain, 1.0, rtol=ZERO), 1.0, gain))
 
 
-def _beyond(transform: OutputTransform | None, i: int, u: Tensor, random: torch.Generator) -> Tensor:
+def output_beyond_clip(transform: OutputTransform | None, i: int, u: Tensor, random: torch.Generator) -> Tensor:
     """Return an output whose data prediction is far beyond the clip."""
     assert transform is not None
     target = 3 * (transform.clip or 1.0) * torch.randn(u.shape, generator=random, dtype=u.dtype)
@@ -476,7 +273,7 @@ def _beyond(transform: OutputTransform | None, i: int, u: Tensor, random: torch.
 
 
 def _compare(
-    loop: _Loop, sampler: Sampler, noise: Tensor, states: Tensor, outputs: Tensor, clips: Sequence[str]
+    loop: SchedulerLoop, sampler: Sampler, noise: Tensor, states: Tensor, outputs: Tensor, clips: Sequence[str]
 ) -> None:
     """Compare every step of the table with a walk through the scheduler's own loop, from that walk's states."""
     entered = torch.stack(
@@ -489,7 +286,7 @@ def _compare(
     errors = _rms(table.residual(states, entered)) / size
     if not (errors <= AGREES).all():
         step = int(np.argmin(errors <= AGREES))
-        raise loop.refusal(
+        raise loop.unsupported(
             f"step {step}{f' with {clips[0]}' if clips else ''} is not linear, it differs by {errors[step]:.0e} from "
             "its own coefficients"
         )

@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import is_finite, is_whole
+from ..checks import is_finite, is_int
 
 __all__ = ["Flow", "Grid", "Karras", "Schedule", "Spacing", "Variance", "cosine", "flow", "karras", "vp"]
 
@@ -58,7 +58,7 @@ class Schedule(Protocol):
 
 
 def _check_steps(steps: int, limit: int | None = None) -> None:
-    if not is_whole(steps):
+    if not is_int(steps):
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}: ask for one step or more.")
     if limit is not None and steps > limit:
         raise ValueError(

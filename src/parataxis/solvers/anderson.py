@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Array, Indices
-from ..checks import is_whole
+from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from .base import Answer
 from .batch import Batch
@@ -79,7 +79,7 @@ class Anderson(Windowed):
         check_window(self.window)
         if self.order is not None and (isinstance(self.order, bool) or not self.order >= 1):
             raise ValueError(f"order must be at least 1, or None for the whole window, got {self.order!r}.")
-        if not is_whole(self.history):
+        if not is_int(self.history):
             raise ValueError(f"history must be a whole number of rounds, at least 1, got {self.history!r}.")
         if self.acceleration not in ("triangular", "prefix", "anderson", "none"):
             raise ValueError(

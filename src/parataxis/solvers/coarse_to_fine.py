@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..checks import is_whole
+from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from .base import Queries
 from .batch import Batch
@@ -37,7 +37,7 @@ class CoarseToFine:
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Windowed):
             raise ValueError(f"inner must be a solver with a window (picard, anderson, secant), got {self.inner!r}.")
-        if not self.strides or not all(map(is_whole, self.strides)):
+        if not self.strides or not all(map(is_int, self.strides)):
             raise ValueError(f"strides must be whole numbers of at least 1, one at least, got {self.strides!r}.")
 
     @property

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Array, Indices, read
-from ..checks import OutputError, is_whole
+from ..checks import OutputError, is_int
 from ..samplers.coefficients import Coefficients
 from ..samplers.recurrence import Recurrence
 from . import correction, extrapolation
@@ -43,7 +43,7 @@ NOISY = 0.3  # signal below which a data prediction is mostly the network's erro
 
 def check_window(window: int | None) -> None:
     """Raise unless ``window`` is None or a whole number of at least 1."""
-    if window is not None and not is_whole(window):
+    if window is not None and not is_int(window):
         raise ValueError(f"window must be a whole number of steps, at least 1, or None for all, got {window!r}.")
 
 

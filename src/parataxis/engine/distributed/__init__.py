@@ -1,5 +1,7 @@
 """Many devices for one sample."""
 
-from .ranks import RankError, Ranks, Sharded, fingerprint, sharded
+from .control import RankError
+from .gather import fingerprint
+from .ranks import Ranks, Sharded, sharded
 
 __all__ = ["RankError", "Ranks", "Sharded", "fingerprint", "sharded"]

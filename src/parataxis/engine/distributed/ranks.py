@@ -5,45 +5,32 @@ same decisions. Of a round with R rows, rank r of P evaluates the rows
 
     floor(r R / P) .. floor((r + 1) R / P) - 1,
 
-and outputs are gathered: only they cross the wire, and every rank goes on from the same bits. Before outputs are
-gathered, ranks meet: a few numbers over the CPU say which round this is, what was asked, and whether the evaluation
-failed. So a rank that died, hangs, raised or went another way is named, and no rank is left waiting for it.
+and outputs are gathered: only they cross the wire, and every rank goes on from the same bits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import socket
-import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from ..rows import EvalBatch, expect
+from .control import ControlChannel, RankError, differing
+from .gather import as_bytes, byte_count, check_forms, fingerprint, pack, unpack
 
-__all__ = ["RankError", "Ranks", "Sharded", "fingerprint", "sharded"]
+__all__ = ["Ranks", "Sharded", "sharded"]
 
 Result = TypeVar("Result")
 
 TIMEOUT = 600.0  # seconds that ranks wait for one another
 UNLIKE = 3.0  # times sqrt(eps): relative difference of outputs for one input that rounding does not explain
-
-
-class RankError(RuntimeError):
-    """A rank died, hangs, failed, or does something else than the others."""
 
 
 class Ranks:
@@ -52,13 +39,12 @@ class Ranks:
     Args:
         mesh: From ``torch.distributed.device_mesh.init_device_mesh``, with a dimension named ``time``; other dimensions
             belong to whatever shards the network itself.
-        timeout: Seconds to wait for another rank before it counts as lost; more than a round takes, compilation
-            included.
+        timeout: Seconds to wait for another rank before it counts as lost; more than a round takes, with compilation.
 
     Attributes:
         size: P, how many there are.
         rank: Number of this one, 0 .. P - 1.
-        names: What each is called in errors.
+        device_type: Where outputs are gathered.
 
     Raises:
         ValueError: If the mesh has no dimension ``time``.
@@ -74,26 +60,27 @@ class Ranks:
             )
         along = mesh["time"]
         self.size, self.rank, self.device_type = along.size(), along.get_local_rank(), along.device_type
-        self.timeout = timeout
         self._group = along.get_group()
-        self._members = dist.get_process_group_ranks(self._group)
-        self._control = dist.new_group(
-            self._members, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
-        )
-        self._round = 0
-        self._open = True  # nothing has been said that is not answered, so this rank can still say that it ends
-        self.names: list[str] = []
-        self.names = self._every(f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})")
+        self._control = ControlChannel(dist.get_process_group_ranks(self._group), self.rank, timeout)
+
+    def __repr__(self) -> str:
+        """Return which of how many this is."""
+        return f"Ranks(rank {self.rank} of {self.size}, {self.device_type})"
 
     @classmethod
     def of(cls, mesh: DeviceMesh | Ranks) -> Ranks:
         """Return the ranks of a mesh; they are set up once for each mesh."""
         if isinstance(mesh, Ranks):
             return mesh
-        kept = _known.get(id(mesh))
-        if kept is None or kept[0] is not mesh:
-            kept = _known[id(mesh)] = (mesh, cls(mesh))
-        return kept[1]
+        known = _known.get(id(mesh))
+        if known is None or known[0] is not mesh:
+            known = _known[id(mesh)] = (mesh, cls(mesh))
+        return known[1]
+
+    @property
+    def names(self) -> list[str]:
+        """What each rank is called in errors."""
+        return self._control.names
 
     def share(self, count: int) -> slice:
         """Return which of ``count`` rows are this rank's: as many as any other's, or one less or more."""
@@ -106,29 +93,30 @@ class Ranks:
         """Raise unless all ranks state the same facts.
 
         Raises:
-            RankError: With what differs, and which ranks differ from most.
+            RankError: With what differs, and which ranks differ from the majority.
         """
-        self._round = -1
-        self.work(b"start", lambda: None)
-        facts = {"torch": torch.__version__, **{name: fingerprint(value) for name, value in facts.items()}}
-        every = self._every(facts)
-        found = []
-        for name in facts:
-            values = [one.get(name) for one in every]
-            odd = _odd(values)
+        self._control.round = -1
+        self.run_checked(b"start", lambda: None)
+        texts = {"torch": torch.__version__, **{name: fingerprint(value) for name, value in facts.items()}}
+        texts_of_ranks = self._control.all_gather(texts)
+        differences = []
+        for name in texts:
+            values = [texts_of_rank.get(name) for texts_of_rank in texts_of_ranks]
+            odd = differing(values)
             if odd:
-                most = values[next(r for r in range(self.size) if r not in odd)]
-                found.append(f"{name}: {', '.join(f'{self.names[r]} has {values[r]}' for r in odd)}, others {most}")
-        if found:
+                others = values[next(r for r in range(self.size) if r not in odd)]
+                odd_values = ", ".join(f"{self.names[r]} has {values[r]}" for r in odd)
+                differences.append(f"{name}: {odd_values}, others {others}")
+        if differences:
             raise RankError(
-                f"ranks must do the same work, and differ in {'; '.join(found)}. Seed all generators equally, and pass "
-                "the same arguments on all ranks."
+                f"ranks must do the same work, and differ in {'; '.join(differences)}. Seed all generators equally, "
+                "and pass the same arguments on all ranks."
             )
 
-    def first(self, value: Result) -> Result:
+    def broadcast(self, value: Result) -> Result:
         """Return what the first rank has, on all of them."""
-        found: Result = self._every(value)[0]
-        return found
+        first: Result = self._control.all_gather(value)[0]
+        return first
 
     def agree(self, output: Tensor) -> None:
         """Raise unless networks of all ranks give the same output for the same input, up to rounding.
@@ -136,155 +124,102 @@ class Ranks:
         Raises:
             RankError: With the ranks whose networks differ.
         """
-        every = self.rows(output.reshape(1, -1), self.size).double().nan_to_num()
-        apart = (every - every[0]).norm(dim=1) / every[0].norm().clamp_min(1e-30)
-        odd = [rank for rank, far in enumerate(apart.tolist()) if far > UNLIKE * torch.finfo(output.dtype).eps ** 0.5]
+        outputs = self.gather_rows(output.reshape(1, -1), self.size).double().nan_to_num()
+        distances = (outputs - outputs[0]).norm(dim=1) / outputs[0].norm().clamp_min(1e-30)
+        bound = UNLIKE * torch.finfo(output.dtype).eps ** 0.5
+        odd = [rank for rank, distance in enumerate(distances.tolist()) if distance > bound]
         if odd:
             raise RankError(
                 f"for the same input, the network of {' and '.join(self.names[r] for r in odd)} gives another output "
                 f"than that of {self.names[0]}: load the same weights on all ranks, and call eval()."
             )
 
-    def work(self, asked: bytes, evaluate: Callable[[], Result]) -> Result:
-        """Do this rank's share of a round, and meet the others.
+    def run_checked(self, subject: bytes, evaluate: Callable[[], Result]) -> Result:
+        """Do this rank's share of a round, and check that the others have done theirs.
 
         Args:
-            asked: What the whole round is about; the same on all ranks.
+            subject: What the whole round is about; the same on all ranks.
             evaluate: The share.
 
         Raises:
-            RankError: If another rank failed, was interrupted, is lost, or was asked something else.
+            RankError: If another rank failed, was interrupted, is lost, or works on something else.
         """
+        control = self._control
         failure: BaseException | None = None
         try:
             result = evaluate()
-        except BaseException as error:  # KeyboardInterrupt as well: the others are told
+        except BaseException as error:  # KeyboardInterrupt as well: the others must know
             failure = error
-        self._round += 1
-        heard = self._meet([self._round, zlib.crc32(asked), failure is not None])
-        if any(failed for _, _, failed in heard):
-            reasons = self._every(_reason(failure))
-            self._open = False
+        control.round += 1
+        statuses = control.exchange_status([control.round, zlib.crc32(subject), failure is not None])
+        if any(failed for _, _, failed in statuses):
+            reasons = control.all_gather(_reason(failure))
+            control.idle = False
             if failure is not None:
                 raise failure
-            told = [f"{name} {reason}" for name, reason in zip(self.names, reasons, strict=True) if reason]
-            raise RankError("; ".join(told))
-        odd = _odd([one[:2] for one in heard])
+            raise RankError("; ".join(f"{name} {text}" for name, text in zip(self.names, reasons, strict=True) if text))
+        odd = differing([status[:2] for status in statuses])
         if odd:
             raise RankError(
                 f"{' and '.join(self.names[r] for r in odd)} {'asks' if len(odd) == 1 else 'ask'} for other rows than "
-                f"the other ranks in round {self._round}, or for none: an error that was caught, a callback, a "
+                f"the other ranks in round {control.round}, or for none: an error that was caught, a callback, a "
                 "stopping rule or the kernels differ between ranks."
             )
         return result
 
     def end(self) -> None:
-        """See that all ranks are at the end of a solve; raises as :meth:`work` does."""
-        self.work(b"end", lambda: None)
+        """See that all ranks are at the end of a solve; raises as :meth:`run_checked` does."""
+        self.run_checked(b"end", lambda: None)
 
     def interrupted(self) -> None:
-        """Tell the others that this rank was interrupted, unless they know or wait for something else from it."""
-        if self._open:
+        """Let the others know that this rank was interrupted, unless they know or wait for something else from it."""
+        if self._control.idle:
             with suppress(KeyboardInterrupt, RankError):
-                self.work(b"", _interrupt)
+                self.run_checked(b"", _interrupt)
 
-    @contextmanager
-    def _saying(self) -> Iterator[None]:
-        self._open = False
-        yield
-        self._open = True
-
-    def rows(self, own: Tensor, count: int) -> Tensor:
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         """Return all ``count`` rows, (count, *shape), from the shares (R, *shape) of all ranks, in their order."""
-        size = own.element_size() * math.prod(own.shape[1:])
+        size = rows.element_size() * math.prod(rows.shape[1:])
         shares = [range(count)[self._share(count, rank)] for rank in range(self.size)]
-        every = self._gather(_bits(own), [size * len(share) for share in shares])
-        return every.view(own.dtype).view(count, *own.shape[1:])
+        message = self._gather(as_bytes(rows), [size * len(share) for share in shares])
+        return message.view(rows.dtype).view(count, *rows.shape[1:])
 
-    def leaves(
-        self, asked: bytes, evaluate: Callable[[], list[list[Any]]], forms: Sequence[Sequence[Any]]
+    def gather_trees(
+        self, subject: bytes, evaluate: Callable[[], list[list[Any]]], forms: Sequence[Sequence[Any]]
     ) -> list[list[Any]]:
-        """Do this rank's share of a round as :meth:`work` does, and return the leaves of all outputs.
+        """Do this rank's share of a round as :meth:`run_checked` does, and return the leaves of all outputs.
 
         Args:
-            asked: What the whole round is about.
+            subject: What the whole round is about.
             evaluate: The leaves of this rank's share.
             forms: Those of all, with leaves of the same shapes and dtypes; what is no tensor is taken from here.
         """
         expected = forms[self.share(len(forms))]
-        own = self.work(asked, lambda: _alike(evaluate(), expected))
-        sizes = [sum(map(_bytes, form)) for form in forms]
-        like = next(leaf for form in forms for leaf in form if isinstance(leaf, Tensor))
-        parts = [_bits(leaf) for output in own for leaf in output if isinstance(leaf, Tensor)]
-        packed = torch.cat(parts) if parts else like.new_empty(0, dtype=torch.uint8)
+        outputs = self.run_checked(subject, lambda: check_forms(evaluate(), expected))
+        sizes = [sum(map(byte_count, form)) for form in forms]
         totals = [sum(sizes[self._share(len(forms), rank)]) for rank in range(self.size)]
-        every = iter(torch.split(self._gather(packed, totals), [_bytes(leaf) for form in forms for leaf in form]))
-        found = []
-        for form in forms:
-            parts = [next(every) for _ in form]
-            # A copy starts where its dtype may.
-            found.append(
-                [
-                    bits.clone().view(leaf.dtype).view(leaf.shape) if isinstance(leaf, Tensor) else leaf
-                    for leaf, bits in zip(form, parts, strict=True)
-                ]
-            )
-        return found
+        like = next(leaf for form in forms for leaf in form if isinstance(leaf, Tensor))
+        return unpack(self._gather(pack(outputs, like), totals), forms)
 
-    def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the bytes of all ranks, one rank behind the other."""
-        if own.device.type != self.device_type:
+    def _gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the messages of all ranks, of these sizes in bytes, one behind the other."""
+        if message.device.type != self.device_type:
             raise ValueError(
-                f"outputs are on {own.device}, and the mesh is of {self.device_type}: make it by "
-                f"init_device_mesh({own.device.type!r}, ..)."
+                f"outputs are on {message.device}, and the mesh is of {self.device_type}: make it by "
+                f"init_device_mesh({message.device.type!r}, ..)."
             )
-        most = max(sizes)
-        padded = own if len(own) == most else torch.cat([own, own.new_zeros(most - len(own))])
-        every = [torch.empty_like(padded) for _ in range(self.size)]
+        largest = max(sizes)
+        padded = message
+        if len(message) < largest:
+            padded = torch.cat([message, message.new_zeros(largest - len(message))])
+        messages = [torch.empty_like(padded) for _ in range(self.size)]
         try:
-            with self._saying():
-                dist.all_gather(every, padded, group=self._group)
+            with self._control.uninterruptible():
+                dist.all_gather(messages, padded, group=self._group)
         except RuntimeError as error:
-            self._meet([self._round, 0, 0])  # who is lost does not come
+            self._control.find_lost()
             raise RankError(f"outputs could not be gathered: {error}") from error
-        return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
-
-    def _meet(self, told: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tell every rank a few numbers, and return what each told."""
-        own = torch.tensor([int(one) for one in told], device="cpu")
-        heard = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        ends = time.monotonic() + self.timeout
-        coming: list[tuple[int, Any]] = []
-        with self._saying():
-            for way, calls in ((dist.irecv, heard), (dist.isend, [own] * self.size)):
-                for rank in others:
-                    coming.append((rank, self._lost(rank, way, calls[rank], self._members[rank], group=self._control)))
-            for rank, work in coming:
-                self._lost(rank, work.wait, timedelta(seconds=max(ends - time.monotonic(), 0.01)))
-        return [tuple(one.tolist()) for one in heard]
-
-    def _lost(self, rank: int, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Make a call that waits for a rank, or raise that it is lost."""
-        try:
-            return call(*args, **options)
-        except RuntimeError as error:
-            raise RankError(
-                f"{self.names[rank]} is lost in round {self._round}: it died, or hangs for more than "
-                f"{self.timeout:g} s ({str(error).splitlines()[0]})."
-            ) from error
-
-    def _every(self, value: Any) -> list[Any]:
-        """Return what every rank told, in their order."""
-        told: list[Any] = [None] * self.size
-        try:
-            with self._saying():
-                dist.all_gather_object(told, value, group=self._control)
-        except RuntimeError as error:
-            if self.names:
-                self._meet([self._round, 0, 0])
-            raise RankError(f"not all {self.size} ranks came within {self.timeout:g} s: {error}") from error
-        return told
+        return torch.cat([part[:size] for part, size in zip(messages, sizes, strict=True)])
 
 
 _known: dict[int, tuple[DeviceMesh, Ranks]] = {}
@@ -302,14 +237,15 @@ class Sharded:
     def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows, on all ranks together."""
         ranks, count = self.ranks, len(rows.x)
-        asked = rows.step.numpy().tobytes() + rows.sample.numpy().tobytes()
+        subject = rows.step.numpy().tobytes() + rows.sample.numpy().tobytes()
         if self._first:
             self._first = False
             ranks.compare(states=rows.x)
-            one = EvalBatch(*(part[-1:] for part in rows))  # at pure noise networks differ least
-            ranks.agree(ranks.work(asked, lambda: self._checked(one)))
-        own = rows.take(torch.arange(count, device="cpu")[ranks.share(count)])
-        return ranks.rows(ranks.work(asked, lambda: self._checked(own) if len(own.x) else own.x), count)
+            last_row = EvalBatch(*(part[-1:] for part in rows))  # at pure noise networks differ least
+            ranks.agree(ranks.run_checked(subject, lambda: self._checked(last_row)))
+        share = rows.take(torch.arange(count, device="cpu")[ranks.share(count)])
+        outputs = ranks.run_checked(subject, lambda: self._checked(share) if len(share.x) else share.x)
+        return ranks.gather_rows(outputs, count)
 
     def _checked(self, rows: EvalBatch) -> Tensor:
         return expect(self._evaluate(rows), tuple(rows.x.shape), rows.x.dtype, rows.step.numpy())
@@ -321,8 +257,8 @@ def sharded(evaluate: Callable[[EvalBatch], Tensor], mesh: DeviceMesh | Ranks) -
     Every rank must make the same calls: run the same program on all of them, with the same noise.
 
     Args:
-        evaluate: Rows to outputs of the same shape and dtype, as :func:`parataxis.drive` wants it.
-        mesh: A mesh with a dimension ``time``, or its :class:`Ranks`, with a timeout of one's own.
+        evaluate: Rows to outputs of the same shape and dtype, as :func:`parataxis.drive` takes it.
+        mesh: A mesh with a dimension ``time``, or its :class:`Ranks`, with another timeout.
 
     Returns:
         The same function for all ranks together: the same rows in, the same outputs out, with the same bits on all
@@ -330,48 +266,13 @@ def sharded(evaluate: Callable[[EvalBatch], Tensor], mesh: DeviceMesh | Ranks) -
 
     Raises:
         RankError: When called: a rank died, hangs, failed, has other states, rows or weights; it is named.
-        OutputError: When called: this rank's network returned something else than asked for.
+        OutputError: When called: this rank's network returned something else than an output.
     """
     return Sharded(evaluate, Ranks.of(mesh))
 
 
-def _alike(outputs: list[list[Any]], forms: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    for output, form in zip(outputs, forms, strict=True):
-        for leaf, like in zip(output, form, strict=True):
-            if isinstance(like, Tensor) and (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
-                raise ValueError(
-                    f"the network returned {leaf.dtype} {tuple(leaf.shape)} for merged calls, and {like.dtype} "
-                    f"{tuple(like.shape)} by itself: ranks cannot share its calls."
-                )
-    return outputs
-
-
-def fingerprint(value: Any) -> str:
-    """Return a short text that is the same for the same value: of tensors and arrays a digest of their bits."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype)[6:]} {tuple(value.shape)} on {value.device.type}, bits {_digest(value)}"
-    if isinstance(value, np.ndarray):
-        return fingerprint(torch.from_numpy(np.ascontiguousarray(value)))
-    if is_dataclass(value) and any(isinstance(getattr(value, one.name), np.ndarray) for one in fields(value)):
-        return " ".join(fingerprint(getattr(value, one.name)) for one in fields(value))
-    leaves = tree_leaves(value)
-    return repr(value) if leaves == [value] or not leaves else " ".join(fingerprint(leaf) for leaf in leaves)
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha1(_bits(tensor.detach().cpu()).numpy().tobytes(), usedforsecurity=False).hexdigest()[:8]
-
-
-def _bits(leaf: Tensor) -> Tensor:
-    return leaf.contiguous().view(-1).view(torch.uint8)
-
-
-def _bytes(leaf: Any) -> int:
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
-
-
 def _reason(failure: BaseException | None) -> str:
-    """Return what the other ranks are told of a failure."""
+    """Return what a failure is called on the other ranks."""
     if failure is None:
         return ""
     if isinstance(failure, KeyboardInterrupt):
@@ -381,9 +282,3 @@ def _reason(failure: BaseException | None) -> str:
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
-
-
-def _odd(values: Sequence[Any]) -> list[int]:
-    """Return the places of those that differ from most, or else from the first."""
-    most = Counter(values).most_common(1)[0][0]
-    return [place for place, value in enumerate(values) if value != most]

@@ -1,0 +1,221 @@
+"""The structure of a loop, from recordings with random outputs: which arguments are states, steps and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..samplers.coefficients import Coefficients
+from .calls import Call, equal
+from .fit import HeldOutCheck, fit_recurrence
+from .rows import RowMap, StateSlice
+from .signals import NotParallelizable
+from .structure import Recording, Structure, final_state
+
+__all__ = ["find_structure"]
+
+
+def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structure, HeldOutCheck | None]:
+    """Find the steps, samples and state inputs of a loop, and fit its recurrence.
+
+    The structure may have fewer calls than the recordings: later ones are a stage by themselves.
+
+    Args:
+        recordings: Of two or more passes with random outputs.
+        first: Number of the first call.
+
+    Returns:
+        The structure, and what another pass must confirm where the loop is linear.
+
+    Raises:
+        NotParallelizable: With the reason.
+    """
+    calls, other = recordings[0].calls, recordings[1].calls
+    if len(calls) != len(other) or any(a.signature() != b.signature() for a, b in zip(calls, other, strict=True)):
+        raise NotParallelizable("the number or the form of the denoiser's calls depends on its outputs.")
+    row_maps = _row_maps(calls, other)
+    feeding = {feeder for call in calls for feeder, _ in call.feeds.values()}
+    calls_of_step = _steps(calls, other, row_maps, feeding)
+    row_maps = _with_samples(calls, other, row_maps, calls_of_step)
+    samples = int(row_maps[calls_of_step[0][0]].sample_of_row.max()) + 1
+    network_dtype = _state_leaf(calls, row_maps, calls_of_step[0][0]).dtype
+    dtype = torch.promote_types(network_dtype, torch.float32)
+
+    def states(recorded: Sequence[Call], call: int) -> Tensor:
+        return row_maps[call].states(recorded[call].leaves, dtype)
+
+    dim = states(calls, calls_of_step[0][0]).shape[1]
+    cut = 0
+    for step in calls_of_step:
+        counts = {len(np.unique(row_maps[call].sample_of_row)) for call in step}
+        if counts != {samples} or states(calls, step[0]).shape[1] != dim:
+            break
+        cut += 1
+    calls_of_step = calls_of_step[:cut]
+    count = max(calls_of_step[-1]) + 1
+    for recording in recordings:
+        for step in calls_of_step:
+            if not bool(torch.isfinite(states(recording.calls, step[0])).all()):
+                raise NotParallelizable(
+                    f"the input of call {step[0]} is not finite although every output was: this scheduler divides by "
+                    "zero there; choose another spacing, prediction type or number of steps."
+                )
+    ending = recordings[0].ending if count == len(calls) else None
+    structure = Structure(
+        signatures=[call.signature() for call in calls[:count]],
+        outputs=[call.output for call in calls[:count]],
+        row_maps=row_maps[:count],
+        feeds=[call.feeds for call in calls[:count]],
+        calls_of_step=calls_of_step,
+        step_of_call=[
+            next((i for i, step in enumerate(calls_of_step) if max(step) >= c), cut - 1) for c in range(count)
+        ],
+        samples=samples,
+        dim=dim,
+        dtype=dtype,
+        network_dtype=network_dtype,
+        coefficients=Coefficients(np.zeros(cut), np.zeros((cut, 1)), np.zeros(cut)),
+        linear=False,
+        guidance_weights=[],
+        ends_with_state=final_state(ending, samples, dim, dtype) is not None,
+        slopes=np.zeros(cut),
+    )
+    return structure, fit_recurrence(structure, recordings, first)
+
+
+def _state_leaf(calls: Sequence[Call], row_maps: Sequence[RowMap], call: int) -> Tensor:
+    leaf = calls[call].leaves[row_maps[call].slices[0].leaf]
+    assert isinstance(leaf, Tensor)
+    return leaf
+
+
+def _row_maps(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
+    """Find the leaves of each kind of call that depend on outputs, and which parts of them do."""
+    names = [call.signature() for call in calls]
+    changing: dict[Any, dict[int, Tensor]] = {}
+    for name, call, same_call in zip(names, calls, other, strict=True):
+        for i, (left, right) in enumerate(zip(call.leaves, same_call.leaves, strict=True)):
+            if i in call.feeds or equal(left, right):
+                continue
+            if not isinstance(left, Tensor) or not left.is_floating_point():
+                raise NotParallelizable(
+                    "an argument of the denoiser depends on its outputs and is not a floating-point tensor."
+                )
+            mask = (left != right).reshape(left.shape)
+            masks = changing.setdefault(name, {})
+            masks[i] = mask | masks[i] if i in masks else mask
+    row_maps: dict[Any, RowMap] = {}
+    for name, call in zip(names, calls, strict=True):
+        if name not in row_maps:
+            masks_of_call = (
+                changing.get(name)
+                or next((v for k, v in changing.items() if k[:2] == name[:2] and k[2] == name[2]), None)
+                or _masks_by_place(changing, call)
+            )
+            if masks_of_call is None:
+                raise NotParallelizable("no argument of the denoiser depends on its earlier outputs.")
+            row_maps[name] = _row_map(call, masks_of_call)
+    return [row_maps[name] for name in names]
+
+
+def _masks_by_place(changing: dict[Any, dict[int, Tensor]], call: Call) -> dict[int, Tensor] | None:
+    """Take the state leaves of other calls of the same form, for a kind that occurs at the first step only."""
+    for name, masks in changing.items():
+        if name[1] == str(call.spec) and all(isinstance(call.leaves[i], Tensor) for i in masks):
+            return {i: torch.ones_like(call.leaves[i], dtype=torch.bool) for i in masks}
+    return None
+
+
+def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
+    """Return how the rows of a call belong to states, each row a sample, from which elements depend on outputs."""
+    leaves = [call.leaves[i] for i in masks]
+    batched = all(leaf.ndim > 1 and len(leaf) == len(leaves[0]) for leaf in leaves)
+    rows = len(leaves[0]) if batched else 1
+    answers = [i for i, leaf in enumerate(call.output.leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    slices = []
+    for place, (i, changing) in enumerate(masks.items()):
+        mask = changing if batched else changing[None]
+        box = []
+        for axis in range(1, mask.ndim):
+            line = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
+            box.append((int(line[0]), int(line[-1]) + 1))
+        if place >= len(answers):
+            raise NotParallelizable(
+                f"{len(masks)} arguments of the denoiser depend on its earlier outputs, but it returns {len(answers)}."
+            )
+        leaf = call.output.leaves[answers[place]]
+        leaf = leaf if batched else leaf[None]
+        sizes = [stop - first for first, stop in box]
+        if (
+            leaf.ndim != mask.ndim
+            or len(leaf) != rows
+            or any(a < b for a, b in zip(leaf.shape[1:], sizes, strict=True))
+        ):
+            raise NotParallelizable(
+                f"an output of shape {tuple(leaf.shape)} does not match its input, whose state is {(rows, *sizes)}."
+            )
+        slices.append(StateSlice(i, tuple(box), answers[place]))
+    return RowMap(tuple(slices), rows, batched, np.arange(rows))
+
+
+def _steps(
+    calls: Sequence[Call], other: Sequence[Call], row_maps: Sequence[RowMap], feeding: set[int]
+) -> list[list[int]]:
+    """Collect successive calls with the same inputs: they do not wait for one another, so they are one step."""
+    steps: list[list[int]] = []
+    for c in range(len(row_maps)):
+        if c in feeding:
+            continue
+        if steps and _same_inputs(calls, other, steps[-1][0], c, row_maps):
+            steps[-1].append(c)
+        else:
+            steps.append([c])
+    return steps
+
+
+def _equal_rows(calls: Sequence[Call], a: int, b: int, row_maps: Sequence[RowMap]) -> Tensor | None:
+    """Return which rows of two calls are equal to the bit, (R, R'), or None where their states differ in size."""
+    dtype = torch.promote_types(_state_leaf(calls, row_maps, a).dtype, torch.float32)
+    left, right = (row_maps[c].states(calls[c].leaves, dtype) for c in (a, b))
+    if left.shape[1] != right.shape[1]:
+        return None
+    return torch.stack([(left == row).all(1) for row in right], 1).cpu()
+
+
+def _same_inputs(calls: Sequence[Call], other: Sequence[Call], a: int, b: int, row_maps: Sequence[RowMap]) -> bool:
+    left, right = (_equal_rows(recorded, a, b, row_maps) for recorded in (calls, other))
+    return left is not None and right is not None and bool((left & right).any(0).all())
+
+
+def _with_samples(
+    calls: Sequence[Call], other: Sequence[Call], row_maps: Sequence[RowMap], steps: Sequence[Sequence[int]]
+) -> list[RowMap]:
+    """Find which rows of calls have equal inputs at every step: they belong to one sample."""
+    equal_rows: dict[tuple[int, ...], Tensor] = {}
+    # Equal at all steps, for samples may start from the same noise.
+    for step in steps:
+        for place, c in enumerate(step):
+            for recorded in (calls, other):
+                same = _equal_rows(recorded, step[0], c, row_maps)
+                assert same is not None
+                key = (place, *same.shape)
+                equal_rows[key] = equal_rows[key] & same if key in equal_rows else same
+    with_samples = list(row_maps)
+    for step in steps:
+        for place, c in enumerate(step):
+            head, row_map = row_maps[step[0]], row_maps[c]
+            within = equal_rows[(0, head.rows, head.rows)].numpy()
+            labels = np.unique(within.argmax(0), return_inverse=True)[1]
+            match = equal_rows[(place, head.rows, row_map.rows)].numpy()
+            with_samples[c] = RowMap(row_map.slices, row_map.rows, row_map.batched, labels[match.argmax(0)])
+    for c, row_map in enumerate(row_maps):
+        if not any(c in step for step in steps):  # a feeding call has the rows of the fed one behind it
+            fed = next((step[0] for step in steps if step[0] > c), None)
+            if fed is not None and row_maps[fed].rows == row_map.rows:
+                samples = with_samples[fed].sample_of_row
+                with_samples[c] = RowMap(row_map.slices, row_map.rows, row_map.batched, samples)
+    return with_samples

@@ -1,0 +1,177 @@
+"""Rows of several recorded calls as one network call.
+
+With R rows in the first dimension of the state, the rows wanted of many calls become one call by the role of each other
+leaf over all calls:
+
+- a tensor with R rows, or several for each of them: its rows are taken along,
+- a number, or a tensor of one element, that differs between calls (the timestep): one entry a row,
+- anything that is the same in all calls: shared; calls that differ in anything else are not batched.
+
+Rows with equal inputs (guidance) stay apart in blocks, all first ones before all second ones, because some attention
+processors split the batch so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import upload
+from .calls import Call, CallKind, RecordedCalls, Role, equal, feeders_of
+from .rows import RowIndex, RowMap, RowRequest, has_rows, row_index
+
+__all__ = ["KindCalls", "Layout", "Merging", "split_outputs"]
+
+
+class Merging(Enum):
+    """What of calls becomes one network call."""
+
+    ROWS = "any rows of any calls"
+    CALLS = "whole calls"
+    SINGLE = "each call is evaluated by itself"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the arguments of several calls become one batch.
+
+    Attributes:
+        merging: What becomes one network call.
+        narrow: Numbers are given in the dtype of the state.
+        column: Numbers are given as (R, 1, ..) instead of (R,).
+        shared: Leaves equal in all calls are shared even if they have as many rows as the call.
+        repeated: Leaves with a multiple of the call's rows have several entries for each row, side by side.
+        bound: How far, relative, outputs may be from those of single calls.
+        reason: Why calls stay single.
+    """
+
+    merging: Merging
+    narrow: bool = False
+    column: bool = False
+    shared: bool = False
+    repeated: bool = False
+    bound: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class KindCalls:
+    """The recorded calls of one kind, to be evaluated one by one or as a batch.
+
+    Attributes:
+        recorded: All calls of the stage.
+        kind: Which of them, and the roles of their leaves.
+        network: ``network(call, leaves, rows)`` calls the denoiser once and returns its output leaves.
+    """
+
+    recorded: RecordedCalls
+    kind: CallKind
+    network: Callable[[Call, Sequence[Any], int], list[Any]]
+
+    def row_map(self, call: int) -> RowMap:
+        """Return how the rows of a call belong to states."""
+        return self.recorded.row_maps[call]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the state part of the arguments."""
+        call = self.kind.members[0]
+        dtype: torch.dtype = self.recorded.calls[call].leaves[self.row_map(call).slices[0].leaf].dtype
+        return dtype
+
+    def has_all_rows(self, requests: Sequence[RowRequest]) -> bool:
+        """Return whether all rows of every call are requested."""
+        return all(len(request.rows) == self.row_map(request.call).rows for request in requests)
+
+    def run_single(self, request: RowRequest) -> list[Any]:
+        """Evaluate one whole call with exactly the arguments that the loop gave."""
+        call, row_map = self.recorded.calls[request.call], self.row_map(request.call)
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        row_map.write(leaves, request.states)
+        for feeder, uses in feeders_of(call).items():
+            outputs = self.run_feeders(feeder, [request])
+            for leaf, output in uses:
+                leaves[leaf] = outputs[output]
+        return self.network(call, leaves, row_map.rows)
+
+    def run_feeders(self, feeder: int, requests: Sequence[RowRequest], layout: Layout | None = None) -> list[Any]:
+        """Evaluate the calls whose outputs are arguments of the requested ones, before them."""
+        offset = requests[0].call - feeder
+        calls = KindCalls(self.recorded, self.recorded.kinds[feeder], self.network)
+        feeding = [RowRequest(request.call - offset, request.rows, request.states) for request in requests]
+        return calls.run_single(feeding[0]) if layout is None else calls.run_ordered(feeding, layout)
+
+    def run_batched(self, requests: Sequence[RowRequest], layout: Layout) -> list[list[Any]]:
+        """Evaluate several requests in one network call."""
+        return split_outputs(self.run_ordered(requests, layout), requests, self.order(requests))
+
+    def order(self, requests: Sequence[RowRequest]) -> RowIndex:
+        """Return the order of all rows in the batch: all first rows of samples, then all second ones."""
+        blocks = np.concatenate([self.row_map(request.call).guidance_index[request.rows] for request in requests])
+        return np.argsort(blocks, kind="stable")
+
+    def run_ordered(self, requests: Sequence[RowRequest], layout: Layout) -> list[Any]:
+        """Call the network on the rows of all requests, in :meth:`order`, and return the output leaves."""
+        leaves = self.build_batch(requests, layout)
+        first = self.recorded.calls[requests[0].call]
+        for feeder, uses in feeders_of(first).items():
+            outputs = self.run_feeders(feeder, requests, layout)
+            for leaf, output in uses:
+                leaves[leaf] = outputs[output]
+        return self.network(first, leaves, sum(len(request.rows) for request in requests))
+
+    def build_batch(self, requests: Sequence[RowRequest], layout: Layout) -> list[Any]:
+        """Return the argument leaves of one network call for the rows of all requests, in :meth:`order`."""
+        order = self.order(requests)
+        calls = [self.recorded.calls[request.call] for request in requests]
+        row_map = self.row_map(requests[0].call)
+        leaves: list[Any] = []
+        for i, role in enumerate(self.kind.roles):
+            values = [call.leaves[i] for call in calls]
+            if role is Role.PER_ROW and layout.shared and all(equal(values[0], value) for value in values):
+                role = Role.SHARED
+            if role in (Role.PER_ROW, Role.STATE):
+                parts = [value[row_index(q.rows, value)] for q, value in zip(requests, values, strict=True)]
+                leaves.append(torch.cat(parts)[row_index(order, parts[0])])
+            elif role is Role.REPEATED_PER_ROW and layout.repeated:
+                parts = [value.unflatten(0, (row_map.rows, -1)) for value in values]
+                parts = [part[row_index(q.rows, part)] for q, part in zip(requests, parts, strict=True)]
+                leaves.append(torch.cat(parts)[row_index(order, parts[0])].flatten(0, 1))
+            elif role is Role.SCALAR:
+                counts = [len(request.rows) for request in requests]
+                column = _scalars(values, counts, order, requests[0].states)
+                if layout.narrow and column.is_floating_point():
+                    column = column.to(self.dtype)
+                leaves.append(column.view(-1, *(1,) * len(row_map.slices[0].box)) if layout.column else column)
+            else:
+                leaves.append(values[0].clone() if isinstance(values[0], Tensor) else values[0])
+        states = torch.cat([request.states for request in requests])
+        row_map.write(leaves, states[row_index(order, states)])
+        return leaves
+
+
+def split_outputs(leaves: Sequence[Any], requests: Sequence[RowRequest], order: RowIndex) -> list[list[Any]]:
+    """Return the output leaves of each request from those of the batch, whose rows are in this order."""
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    outputs, first = [], 0
+    for request in requests:
+        index = position[first : first + len(request.rows)]
+        first += len(request.rows)
+        outputs.append([leaf[row_index(index, leaf)] if has_rows(leaf, len(order)) else leaf for leaf in leaves])
+    return outputs
+
+
+def _scalars(values: Sequence[Any], counts: Sequence[int], order: RowIndex, like: Tensor) -> Tensor:
+    """Return one entry a row of a number that differs between calls."""
+    if isinstance(values[0], Tensor):
+        column = torch.stack([value.reshape(()) for value in values])
+    else:
+        column = upload(np.array(values), like if isinstance(values[0], float) else like.device)
+    return column[row_index(np.repeat(np.arange(len(counts)), counts)[order], column)]

@@ -1,0 +1,229 @@
+"""Recorded calls of a denoiser: a tree of argument leaves, and which calls can share a network call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from .rows import RowMap, RowRequest, has_rows
+
+__all__ = ["Call", "CallKind", "Output", "RecordedCalls", "Role", "autocast_of", "copy_leaves", "equal", "feeders_of"]
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Return whether two leaves are the same to the bit."""
+    if left is right:
+        return True
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and left.shape == right.shape
+            and left.dtype == right.dtype
+            and left.device == right.device
+            and torch.equal(left, right)
+        )
+    if type(left) is not type(right):
+        return False
+    try:
+        return bool(left == right) or (left != left and right != right)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def copy_leaves(leaves: Sequence[Any], previous: Sequence[Any] | None = None) -> list[Any]:
+    """Copy tensors, because the loop may write to them; what equals the same leaf of ``previous`` is shared."""
+    copies: list[Any] = []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            before = None if previous is None else previous[i]
+            copies.append(before if equal(leaf, before) else leaf.detach().clone())
+        else:
+            copies.append(leaf)
+    return copies
+
+
+def autocast_of(leaves: Sequence[Any]) -> tuple[str, torch.dtype] | None:
+    """Return the autocast that a call with these leaves runs under."""
+    kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """The form of a denoiser's output: its tree, with leaves of the right shapes and dtypes."""
+
+    spec: TreeSpec
+    leaves: list[Any]
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """Return leaves in the form of the output."""
+        return tree_unflatten(list(leaves), self.spec)
+
+
+@dataclass(eq=False)
+class Call:
+    """One recorded call: which denoiser, its arguments, and under which autocast.
+
+    Attributes:
+        module: Number of the denoiser.
+        spec: Form of (args, kwargs).
+        leaves: Their leaves, tensors copied.
+        feeds: Leaves that are outputs of an earlier call (ControlNet): leaf to (call, output leaf).
+        autocast: (device type, dtype) if the loop called under autocast.
+        output: Form of the output.
+    """
+
+    module: int
+    spec: TreeSpec
+    leaves: list[Any]
+    feeds: dict[int, tuple[int, int]]
+    autocast: tuple[str, torch.dtype] | None
+    output: Output
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
+        """Return (args, kwargs) with these leaves, in new containers."""
+        args, kwargs = tree_unflatten(list(leaves), self.spec)
+        return args, kwargs
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Evaluate as the loop did: no gradients, its autocast."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
+            yield
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what calls of one kind have in common."""
+        shapes = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for v in self.leaves)
+        return (self.module, str(self.spec), shapes)
+
+    def __repr__(self) -> str:
+        """Return the sizes, without the tensors."""
+        return f"Call(module {self.module}, {len(self.leaves)} leaves)"
+
+
+def feeders_of(call: Call) -> dict[int, list[tuple[int, int]]]:
+    """Return the calls whose outputs are arguments of this one: feeder to (leaf, output leaf)."""
+    feeders: dict[int, list[tuple[int, int]]] = {}
+    for leaf, (feeder, output) in call.feeds.items():
+        feeders.setdefault(feeder, []).append((leaf, output))
+    return feeders
+
+
+class Role(Enum):
+    """What an argument leaf is, over all calls of one kind."""
+
+    STATE = "depends on earlier outputs"
+    FEEDER_OUTPUT = "is an output of an earlier call"
+    PER_ROW = "has one entry a row"
+    REPEATED_PER_ROW = "is the same in all calls and has several entries for each row"
+    SCALAR = "is a number that differs between calls"
+    SHARED = "is the same in all calls"
+    DIFFERS = "differs between calls, which are not batched then"
+
+
+@dataclass(eq=False)
+class CallKind:
+    """Calls that may be batched.
+
+    Attributes:
+        key: Tells kinds apart.
+        name: What a layout depends on.
+        roles: Of every leaf.
+        members: The calls.
+        ambiguous: Whether a leaf with as many rows as the call is the same in all calls: it may be shared.
+    """
+
+    key: Any
+    name: Any
+    roles: list[Role]
+    members: list[int]
+    ambiguous: bool
+
+
+@dataclass(eq=False)
+class RecordedCalls:
+    """The calls of a stage, and how their rows belong to states."""
+
+    calls: Sequence[Call]
+    row_maps: Sequence[RowMap]
+
+    @cached_property
+    def kinds(self) -> dict[int, CallKind]:
+        """The kind of every call."""
+        return _kinds(self.calls, self.row_maps)
+
+    @cached_property
+    def repeated_kinds(self) -> list[CallKind]:
+        """The kinds of more than one call, without calls that only feed other calls."""
+        feeding = {feeder for call in self.calls for feeder, _ in call.feeds.values()}
+        kinds = {id(kind): kind for call, kind in self.kinds.items() if call not in feeding}
+        return [kind for kind in kinds.values() if len(kind.members) > 1]
+
+    def form(self, request: RowRequest) -> list[Any]:
+        """Return leaves of the shapes that answer a request; the values of tensors mean nothing."""
+        rows, leaves = self.row_maps[request.call].rows, self.calls[request.call].output.leaves
+        return [leaf[: len(request.rows)] if has_rows(leaf, rows) else leaf for leaf in leaves]
+
+
+def _kinds(calls: Sequence[Call], row_maps: Sequence[RowMap]) -> dict[int, CallKind]:
+    """Sort the calls of a stage into kinds."""
+    alike: dict[Any, list[int]] = {}
+    for c, (call, row_map) in enumerate(zip(calls, row_maps, strict=True)):
+        alike.setdefault((call.signature(), row_map.slices, tuple(row_map.sample_of_row)), []).append(c)
+    kinds: dict[int, CallKind] = {}
+    for name, members in alike.items():
+        roles, ambiguous = _roles(calls, row_maps[members[0]], members)
+        differing = [i for i, role in enumerate(roles) if role is Role.DIFFERS]
+        roles = [Role.SHARED if role is Role.DIFFERS else role for role in roles]
+        apart: list[tuple[list[Any], CallKind]] = []
+        for c in members:
+            values = [calls[c].leaves[i] for i in differing]
+            kind = next((k for v, k in apart if all(map(equal, v, values))), None)
+            if kind is None:
+                # A layout that is right on one side of what keeps calls apart need not be right on the other.
+                full_name = (name, tuple(roles), *(v if isinstance(v, (str, bool)) else type(v) for v in values))
+                kind = CallKind((name, len(apart)), full_name, roles, [], ambiguous)
+                apart.append((values, kind))
+            kind.members.append(c)
+            kinds[c] = kind
+    return kinds
+
+
+def _roles(calls: Sequence[Call], row_map: RowMap, members: Sequence[int]) -> tuple[list[Role], bool]:
+    """Return the role of every leaf of these calls, and whether one of them is ambiguous."""
+    first = calls[members[0]]
+    states = {piece.leaf for piece in row_map.slices}
+    roles, ambiguous = [], False
+    for i, leaf in enumerate(first.leaves):
+        same = all(equal(calls[c].leaves[i], leaf) for c in members)
+        role = _role(leaf, row_map, same)
+        if i in first.feeds:
+            role = Role.FEEDER_OUTPUT
+        elif i in states:
+            role = Role.STATE
+        ambiguous |= role is Role.PER_ROW and same
+        roles.append(role)
+    return roles, ambiguous
+
+
+def _role(leaf: Any, row_map: RowMap, same: bool) -> Role:
+    if isinstance(leaf, Tensor) and row_map.batched and leaf.ndim and len(leaf) == row_map.rows:
+        return Role.PER_ROW
+    if same and isinstance(leaf, Tensor) and row_map.batched and leaf.ndim > 1 and len(leaf) % row_map.rows == 0:
+        return Role.REPEATED_PER_ROW
+    if same:
+        return Role.SHARED
+    number = isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
+    return Role.SCALAR if number or (isinstance(leaf, Tensor) and leaf.numel() == 1) else Role.DIFFERS

@@ -1,0 +1,84 @@
+"""A recorded loop as a recurrence: solved by its coefficients, or by passes of its Python."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Array, Indices
+from ..samplers.coefficients import Coefficients
+from ..samplers.recurrence import Recurrence
+from .known_outputs import KnownOutputs
+from .passes import StageRecord
+from .record import StageProgress
+
+__all__ = ["RecordedRecurrence", "ReplayedRecurrence"]
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedRecurrence(Recurrence):
+    """The loop's recurrence; a correction leaves its slopes with the evaluations, for the replay."""
+
+    known: KnownOutputs | None = None
+
+    @classmethod
+    def of(cls, progress: StageProgress) -> RecordedRecurrence:
+        """Return the recurrence of a stage."""
+        as_runs = progress.structure.as_runs
+        noise = torch.stack([as_runs(term) for term in progress.noise_terms], 1)
+        return cls(progress.structure.coefficients, as_runs(progress.start), noise, progress.known)
+
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes for the replay."""
+        assert self.known is not None
+        self.known.set_slopes(sample, first, counts, slopes)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedRecurrence(Recurrence):
+    """A loop without a recurrence: one pass of its Python says which trajectory follows."""
+
+    replays = True
+    progress: StageProgress | None = None
+    run: weakref.ref[Callable[[int], StageRecord]] | None = None
+
+    @classmethod
+    def of(cls, progress: StageProgress, run: Callable[[int], StageRecord]) -> ReplayedRecurrence:
+        """Return the recurrence of a stage.
+
+        Args:
+            progress: Of the stage.
+            run: A method that makes a pass up to a step and returns its record; held weakly, because what it belongs to
+                holds every tensor of the loop, and runs may live on until the garbage collector comes.
+        """
+        coefficients = progress.structure.coefficients
+        # The coefficients only turn slopes into growth and back.
+        coefficients = Coefficients(
+            coefficients.state_weight,
+            coefficients.output_weight.sum(1, keepdims=True),
+            np.zeros(coefficients.steps),
+        )
+        return cls(coefficients, progress.structure.as_runs(progress.start), None, progress, weakref.WeakMethod(run))
+
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes for the next pass."""
+        assert self.progress is not None
+        self.progress.known.set_slopes(sample, first, counts, slopes)
+
+    def run_pass(self, last: int) -> None:
+        """Make one pass of the loop for all runs, up to step ``last``."""
+        assert self.progress is not None
+        run = None if self.run is None else self.run()
+        assert run is not None
+        self.progress.record = run(last)
+
+    def states(self, sample: int, first: int, last: int) -> Tensor:
+        """Return (n, dim) the states first .. last of a run in the latest pass."""
+        assert self.progress is not None
+        record = self.progress.record
+        return torch.stack([record.state_of_run(step, sample) for step in range(first, last + 1)]).flatten(1)

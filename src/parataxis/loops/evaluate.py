@@ -1,0 +1,114 @@
+"""Evaluates the network at states of a solver, by batches of recorded calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import upload
+from ..engine.rows import EvalBatch
+from .answers import PROBE_SEED
+from .error_estimate import relative_rounding
+from .known_outputs import KnownOutputs
+from .merger import Merger
+from .rows import RowIndex, RowRequest
+from .structure import Stage
+
+__all__ = ["StageEvaluator"]
+
+
+class StageEvaluator:
+    """States of runs to the combined outputs of their steps; what is evaluated is stored as known.
+
+    Args:
+        stage: With its recorded calls.
+        known: Takes the evaluations.
+        merger: Makes the network calls.
+    """
+
+    def __init__(self, stage: Stage, known: KnownOutputs, merger: Merger) -> None:
+        self.stage, self.known, self.merger = stage, known, merger
+
+    def __call__(self, batch: EvalBatch) -> Tensor:
+        """Evaluate rows (R, dim), or (R, S dim) where samples are joint, in the same shape."""
+        structure = self.stage.structure
+        states = batch.x.reshape(-1, structure.dim)
+        step, sample = batch.step.numpy(), batch.sample.numpy()
+        if structure.joint_samples:
+            step = np.repeat(step, structure.samples)
+            sample = np.tile(np.arange(structure.samples), len(batch.step))
+        requests, items_of_request = self._requests(states, step, sample)
+        outputs = self.merger.evaluate(self.stage.calls, requests)
+        total = self._combine(states, step, requests, items_of_request, outputs)
+        inputs = states.to(structure.network_dtype).to(structure.dtype)  # what the network was given
+        finite = torch.isfinite(total).all(1).cpu().numpy()
+        for q in np.unique(step):
+            items = np.flatnonzero(step == q)
+            self.known.store_inputs(int(q), sample[items], inputs[upload(items, inputs.device)], finite[items])
+        return total.view(batch.x.shape)
+
+    def rounding_error(self) -> float:
+        """Return the rounding of outputs, relative to them: see :attr:`Report.floor`."""
+        structure = self.stage.structure
+        unit, step = float(torch.finfo(structure.network_dtype).eps), structure.steps // 2
+        inputs = self.known.inputs_at_evaluation[step]
+        if inputs is None or not self.known.evaluated[step].all():
+            return unit
+        generator = torch.Generator("cpu").manual_seed(PROBE_SEED)
+        noise = torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)
+        near = inputs + unit * inputs.square().mean(1, keepdim=True).sqrt() * noise
+        calls = structure.calls_of_step[step]
+        requests = []
+        for call in calls:
+            row_map = structure.row_maps[call]
+            states = near[torch.from_numpy(row_map.sample_of_row).to(near.device)]
+            requests.append(RowRequest(call, np.arange(row_map.rows), states))
+        outputs = self.merger.evaluate(self.stage.calls, requests)
+        return float(np.hypot(unit, relative_rounding(self.known, list(zip(calls, outputs, strict=True)))))
+
+    def _requests(self, states: Tensor, step: RowIndex, sample: RowIndex) -> tuple[list[RowRequest], list[RowIndex]]:
+        """Return the rows of recorded calls that stand for states, and which state is behind each of their rows."""
+        structure = self.stage.structure
+        requests, items_of_request = [], []
+        for q in np.unique(step):
+            items = np.flatnonzero(step == q)
+            item_of_sample = np.full(structure.samples, -1)
+            item_of_sample[sample[items]] = items
+            for call in structure.calls_of_step[q]:
+                sample_of_row = structure.row_maps[call].sample_of_row
+                rows = np.flatnonzero(item_of_sample[sample_of_row] >= 0)
+                items_of_rows = item_of_sample[sample_of_row[rows]]
+                requests.append(RowRequest(call, rows, states[upload(items_of_rows, states.device)]))
+                items_of_request.append(items_of_rows)
+        return requests, items_of_request
+
+    def _combine(
+        self,
+        states: Tensor,
+        step: RowIndex,
+        requests: Sequence[RowRequest],
+        items_of_request: Sequence[RowIndex],
+        outputs: Sequence[list[Any]],
+    ) -> Tensor:
+        """Return the combined outputs of every state, and store all outputs."""
+        structure = self.stage.structure
+        rows_of_step: dict[int, list[Tensor]] = {}
+        total = torch.empty_like(states)
+        for request, items, output in zip(requests, items_of_request, outputs, strict=True):
+            row_map = structure.row_maps[request.call]
+            self.known.store_outputs(request.call, request.rows, output)
+            answers = row_map.answers(output, structure.dtype)
+            guidance_index = row_map.guidance_index[request.rows]
+            for k in range(int(guidance_index.max()) + 1):
+                row = torch.empty_like(total)
+                chosen = np.flatnonzero(guidance_index == k)
+                row[upload(items[chosen], row.device)] = answers[upload(chosen, answers.device)]
+                rows_of_step.setdefault(structure.step_of_call[request.call], []).append(row)
+        for q in np.unique(step):
+            index = upload(np.flatnonzero(step == q), total.device)
+            total[index] = structure.combine(int(q), [row[index] for row in rows_of_step[int(q)]])
+        return total

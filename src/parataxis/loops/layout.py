@@ -1,0 +1,165 @@
+"""Which layout gives what single calls give; each is checked against them, on random inputs.
+
+The most general layout that passes is taken: rows of any calls, else whole calls, else each call by itself. Outputs of
+networks that compute in 16 bits are compared on random conditioning, where a wrong layout errs by order 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.executor import out_of_memory
+from .batch import KindCalls, Layout, Merging
+from .calls import Call, RecordedCalls, Role
+from .rows import RowRequest, row_index
+
+__all__ = ["NOTHING_TO_BATCH", "OUT_OF_MEMORY", "LayoutSearch", "compare", "random_request", "rows_of_sample"]
+
+WRONG = 0.1  # a wrong layout errs by order 1 on random rows
+ROUNDINGS = 10  # times the rounding of copies of one call that a layout may differ
+NO_BATCH_DIMENSION = "the denoiser's input has no batch dimension, so steps cannot share a network call."
+NOTHING_TO_BATCH = "no two calls of the denoiser can be batched: they differ in more than rows and numbers."
+BATCHING_CHANGES_OUTPUT = (
+    "batching calls of the denoiser changes its outputs: it may read only the first timestep, or mix rows of the batch."
+)
+OUT_OF_MEMORY = "not enough memory to batch two denoiser calls."
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutSearch:
+    """The search for the layout of one kind of call."""
+
+    calls: KindCalls
+
+    def find(self) -> Layout:
+        """Find the most general layout that gives what single calls give, on random inputs.
+
+        Raises an error that :func:`out_of_memory` knows where there is no room to try.
+        """
+        kind = self.calls.kind
+        row_map = self.calls.row_map(kind.members[0])
+        if not row_map.batched:
+            return Layout(Merging.SINGLE, reason=NO_BATCH_DIMENSION)
+        members = [kind.members[i] for i in sorted({0, len(kind.members) // 2, len(kind.members) - 1})]
+        # In 16 bits a layout that swaps similar rows would pass, so their conditioning is made dissimilar.
+        precise = torch.finfo(self.calls.dtype).bits >= 32
+        trial = self if precise else LayoutSearch(randomize_conditioning(self.calls, members))
+        generator = torch.Generator("cpu").manual_seed(0)
+        scales = (1.0, 0.5, 2.0)
+        whole = [random_request(trial.calls, c, generator, scale) for c, scale in zip(members, scales, strict=False)]
+        answers = [trial.calls.run_single(request) for request in whole]
+        samples = (int(row_map.sample_of_row.max()), 0)
+        partial = [rows_of_sample(trial.calls, q, s) for q, s in zip(whole, samples, strict=False)] + whole[2:]
+        try:
+            return trial.find_layout(partial, whole, answers)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        return trial.find_layout(partial[:2], whole[:2], answers[:2])
+
+    def find_layout(
+        self, partial: Sequence[RowRequest], whole: Sequence[RowRequest], answers: Sequence[list[Any]]
+    ) -> Layout:
+        """Return the most general layout that gives the answers of single calls: for part of their rows, or whole."""
+        dtype = self.calls.dtype
+        smallest = max(2e-5, 2 * torch.finfo(dtype).eps)
+        bound, measured = (smallest, False) if torch.finfo(dtype).bits >= 32 else (WRONG, True)
+        for layout in self.candidates(whole[0]):
+            requests = partial if layout.merging is Merging.ROWS else whole
+            error = compare(self.calls, requests, answers, layout)[1]
+            if bound < error <= WRONG and not measured:
+                # A network may compute in fewer bits than its input has: copies of one call show its rounding.
+                rounding = compare(self.calls, [whole[0]] * 2, [answers[0]] * 2, layout)[1]
+                bound, measured = min(max(bound, ROUNDINGS * rounding), WRONG), True
+            if error <= bound:
+                return replace(layout, bound=min(max(smallest, ROUNDINGS * error), WRONG))
+        return Layout(Merging.SINGLE, reason=BATCHING_CHANGES_OUTPUT)
+
+    def candidates(self, request: RowRequest) -> Iterator[Layout]:
+        """Yield the layouts to try, the most general and most usual ones first."""
+        kind, dtype = self.calls.kind, self.calls.dtype
+        leaves = self.calls.recorded.calls[request.call].leaves
+        scalars = [leaf for leaf, role in zip(leaves, kind.roles, strict=True) if role is Role.SCALAR]
+        narrow = (False, True) if any(_has_other_dtype(scalar, dtype) for scalar in scalars) else (False,)
+        column = (False, True) if scalars else (False,)
+        shared = (False, True) if kind.ambiguous else (False,)
+        repeated = (False, True) if Role.REPEATED_PER_ROW in kind.roles else (False,)
+        for merging in (Merging.ROWS, Merging.CALLS):
+            for options in product(narrow, column, shared, repeated):
+                yield Layout(merging, *options)
+
+
+def random_request(calls: KindCalls, call: int, generator: torch.Generator, scale: float = 1.0) -> RowRequest:
+    """Return the request for a whole call at random states."""
+    row_map, dtype = calls.row_map(call), torch.promote_types(calls.dtype, torch.float32)
+    like = row_map.states(calls.recorded.calls[call].leaves, dtype)
+    shape = int(row_map.sample_of_row.max()) + 1, like.shape[1]
+    states = (torch.randn(shape, generator=generator, device="cpu") * scale).to(like)
+    return RowRequest(call, np.arange(row_map.rows), states[row_index(row_map.sample_of_row, states)])
+
+
+def rows_of_sample(calls: KindCalls, request: RowRequest, sample: int) -> RowRequest:
+    """Return the request for the rows of one sample of a whole call."""
+    rows = calls.row_map(request.call).rows_of(sample)
+    return RowRequest(request.call, rows, request.states[row_index(rows, request.states)])
+
+
+def randomize_conditioning(calls: KindCalls, members: Sequence[int]) -> KindCalls:
+    """Return the same calls with conditioning at random in these members."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    recorded = list(calls.recorded.calls)
+    for c in members:
+        leaves = list(recorded[c].leaves)
+        for i, role in enumerate(calls.kind.roles):
+            if role is Role.PER_ROW and leaves[i].is_floating_point() and leaves[i].ndim > 1:
+                rms = leaves[i].float().square().mean().sqrt().nan_to_num(1.0, 1.0)
+                random = torch.randn(leaves[i].shape, generator=generator, device="cpu")
+                leaves[i] = (random.to(rms.device) * rms).to(leaves[i])
+        old = recorded[c]
+        recorded[c] = Call(old.module, old.spec, leaves, old.feeds, old.autocast, old.output)
+    return KindCalls(RecordedCalls(recorded, calls.recorded.row_maps), calls.kind, calls.network)
+
+
+def compare(
+    calls: KindCalls, requests: Sequence[RowRequest], answers: Sequence[list[Any] | None], layout: Layout
+) -> tuple[list[list[Any]], float]:
+    """Evaluate several requests in one network call, and compare it with the answers of single calls that are known.
+
+    Returns:
+        The output leaves, and how far they are from the answers, relative; infinite where there are none.
+    """
+    row_map = calls.row_map(requests[0].call)
+    try:
+        outputs = calls.run_batched(requests, layout)
+    except Exception as error:  # whatever a network says to a batch that it cannot take
+        if out_of_memory(error):
+            raise
+        return [], float("inf")
+    worst = 0.0
+    for request, output, answer in zip(requests, outputs, answers, strict=True):
+        if answer is None:
+            continue
+        dtype = request.states.dtype
+        batched, single = (row_map.answers(leaves, dtype).cpu().double() for leaves in (output, answer))
+        single = single[row_index(request.rows, batched)]
+        if batched.shape != single.shape:
+            return outputs, float("inf")
+        finite = torch.isfinite(single)  # what is not finite cannot be compared
+        distance, norm = float((batched - single)[finite].norm()), float(single[finite].norm())
+        if distance != 0:  # or not a number
+            worst = max(worst, distance / norm) if norm > 0 and np.isfinite(distance) else float("inf")
+    return outputs, worst
+
+
+def _has_other_dtype(scalar: Any, dtype: torch.dtype) -> bool:
+    """Return whether a number, given one entry a row, has another floating-point dtype than the state."""
+    if isinstance(scalar, Tensor):
+        return scalar.is_floating_point() and scalar.dtype != dtype
+    return isinstance(scalar, float) and torch.promote_types(dtype, torch.float32) != dtype

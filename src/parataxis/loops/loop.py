@@ -1,0 +1,121 @@
+"""A loop that belongs to someone else, and what is kept of it from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from .batch import Layout
+from .calls import Output
+from .structure import Structure
+
+if TYPE_CHECKING:
+    from ..engine.distributed.ranks import Ranks
+
+__all__ = ["Loop", "check_denoisers", "is_library_object", "reachable"]
+
+
+@dataclass(eq=False)
+class Loop:
+    """A loop as it belongs to someone else, and what is kept of it from call to call.
+
+    Attributes:
+        run: Runs it once: ``run(args, kwargs, quiet)``; ``quiet`` leaves out callbacks and progress bars.
+        denoisers: The modules that it calls at every step.
+        memoized: Other costly calls: (object, name of its method; ``__call__`` for a module itself).
+        unsupported: Returns why the loop cannot be solved in parallel in its present configuration, or None.
+        state: What its numbers depend on besides its arguments (the scheduler's configuration).
+        calls_back: Whether these keyword arguments hold a callback, which then runs once, in the final replay.
+        on_round: Called after every round with the numbers of accepted steps and of all steps of the stage.
+        outputs: Form of the output of every kind of call.
+        layouts: How each kind of call is batched.
+        limit: Most rows that memory has had room for.
+        structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
+        changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
+        ranks: Those that share the network's calls; None without.
+    """
+
+    run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
+    denoisers: tuple[nn.Module, ...]
+    memoized: tuple[tuple[Any, str], ...] = ()
+    unsupported: Callable[[], str | None] = lambda: None
+    state: Callable[[], Any] = lambda: None
+    calls_back: Callable[[dict[str, Any]], bool] = lambda kwargs: False
+    on_round: Callable[[int, int], object] = lambda accepted, steps: None
+    outputs: dict[Any, Output] = field(default_factory=dict)
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+    limit: int | None = None
+    structures: dict[Any, Structure] = field(default_factory=dict)
+    changed_by_callbacks: set[Any] = field(default_factory=set)
+    ranks: Ranks | None = None
+
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
+        leaves, spec = tree_flatten((args, kwargs))
+        training = tuple(denoiser.training for denoiser in self.denoisers)
+        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state()), training
+
+
+def _trait(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return repr(leaf) if isinstance(leaf, (bool, int, float)) or leaf is None else type(leaf).__name__
+
+
+def reachable(function: Any, *values: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield the objects that a function can see: its arguments, its closure, the globals it names, its owner."""
+    stack = [(function, 0), *((leaf, 0) for leaf in tree_leaves(values))]
+    seen: set[int] = set()
+    while stack:
+        value, distance = stack.pop()
+        if id(value) in seen or distance > depth:
+            continue
+        seen.add(id(value))
+        yield value
+        inside: list[Any] = []
+        if isinstance(value, FunctionType):
+            inside += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            inside += [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+            inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, (list, tuple, dict)):
+            inside += tree_leaves(value) if len(value) < 1000 else []
+        elif hasattr(value, "func") and hasattr(value, "args"):  # functools.partial
+            inside += [value.func, *value.args, *getattr(value, "keywords", {}).values()]
+        elif not isinstance(value, (nn.Module, Tensor, type)):
+            inside += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+            inside += list(getattr(value, "__dict__", {}).values()) if not is_library_object(value) else []
+        stack += [(held, distance + 1) for held in inside if held is not None]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def is_library_object(value: Any) -> bool:
+    """Return whether an object is of a class of torch, numpy or Python itself."""
+    return getattr(type(value), "__module__", "").split(".")[0] in ("torch", "numpy", "builtins")
+
+
+def check_denoisers(denoisers: Sequence[nn.Module] | None) -> tuple[nn.Module, ...] | None:
+    """Return the denoisers that were passed, or None for none, or raise."""
+    if denoisers is None:
+        return None
+    modules = tuple(denoisers) if isinstance(denoisers, (list, tuple)) else None
+    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+        names = [type(value).__name__ for value in modules or ()]
+        got = type(denoisers).__name__ if modules is None else f"[{', '.join(names)}]"
+        raise TypeError(f"denoisers must be a list of the modules that the loop calls, such as [unet], got {got}.")
+    return modules

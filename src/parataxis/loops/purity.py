@@ -1,0 +1,99 @@
+"""Whether a denoiser answers by its arguments alone: no hidden state, no random numbers, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .calls import Call, copy_leaves
+from .module_state import ModuleState
+from .randomness import advanced_generators, generator_states
+from .signals import NotParallelizable
+
+__all__ = ["check_pure"]
+
+SAME = 5e-3  # by which answers to the same input may differ, relative
+
+
+def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call) -> Any:
+    """Return what the denoiser answers to a call; it is called two or three times.
+
+    Args:
+        denoiser: The module.
+        run: ``run(args, kwargs)`` calls it.
+        call: With which arguments.
+
+    Raises:
+        NotParallelizable: If the answer depends on anything else.
+    """
+    state = ModuleState(denoiser, call.leaves)
+    try:
+        return _check_pure(run, call, state)
+    except NotParallelizable as reason:
+        if state.restore():
+            raise
+        raise NotParallelizable(f"{reason} It has written to large tensors, so the result may differ.") from None
+
+
+def _check_pure(run: Callable[[Any, Any], Any], call: Call, state: ModuleState) -> Any:
+    leaves = call.leaves
+    first_result = result = call_checked(run, call, leaves, state)
+    after = state.now()
+    if not after.same_as(state):
+        # Tables that fill in on the first call are no state; what was computed of one input and answers another is.
+        leaves = flip_input(leaves, result)
+        result = call_checked(run, call, leaves, state)
+        if not state.now().same_as(after):
+            raise NotParallelizable("the denoiser has hidden state that changes with every call (a cache).")
+        state.restore()
+    if outputs_differ(result, call_checked(run, call, leaves, state)):
+        raise NotParallelizable(
+            "the denoiser has hidden state: it answers the same input in different ways (a cache, a counter, its own "
+            "random generator)."
+        )
+    return first_result
+
+
+def call_checked(run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], state: ModuleState) -> Any:
+    """Call the denoiser once on copies; raise if it draws random numbers or writes into its arguments."""
+    copies = copy_leaves(leaves)
+    args, kwargs = call.arguments(copies)
+    before = generator_states(generator for generator, _ in state.generators)
+    with call.context():
+        result = run(args, kwargs)
+    if advanced_generators(before):
+        raise NotParallelizable("the denoiser draws random numbers: call its eval() first.")
+    written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if written - {id(leaf) for leaf in copies}:
+        raise NotParallelizable("the denoiser writes into its arguments, which the loop passes on (a KV cache).")
+    return result
+
+
+def flip_input(leaves: Sequence[Any], result: Any) -> list[Any]:
+    """Return leaves with another state: a tensor of the output's shape, else the first one, flipped."""
+    states = [i for i, leaf in enumerate(leaves) if _is_floating(leaf) and leaf.numel() > 1]
+    shapes = [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    chosen = next((i for i in states if leaves[i].shape in shapes), next(iter(states), None))
+    return [leaf.flip(tuple(range(leaf.ndim))) if i == chosen else leaf for i, leaf in enumerate(leaves)]
+
+
+def outputs_differ(left_output: Any, right_output: Any) -> bool:
+    """Return whether outputs differ by more than rounding."""
+    lefts, rights = (
+        [leaf for leaf in tree_leaves(output) if _is_floating(leaf)] for output in (left_output, right_output)
+    )
+    if [left.shape for left in lefts] != [right.shape for right in rights]:
+        return True
+    for left, right in zip(lefts, rights, strict=True):
+        bound = max(SAME, 4 * torch.finfo(left.dtype).eps)
+        if float((left.float() - right.float()).norm()) > bound * float(left.float().norm()):
+            return True
+    return False
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

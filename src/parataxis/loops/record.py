@@ -1,0 +1,164 @@
+"""Recording a stage: passes with random outputs show its structure, one more confirms it and shows what the loop adds.
+
+In that last pass outputs are f = d u + noise, with d such that states keep their size: so the rounding of what the loop
+adds along the way is that of states of the right size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .analysis import find_structure
+from .answers import PROBE_SEED, AffineAnswers, PerturbedAnswers
+from .calls import RecordedCalls
+from .fit import fit_slopes
+from .known_outputs import KnownOutputs
+from .passes import PassRecord, StageRecord
+from .runner import LoopRunner, same_leaves
+from .signals import NotParallelizable
+from .stage_plan import CallbackFree, StagePlan
+from .structure import Recording, Stage, Structure
+
+__all__ = ["StageProgress", "probe_stage", "record_stage"]
+
+MIN_STEPS = 8  # shorter loops run sequentially
+MIN_FIT_ELEMENTS = 48  # of a step, to fit its coefficients to; smaller loops are recorded more often
+MAX_EXTRA_RECORDINGS = 16
+
+
+@dataclass(eq=False)
+class StageProgress:
+    """How far the solution of a stage has come.
+
+    Attributes:
+        stage: What is solved.
+        known: Its evaluations.
+        record: What the latest pass saw of it.
+        start: (S, dim) the first state.
+        noise_terms: What the loop adds at every step, (S, dim) each.
+        followed: Whether a call of a denoiser follows the stage at once, if that is known.
+        reused: Whether the structure is that of an earlier call of the loop.
+        accepted: Whether the loop may go on behind it.
+        solution: (S, dim) the last state as the solver left it.
+        solver_estimate: The solver's own estimate of its relative error.
+        output_noise: Noise that the next pass adds to its outputs, relative to those of the network.
+        noisy_result: (S, dim) the last state of a pass with such noise, to be compared with the next replay.
+        callback_free: What the stage was without callbacks.
+    """
+
+    stage: Stage
+    known: KnownOutputs
+    record: StageRecord
+    start: Tensor
+    noise_terms: list[Tensor]
+    followed: bool | None
+    reused: bool = False
+    accepted: bool = False
+    solution: Tensor | None = None
+    solver_estimate: float = 0.0
+    output_noise: float = 0.0
+    noisy_result: Tensor | None = None
+    callback_free: CallbackFree | None = None
+
+    @property
+    def structure(self) -> Structure:
+        """Of the stage."""
+        return self.stage.structure
+
+    @property
+    def answers(self) -> AffineAnswers:
+        """How the next pass answers its calls."""
+        return AffineAnswers(self.known, self.output_noise)
+
+    def plan(self, last_step: int | None = None) -> StagePlan:
+        """Return how the next pass answers its calls, and how far it goes."""
+        return StagePlan(
+            self.structure, self.stage.first, self.answers, last_step, self.accepted, self.followed, self.callback_free
+        )
+
+    def rebase(self) -> None:
+        """Take what the loop adds along the way from the latest pass."""
+        self.start, self.noise_terms = self.record.inputs[0], self.record.noise_terms()
+
+    def trajectory(self) -> Tensor:
+        """Return the states of the latest pass, (N + 1, S, dim); without a last state the one before is repeated."""
+        record = self.record
+        return torch.stack(record.states if record.final is not None else [*record.inputs, record.inputs[-1]])
+
+
+def record_stage(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRecord) -> StageProgress:
+    """Find the structure of the calls behind the known stages.
+
+    Args:
+        runner: Runs the loop.
+        plans: Of the known stages.
+        record: Of a pass that has recorded the calls, with seed 0.
+
+    Raises:
+        NotParallelizable: With the reason.
+    """
+    first = plans[-1].stop if plans else 0
+    if not first and len(record.calls) <= MIN_STEPS:
+        raise NotParallelizable(f"the loop has only {len(record.calls)} steps.")
+    recordings = _record_twice(runner, plans, record)
+    structure, check = find_structure(recordings, first)
+    elements = structure.samples * structure.dim
+    if elements < MIN_FIT_ELEMENTS:
+        for seed in range(2, 2 + min(-(-MIN_FIT_ELEMENTS // elements), MAX_EXTRA_RECORDINGS)):
+            recordings.append(runner.run(plans, seed=seed).recording)
+        structure, check = find_structure(recordings, first)
+    followed = len(structure.row_maps) < len(recordings[0].calls)
+    if not first and not followed and structure.steps <= MIN_STEPS:
+        raise NotParallelizable(f"the loop has only {structure.steps} steps.")
+    progress = probe_stage(runner, plans, structure, followed)
+    if check is not None and not check.passes(progress.noise_terms):
+        structure.linear = False
+    if not structure.linear:
+        second = probe_stage(runner, plans, structure, followed, seed=PROBE_SEED + 2)
+        fit_slopes(structure, progress.record, second.record)
+        progress = probe_stage(runner, plans, structure, followed)
+    return progress
+
+
+def probe_stage(
+    runner: LoopRunner,
+    plans: Sequence[StagePlan],
+    structure: Structure,
+    followed: bool | None,
+    seed: int = PROBE_SEED,
+) -> StageProgress:
+    """Make the pass that shows what the loop adds along the way; it also records the calls.
+
+    Args:
+        runner: Runs the loop.
+        plans: Of the stages before.
+        structure: Of the stage.
+        followed: Whether a call of a denoiser follows the stage at once, if that is known.
+        seed: Of the noise.
+
+    Raises:
+        LoopChanged: If the loop does not fit the structure.
+    """
+    first = plans[-1].stop if plans else 0
+    plan = StagePlan(structure, first, PerturbedAnswers(structure, seed), followed=followed)
+    passed = runner.run([*plans, plan])
+    record = passed.last
+    stage = Stage(structure, first, RecordedCalls(record.calls, structure.row_maps))
+    known = KnownOutputs(structure)
+    return StageProgress(stage, known, record, record.inputs[0], record.noise_terms(), passed.followed)
+
+
+def _record_twice(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRecord) -> list[Recording]:
+    """Return two recordings with different outputs, the first of which may be made anew."""
+    while True:
+        second = runner.run(plans, seed=1)
+        at_module = record.ended_at_module and second.ended_at_module
+        if not at_module or not same_leaves(record.ending, second.ending):
+            return [record.recording, second.recording]
+        # A module that the loop calls along the way, with nothing that depends on outputs.
+        runner.loop_constants.append(record.ending or [])
+        record = runner.run(plans)

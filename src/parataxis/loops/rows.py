@@ -1,0 +1,126 @@
+"""How the rows of a denoiser's call belong to the states of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..arrays import upload
+
+__all__ = ["RowIndex", "RowMap", "RowRequest", "StateSlice", "has_rows", "row_index"]
+
+RowIndex = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """The part of a call's arguments that is state, and the part of the output that answers it.
+
+    Attributes:
+        leaf: Which argument.
+        box: The part, (first, last + 1) for every dimension behind the rows.
+        output: Which leaf of the output; its leading part of the same shape is the answer.
+    """
+
+    leaf: int
+    box: tuple[tuple[int, int], ...]
+    output: int
+
+    @property
+    def state(self) -> tuple[slice, ...]:
+        """The part of the argument, with its rows in front."""
+        return (slice(None), *(slice(*ends) for ends in self.box))
+
+    @property
+    def answer(self) -> tuple[slice, ...]:
+        """The part of the output, with its rows in front."""
+        return (slice(None), *(slice(0, stop - first) for first, stop in self.box))
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """How the rows of a call belong to states.
+
+    Attributes:
+        slices: The state parts; a state is all of them, flattened, one behind the other.
+        rows: R.
+        batched: Whether the leaves' first dimension counts rows; else a leaf is one row.
+        sample_of_row: (R,) the sample of each row: rows of a sample (guidance) have equal inputs.
+    """
+
+    slices: tuple[StateSlice, ...]
+    rows: int
+    batched: bool
+    sample_of_row: RowIndex
+
+    @cached_property
+    def guidance_index(self) -> RowIndex:
+        """(R,) how many rows of the same sample stand before each row."""
+        return np.array([int((self.sample_of_row[:r] == s).sum()) for r, s in enumerate(self.sample_of_row)])
+
+    def rows_of(self, sample: int) -> RowIndex:
+        """Return the rows of a sample."""
+        return np.flatnonzero(self.sample_of_row == sample)
+
+    def view(self, leaf: Tensor) -> Tensor:
+        """Return a leaf with its rows in front."""
+        return leaf if self.batched else leaf[None]
+
+    def states(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Return the state parts of arguments, (R, dim)."""
+        parts = [self.view(leaves[p.leaf])[p.state].flatten(1) for p in self.slices]
+        return torch.cat(parts, 1).to(dtype)
+
+    def answers(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Return the parts of outputs that answer the states, (R, dim)."""
+        parts = [self.view(leaves[p.output])[p.answer].flatten(1) for p in self.slices]
+        return torch.cat(parts, 1).to(dtype)
+
+    def write(self, leaves: Sequence[Any], states: Tensor) -> None:
+        """Put states (R, dim) into the state parts of arguments."""
+        self._put([(leaves[p.leaf], p.state) for p in self.slices], states, add=False)
+
+    def add(self, leaves: Sequence[Any], change: Tensor) -> None:
+        """Add a change (R, dim) to the answering parts of outputs."""
+        self._put([(leaves[p.output], p.answer) for p in self.slices], change, add=True)
+
+    def _put(self, places: Sequence[tuple[Tensor, tuple[slice, ...]]], rows: Tensor, *, add: bool) -> None:
+        first = 0
+        for leaf, box in places:
+            part = self.view(leaf)[box]
+            size = part[0].numel()
+            values = rows[:, first : first + size].view(part.shape)
+            part.copy_(part.to(rows.dtype) + values if add else values)
+            first += size
+
+
+@dataclass(frozen=True, eq=False)
+class RowRequest:
+    """Rows to be evaluated of one recorded call.
+
+    Attributes:
+        call: Which call of the stage.
+        rows: (n,) which rows of it, in order.
+        states: (n, dim) their inputs.
+    """
+
+    call: int
+    rows: RowIndex
+    states: Tensor
+
+
+def has_rows(leaf: Any, rows: int) -> bool:
+    """Return whether a leaf is a tensor with so many rows."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
+
+
+def row_index(rows: RowIndex, like: Tensor) -> Tensor:
+    """Return row numbers on the device of a tensor."""
+    return upload(np.asarray(rows, np.int64), like.device)

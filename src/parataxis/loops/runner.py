@@ -1,0 +1,352 @@
+"""Runs a loop's own Python, with stubs in the place of its networks: one pass after another.
+
+Every pass starts from the same random state, so it draws what the unmodified loop draws. A stub answers with what the
+pass is for: random outputs, the affine model of earlier evaluations, or what a module answered before. A pass that has
+seen what it is for ends by a private signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+
+from .answers import Answers
+from .calls import Call, Output, autocast_of, copy_leaves, equal
+from .loop import Loop, reachable
+from .memo import ModuleMemo
+from .merger import Merger
+from .module_state import ModuleAttributes
+from .passes import PassRecord, StageRecord
+from .purity import check_pure
+from .randomness import RandomState
+from .signals import LoopChanged, NotParallelizable, PassComplete
+from .stage_plan import StagePlan, answer_call
+from .structure import random_outputs
+from .stubs import AlreadyParallel, OriginalCall, StubSwitch, install
+
+__all__ = ["LoopRunner", "same_leaves"]
+
+
+class LoopRunner:
+    """Runs one call of a loop, as often as it takes.
+
+    Attributes:
+        loop: The loop.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        key: What its coefficients may depend on.
+        passes: How often its Python has run.
+        callbacks_in_every_pass: Whether callbacks change what the loop does.
+        trainable: Whether the unmodified loop's result would require gradients.
+        loop_constants: Arguments of modules that the loop calls along the way and that do not depend on outputs.
+        merger: Evaluates recorded calls by the real denoisers.
+    """
+
+    def __init__(self, loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the random state; nothing runs yet."""
+        self.loop, self.args, self.kwargs = loop, args, kwargs
+        self.key = loop.key(args, kwargs)
+        self.passes = 0
+        self.callbacks_in_every_pass = self.key in loop.changed_by_callbacks
+        self.trainable = False
+        self.loop_constants: list[list[Any]] = []
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks)
+        self.memo = ModuleMemo()
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        self._random = RandomState(reachable(loop.run, args, kwargs))
+        self._switch = StubSwitch()
+        self._originals: list[OriginalCall] = []
+        self._attributes: ModuleAttributes | None = self._take_attributes()
+        self._pass: _Pass | None = None  # the one that is running; stubs answer for it
+
+    def __repr__(self) -> str:
+        """Return how often the loop has run."""
+        return f"LoopRunner({self.passes} passes)"
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the networks' calls by stubs, and put everything back at the end.
+
+        Raises:
+            AlreadyParallel: If the calls of a denoiser are replaced already, or those of another module in another
+                thread.
+        """
+        loop = self.loop
+        stubs = install(self._switch, loop.denoisers, loop.memoized, self._answer_denoiser, self._answer_module)
+        with stubs as self._originals:
+            yield
+
+    def run(
+        self,
+        plans: Sequence[StagePlan] = (),
+        *,
+        seed: int = 0,
+        callbacks: bool = False,
+        accept: Callable[[StageRecord], bool] | None = None,
+        at_stage: Callable[[], Answers | None] | None = None,
+    ) -> PassRecord:
+        """Run the loop once, and return what the pass saw.
+
+        Args:
+            plans: How the calls of the stages that are known are answered.
+            seed: Of the outputs of calls behind them; these calls are recorded.
+            callbacks: Run callbacks.
+            accept: Decides whether the loop may go on behind the last stage; None ends the pass there.
+            at_stage: Called at the first call of the last stage, within whatever context the loop has set up for its
+                networks; returns how the stage is answered from there on, or None to end the pass.
+        """
+        self.passes += 1
+        self._random.restore()
+        if self._attributes is None:
+            self._attributes = self._take_attributes()
+        # A pass that cannot get farther than the ones before meets no generator that they have not.
+        watched = self.passes == 1 or callbacks or accept is not None or not plans
+        outer, current = self._pass, _Pass(self, plans, seed, callbacks, accept, at_stage)
+        self._pass = current
+        try:
+            with self._random if watched else nullcontext(), _autocast(self._autocast):
+                value = self.loop.run(self.args, self.kwargs, not (callbacks or self.callbacks_in_every_pass))
+                current.record.ended_at_module = False
+                current.leave(tree_leaves(value))
+        except BaseException as error:
+            self._attributes.restore()
+            if isinstance(error, PassComplete):
+                return current.record
+            if isinstance(error, Exception) and not callbacks and current.explains(error):
+                raise NotParallelizable(f"it raised {error!r} on trial outputs.") from error
+            raise
+        finally:
+            self._pass = outer
+            current.release()
+        current.record.complete, current.record.value = not current.record.calls, value
+        return current.record
+
+    def sequential(self) -> Any:
+        """Run the unmodified loop, from the random state at the beginning."""
+        self.passes += 1
+        self._random.restore()
+        return self.loop.run(self.args, self.kwargs, False)
+
+    def evaluate(self, module: int, args: Any, kwargs: Any) -> Any:
+        """Call a real denoiser."""
+        with self.real_calls():
+            return self._originals[module](*args, **kwargs)
+
+    @contextmanager
+    def real_calls(self) -> Iterator[None]:
+        """Run real modules: no stub answers, and nothing watches their torch calls."""
+        with self._switch.off(), self._unwatched():
+            yield
+
+    @contextmanager
+    def inner_passes(self) -> Iterator[None]:
+        """Run passes within a pass: they end at what this one has set up, and the first of them looks at that."""
+        attributes, self._attributes = self._attributes, None
+        plain = {kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}
+        try:
+            with self._unwatched(), _autocast(plain):
+                yield
+        finally:
+            self._attributes = attributes
+
+    def output_form(self, call: Call) -> Output:
+        """Return the form of a call's output; a new one is found by calls of the network, which check it."""
+        denoiser, outputs = self.loop.denoisers[call.module], self.loop.outputs
+        name = denoiser.training, call.signature()
+        if name not in outputs:
+            outputs[name] = self._find_output_form(call)
+        return outputs[name]
+
+    def close(self) -> None:
+        """Let go of what holds this runner: a cycle would keep it until the garbage collector runs."""
+        del self.merger  # it calls :meth:`evaluate`
+        self.memo, self.loop_constants = ModuleMemo(), []
+
+    def _find_output_form(self, call: Call) -> Output:
+        rows = next((len(leaf) for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+        def run(args: Any, kwargs: Any) -> Any:
+            self.merger.calls, self.merger.rows = self.merger.calls + 1, self.merger.rows + rows
+            return self._originals[call.module](*args, **kwargs)
+
+        leaves, spec = tree_flatten(check_pure(self.loop.denoisers[call.module], run, call))
+        ranks = self.loop.ranks
+        if ranks is not None:
+            ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
+            ranks.agree(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return Output(spec, forms)
+
+    def _answer_denoiser(self, number: int, args: Any, kwargs: Any) -> Any:
+        if self._pass is None:
+            return self._originals[number](*args, **kwargs)
+        return self._pass.answer(lambda current: current.denoiser_called(number, args, kwargs))
+
+    def _answer_module(self, number: int, original: OriginalCall, args: Any, kwargs: Any) -> Any:
+        if self._pass is None:
+            return original(*args, **kwargs)
+        return self._pass.answer(lambda current: current.module_called(number, original, args, kwargs))
+
+    def _take_attributes(self) -> ModuleAttributes:
+        return ModuleAttributes([*self.loop.denoisers, *(owner for owner, _ in self.loop.memoized)])
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        watched = bool(stack) and stack[-1] is self._random
+        if watched:
+            self._random.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if watched:
+                self._random.__enter__()  # type: ignore[no-untyped-call]
+
+
+class _Pass:
+    """One pass while it runs: answers the stubs and fills in the record."""
+
+    def __init__(
+        self,
+        runner: LoopRunner,
+        plans: Sequence[StagePlan],
+        seed: int,
+        callbacks: bool,
+        accept: Callable[[StageRecord], bool] | None,
+        at_stage: Callable[[], Answers | None] | None,
+    ) -> None:
+        self.runner, self.plans, self.callbacks = runner, list(plans), callbacks
+        self.accept, self.at_stage = accept, at_stage
+        self.record = PassRecord([StageRecord(plan.structure) for plan in plans], seed)
+        self._index = 0  # of the next call of a denoiser
+        self._answered = False  # the loop has been given an output
+        self._stub_error: Exception | None = None  # raised within a stub: by a network, a solver
+        self._random_outputs: dict[int, tuple[Tensor, int, int]] = {}  # by id: tensor, call, leaf
+
+    def answer(self, call: Callable[[_Pass], Any]) -> Any:
+        """Answer a call of a stub."""
+        try:
+            return call(self)
+        except Exception as error:
+            self._stub_error = error
+            raise
+
+    def explains(self, error: Exception) -> bool:
+        """Return whether the outputs that the loop was given may be why it raised this."""
+        own_error = error is self._stub_error or isinstance(
+            error, (AlreadyParallel, MemoryError, torch.OutOfMemoryError)
+        )
+        return self._answered and not own_error
+
+    def release(self) -> None:
+        """Let go of what holds this pass."""
+        self.accept = self.at_stage = self._stub_error = None
+        self._random_outputs = {}
+
+    def denoiser_called(self, module: int, args: Any, kwargs: Any) -> Any:
+        """Answer a call of a denoiser."""
+        leaves, spec = tree_flatten((args, kwargs))
+        if torch.is_grad_enabled():
+            self._check_gradients(module, leaves)
+        if self.at_stage is not None and self._index == self.plans[-1].first:
+            at_stage, self.at_stage = self.at_stage, None
+            with self.runner.inner_passes():
+                answers = at_stage()
+            if answers is None:
+                raise PassComplete
+            self.plans[-1] = replace(self.plans[-1], answers=answers)
+        self._answered = True
+        with self.runner.real_calls(), torch.no_grad():
+            index, self._index = self._index, self._index + 1
+            for plan, record in zip(self.plans, self.record.stages, strict=True):
+                if index < plan.stop:
+                    output = plan.structure.outputs[index - plan.first]
+                    return output.tree(answer_call(plan, record, index - plan.first, module, spec, leaves))
+            self.leave(None)
+            return self._record_call(index, module, spec, leaves)
+
+    def module_called(self, number: int, original: OriginalCall, args: Any, kwargs: Any) -> Any:
+        """Answer a call of another module: from memory, or by running it, if its inputs are the loop's own."""
+        leaves, spec = tree_flatten((args, kwargs))
+
+        def before() -> None:
+            inside = bool(self.plans) and self._index < self.plans[-1].stop
+            constant = any(same_leaves(leaves, constants) for constants in self.runner.loop_constants)
+            if self._index and not inside and not constant:
+                self.record.ended_at_module = True
+                self.leave(leaves)
+
+        def run() -> Any:
+            with self.runner.real_calls():
+                return original(*args, **kwargs)
+
+        return self.runner.memo.call(number, leaves, spec, run, before)
+
+    def leave(self, leaves: list[Any] | None) -> None:
+        """Leave the last stage: the loop returns or calls another module with these leaves, or goes on (None)."""
+        record = self.record
+        if record.calls:
+            if leaves is not None:
+                record.ending = copy_leaves(leaves)
+                raise PassComplete
+            return
+        if not self.plans or self.plans[-1].accepted:
+            return
+        plan, followed = self.plans[-1], leaves is None
+        record.followed = followed if plan.followed is None else plan.followed
+        if self._index - followed < plan.stop or followed > record.followed:
+            if self.callbacks:
+                return  # a callback ended the loop, as it may
+            raise LoopChanged("the number of denoiser calls changes from pass to pass: it depends on the outputs.")
+        record.last.finish(leaves)
+        if self.accept is None or not self.accept(record.last):
+            raise PassComplete
+        self.plans[-1] = replace(plan, accepted=True)
+
+    def _check_gradients(self, module: int, leaves: Sequence[Any]) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            raise NotParallelizable(
+                "the loop takes gradients through the denoiser: if it need not, call it in torch.no_grad()."
+            )
+        if self.runner.passes == 1 and not self._answered:
+            parameters = self.runner.loop.denoisers[module].parameters()
+            self.runner.trainable |= any(parameter.requires_grad for parameter in parameters)
+
+    def _record_call(self, index: int, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
+        """Record a call behind the known stages, and answer it with random outputs."""
+        first = self.plans[-1].stop if self.plans else 0
+        calls, outputs = self.record.calls, self._random_outputs
+        feeds = {i: outputs[id(leaf)][1:] for i, leaf in enumerate(leaves) if id(leaf) in outputs}
+        previous = next((call for call in reversed(calls) if call.spec == spec), None)
+        copies = copy_leaves(leaves, None if previous is None else previous.leaves)
+        call = Call(module, spec, copies, feeds, autocast_of(leaves), Output(spec, []))
+        call.output = self.runner.output_form(call)
+        calls.append(call)
+        answer = random_outputs(call.output, self.record.seed, index)
+        if len(self.runner.loop.denoisers) > 1:
+            for i, leaf in enumerate(answer):
+                if isinstance(leaf, Tensor):
+                    outputs[id(leaf)] = (leaf, index - first, i)
+        return call.output.tree(answer)
+
+
+def same_leaves(left: Sequence[Any] | None, right: Sequence[Any] | None) -> bool:
+    """Return whether two lists of leaves are the same to the bit."""
+    return left is not None and right is not None and len(left) == len(right) and all(map(equal, left, right))
+
+
+@contextmanager
+def _autocast(state: dict[str, tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Set the autocast of every kind of device."""
+    with ExitStack() as stack:
+        for kind, (enabled, dtype) in state.items():
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield

@@ -1,0 +1,359 @@
+r"""Any sampling loop, unmodified: record, solve, replay.
+
+A loop belongs to someone else: a function, a pipeline. Its Python runs several times with stubs in the place of the
+networks (:mod:`.runner`), and the networks run only where the solver wants them.
+
+1. *Record.* Two passes with random outputs show the loop's recurrence (:mod:`.fit`), a third confirms it and shows what
+   the loop adds along the way (:mod:`.record`).
+2. *Solve.* A solver works on that recurrence; the recorded calls of the steps that it evaluates are batched into few
+   network calls (:mod:`.merger`). Where there is no recurrence, one pass of the loop says in every round which
+   trajectory follows: a stub answers f_q + d_q (u - u_q), and the loop itself does the rest.
+3. *Replay.* A last pass with the same stubs decodes and returns as the loop always does. How far its last state U_N
+   comes out from the one that was solved for, V_N, is added to the solver's estimate of its error, with a margin:
+
+       error estimate = margin * solver's estimate + |U_N - V_N| / |U_N|
+
+   The solver's tolerance is divided by that margin, because about one estimate in ten is too small.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_solver, is_finite
+from ..engine.run import drive, start
+from ..samplers.recurrence import Recurrence
+from ..solvers.base import Solver
+from ..solvers.secant import Secant
+from ..solvers.sequential import Sequential
+from .answers import Answers
+from .equation import RecordedRecurrence, ReplayedRecurrence
+from .error_estimate import estimate_error, largest_relative_distance, satisfies_recurrence
+from .evaluate import StageEvaluator
+from .loop import Loop
+from .passes import PassRecord, StageRecord
+from .record import StageProgress, probe_stage, record_stage
+from .report import Report
+from .runner import LoopRunner
+from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
+from .stage_plan import CallbackFree, StagePlan
+
+__all__ = ["LoopSolver", "check_options", "solve_loop"]
+
+ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
+MAX_REFINEMENTS = 2  # solves of the recurrence from the trajectory of a replay
+FLOOR_SAFETY = 4  # the floor is measured once, at random: a solution that was refined need not be nearer
+ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
+REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
+GRADIENTS = (
+    "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
+    "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
+)
+ABOVE_FLOOR = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
+
+
+class Phase(Enum):
+    """What a solve of a loop does next."""
+
+    RECORD = auto()  # the calls behind the stages that are solved
+    SOLVE = auto()  # the last stage, within a pass that then replays it
+    REPLAY = auto()  # all stages
+    REFINE = auto()  # the last stage, whose replay came out too far away
+    DONE = auto()
+
+
+def check_options(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
+    """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
+    if not (is_finite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
+    solver = Secant(window=8) if solver is None else solver
+    check_solver(solver)
+    return solver, float(tolerance)
+
+
+def solve_loop(
+    loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
+) -> Any:
+    """Run a loop once, in parallel if it can be, and fill in the report."""
+    report.reset(tolerance)
+    reason = "the solver is Sequential." if isinstance(solver, Sequential) else loop.unsupported()
+    raised = False  # by the loop, on trial outputs
+    runner = LoopRunner(loop, args, kwargs)
+    try:
+        if reason is None:
+            with runner.installed():
+                value = LoopSolver(runner, solver, tolerance, report).run()
+            if runner.trainable:
+                warnings.warn(GRADIENTS, RuntimeWarning, stacklevel=3)
+            return value
+    except NotParallelizable as signal:
+        reason, raised = str(signal), signal.__cause__ is not None
+    finally:
+        merger = runner.merger
+        loop.limit = merger.limit
+        report.calls, report.rows, report.peak_rows = merger.calls, merger.rows, merger.peak_rows
+        report.passes = runner.passes
+        runner.close()
+    expected = isinstance(solver, Sequential) or reason.startswith("the loop has only")
+    warn = partial(warnings.warn, f"the loop runs sequentially: {reason}", RuntimeWarning, stacklevel=3)
+    if not expected and not raised:
+        warn()
+    value = runner.sequential()  # raises what the loop raises by itself
+    if not expected and raised:
+        warn()
+    report.mode, report.reason, report.converged, report.passes = "sequential", reason, True, runner.passes
+    report.error_estimate, report.rounds = 0.0, 0
+    return value
+
+
+class LoopSolver:
+    """Solves one call of a loop, stage by stage.
+
+    Args:
+        runner: Runs the loop; its stubs are installed.
+        solver: How recurrences are solved.
+        tolerance: Relative error allowed in the result.
+        report: To be filled in.
+    """
+
+    def __init__(self, runner: LoopRunner, solver: Solver, tolerance: float, report: Report) -> None:
+        self.runner, self.loop = runner, runner.loop
+        self.solver, self.tolerance, self.report = solver, tolerance, report
+        self.stages: list[StageProgress] = []  # the last one is being solved
+        self._begin_stage_state()
+
+    def _begin_stage_state(self) -> None:
+        self.refinements = 0
+        self.smallest_estimate = np.inf
+        self.improving = True  # the error estimate falls from replay to replay
+        self.structure_outdated = False  # that of an earlier call does not fit this one
+        self.replay_each_round = False
+        self.guess: Tensor | None = None  # (N + 1, S, dim)
+
+    def run(self) -> Any:
+        """Solve every stage, replay, and return what the loop returns."""
+        phase, passed = self.reuse_structure(), PassRecord([])
+        while phase is not Phase.DONE:
+            if phase is Phase.RECORD:
+                phase = self.begin_stage(record_stage(self.runner, self.plans(), passed))
+            elif phase is Phase.REFINE:
+                phase = self.refine()
+            else:
+                solving = phase is Phase.SOLVE
+                passed = self.run_pass(at_stage=self.solve_stage if solving else None)
+                phase = self.next_phase(passed, solving=solving)
+        return self.finish(passed)
+
+    def reuse_structure(self) -> Phase:
+        """Begin with the structure that an earlier call has shown: one pass shows what the loop adds."""
+        structure = self.loop.structures.pop(self.runner.key, None)
+        if structure is None:
+            return Phase.REPLAY
+        try:
+            progress = probe_stage(self.runner, [], structure, None)
+        except LoopChanged:
+            return Phase.REPLAY
+        progress.reused = True
+        return self.begin_stage(progress)
+
+    def begin_stage(self, progress: StageProgress) -> Phase:
+        """Take up a stage: it is solved by its recurrence if it has one."""
+        self._begin_stage_state()
+        self.stages.append(progress)
+        structure, report = progress.structure, self.report
+        single = self.runner.merger.single = getattr(self.solver, "window", None) == 1
+        self.replay_each_round = single or not structure.linear
+        report.reason = ""
+        if single:
+            report.reason = "the window is one step."
+        elif not structure.linear:
+            report.reason = "the loop is not linear in the denoiser's outputs."
+        return Phase.SOLVE
+
+    def plans(self) -> list[StagePlan]:
+        """Return how the next pass answers the calls of all stages."""
+        return [progress.plan() for progress in self.stages]
+
+    def run_pass(self, at_stage: Callable[[], Answers | None] | None = None) -> PassRecord:
+        """Run one pass through all stages, which are judged when the loop leaves the last one."""
+        passed = self.runner.run(self.plans(), accept=self.accept, at_stage=at_stage)
+        if self.stages:
+            progress = self.stages[-1]
+            if not (at_stage is not None and self.replay_each_round):  # else the rounds were passes
+                progress.record = passed.last
+            if progress.followed is None:
+                progress.followed = passed.followed
+        return passed
+
+    def next_phase(self, passed: PassRecord, *, solving: bool) -> Phase:
+        """Return what follows a pass."""
+        progress = self.stages[-1] if self.stages else None
+        if solving and self.replay_each_round:
+            return Phase.REPLAY  # the rounds were passes, which left nothing of this one
+        if progress is not None and progress.noisy_result is not None:
+            return Phase.REPLAY  # this pass was for the floor
+        if progress is not None and not progress.accepted:
+            return Phase.REFINE
+        return Phase.DONE if passed.complete else Phase.RECORD
+
+    def refine(self) -> Phase:
+        """Go on from the trajectory of a replay that was not good enough.
+
+        First with what the loop adds along the way taken from that replay: in the first pass it carried the rounding
+        of other states. If that did not help, the recurrence is not to be trusted, and the loop is replayed every
+        round.
+        """
+        progress = self.stages[-1]
+        if self.structure_outdated:
+            self.stages.clear()
+            return Phase.REPLAY
+        self.guess = progress.trajectory()
+        self.refinements += 1
+        usable = progress.structure.linear and not self.replay_each_round and self.improving
+        if usable and self.refinements <= MAX_REFINEMENTS:
+            progress.rebase()
+        else:
+            self.replay_each_round = True
+        return Phase.SOLVE
+
+    def solve_stage(self) -> Answers | None:
+        """Solve the last stage; return how the pass goes on, or None if there were passes within it."""
+        progress = self.stages[-1]
+        evaluator = StageEvaluator(progress.stage, progress.known, self.runner.merger)
+        while True:
+            try:
+                self.run_solver(progress, evaluator)
+                break
+            except RowsInteract:
+                progress.structure.joint_samples = True
+        if not progress.structure.floor:
+            progress.output_noise = evaluator.rounding_error()
+        return None if self.replay_each_round else progress.answers
+
+    def run_solver(self, progress: StageProgress, evaluator: StageEvaluator) -> None:
+        """Make the rounds of a solve."""
+        structure, report, ranks = progress.structure, self.report, self.loop.ranks
+        report.mode = "replay" if self.replay_each_round or report.mode == "replay" else "recurrence"
+        equation: Recurrence = RecordedRecurrence.of(progress)
+        if self.replay_each_round:
+            equation = ReplayedRecurrence.of(progress, self.replay_until)
+            if not hasattr(self.solver, "window"):
+                raise ValueError(
+                    f"{self.solver!r} needs a loop that is linear in its denoiser's outputs, and this one is not: "
+                    "choose Secant or Picard."
+                )
+        guess = None if self.guess is None else torch.stack([structure.as_runs(states) for states in self.guess], 1)
+        margin = REPLAY_ESTIMATE_MARGIN if self.replay_each_round else ESTIMATE_MARGIN
+        tolerance, network = self.tolerance / margin, torch.finfo(structure.network_dtype)
+        if network.bits < 32:
+            # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
+            tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
+        if ranks is not None:
+            ranks.compare(
+                noise=equation.start,
+                added=torch.stack(progress.noise_terms),
+                tolerance=tolerance,
+                solver=self.solver,
+                mode=report.mode,
+            )
+        runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=float(network.eps) / 2)
+        for _ in drive(runs, evaluator):
+            accepted = min(structure.steps if run.done else run.accepted for run in runs)
+            self.loop.on_round(accepted, structure.steps)
+        if ranks is not None:
+            ranks.end()
+        progress.solution = torch.stack([run.solution.x for run in runs]).view(structure.samples, -1)
+        progress.solver_estimate = margin * max(run.error for run in runs)
+        report.steps = sum(stage.structure.steps for stage in self.stages)
+        report.samples = structure.samples
+        report.rounds += max(run.rounds for run in runs)
+        report.evaluations += sum(run.evaluations for run in runs) * structure.samples // len(runs)
+        report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+
+    def replay_until(self, last_step: int) -> StageRecord:
+        """Replay the loop up to a step of the last stage."""
+        plans = self.plans()
+        return self.runner.run([*plans[:-1], self.stages[-1].plan(last_step)]).last
+
+    def accept(self, record: StageRecord) -> bool:
+        """Judge the replay of the last stage: is its error within the tolerance, or as small as it gets?"""
+        progress = self.stages[-1]
+        structure = progress.structure
+        if progress.output_noise:
+            progress.output_noise, progress.noisy_result = 0.0, record.last_state
+            return False
+        if progress.noisy_result is not None:
+            structure.floor = largest_relative_distance(progress.noisy_result, record.last_state)
+            progress.noisy_result = None
+        assert progress.solution is not None
+        estimate = estimate_error(record, progress.solution, progress.solver_estimate)
+        floor = (FLOOR_SAFETY if self.refinements else 1) * structure.floor
+        allowed = max(self.tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        good = estimate <= allowed
+        self.improving = estimate <= 0.5 * self.smallest_estimate
+        satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms)
+        self.structure_outdated = progress.reused and not satisfied
+        if not satisfied and not self.structure_outdated:
+            structure.linear, good = False, False
+            self.report.reason = "the loop is linear elsewhere, but not near its solution."
+        # Near the floor the estimate need not fall any more; elsewhere a replay in every round is still to be tried.
+        refined = self.refinements > 0
+        as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
+        progress.accepted = not self.structure_outdated and (
+            good or as_small_as_it_gets or (refined and self.replay_each_round)
+        )
+        self.smallest_estimate = min(self.smallest_estimate, estimate)
+        if progress.accepted:
+            self._report_stage(estimate, structure.floor, good)
+        return progress.accepted
+
+    def _report_stage(self, estimate: float, floor: float, good: bool) -> None:
+        report, first = self.report, len(self.stages) == 1
+        report.error_estimate = estimate if first else max(report.error_estimate, estimate)
+        report.floor = floor if first else max(report.floor, floor)
+        report.converged = good if first else good and report.converged
+
+    def finish(self, passed: PassRecord) -> Any:
+        """Return what the loop returned in its last pass, after one more with callbacks if there are any."""
+        runner, loop, report = self.runner, self.loop, self.report
+        if not self.stages:
+            names = ", ".join(type(module).__name__ for module in loop.denoisers)
+            raise NotParallelizable(
+                f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...]."
+            )
+        loop.structures[runner.key] = self.stages[0].structure
+        if len(loop.structures) > MAX_CACHED_STRUCTURES:
+            del loop.structures[next(iter(loop.structures))]
+        if runner.callbacks_in_every_pass:
+            report.reason = "a callback changes what the loop does, so it runs in every pass."
+        # Nothing is claimed below what rounding does to the result, where that is more than the tolerance.
+        structures = [progress.structure for progress in self.stages]
+        floors = [s.floor for s in structures if s.floor > max(self.tolerance, ROUNDING * torch.finfo(s.dtype).eps)]
+        if floors:
+            report.error_estimate = max(report.error_estimate, *floors)
+            report.reason = f"{report.reason} {ABOVE_FLOOR}".lstrip()
+        if not runner.callbacks_in_every_pass and loop.calls_back(runner.kwargs):
+            return self.replay_with_callbacks(passed)
+        return passed.value
+
+    def replay_with_callbacks(self, passed: PassRecord) -> Any:
+        """Replay once more, with callbacks; if they change what the loop does, solve it with them in every pass."""
+        for progress, record in zip(self.stages, passed.stages, strict=True):
+            progress.callback_free = CallbackFree(record.inputs, progress.stage.calls)
+        try:
+            return self.runner.run(self.plans(), callbacks=True).value
+        except CallbackChangedLoop:
+            self.loop.changed_by_callbacks.add(self.runner.key)
+            self.runner.callbacks_in_every_pass, self.stages = True, []
+            del self.loop.structures[self.runner.key]
+            self.report.reset(self.tolerance)
+            return self.run()

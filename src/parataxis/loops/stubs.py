@@ -1,0 +1,137 @@
+"""Stubs in the place of module calls, for as long as a loop is solved.
+
+A stub takes the whole call of a module: hooks, compiled code and offloading stay inside what it replaces.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+__all__ = ["AlreadyParallel", "StubSwitch", "has_stub", "install"]
+
+_MISSING = object()
+_REPLACING = threading.Lock()
+
+OriginalCall = Callable[..., Any]
+
+
+class AlreadyParallel(RuntimeError):
+    """A denoiser's calls are replaced for another loop."""
+
+
+class StubSwitch:
+    """Whether stubs answer: not while real modules run, and not in other threads.
+
+    Attributes:
+        thread: The thread that the loop runs in.
+    """
+
+    def __init__(self) -> None:
+        """Let stubs answer in this thread."""
+        self.thread = threading.get_ident()
+        self._running = 0  # real modules
+
+    @property
+    def answers(self) -> bool:
+        """Whether a stub that is called now answers."""
+        return not self._running and threading.get_ident() == self.thread
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run real modules."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+
+class _Stub:
+    """In the place of a call: it answers the loop; real modules, and other threads, make the call itself."""
+
+    def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
+        self.switch, self.original, self.answer = switch, original, answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(args, kwargs) if self.switch.answers else self.original(*args, **kwargs)
+
+
+def has_stub(module: nn.Module) -> bool:
+    """Return whether a module's call is a stub at the moment."""
+    return _stub(module, "_compiled_call_impl") is not None
+
+
+@contextmanager
+def install(
+    switch: StubSwitch,
+    denoisers: Sequence[nn.Module],
+    methods: Sequence[tuple[Any, str]],
+    answer_denoiser: Callable[[int, Any, Any], Any],
+    answer_method: Callable[[int, OriginalCall, Any, Any], Any],
+) -> Iterator[list[OriginalCall]]:
+    """Replace calls by stubs, and put everything back at the end.
+
+    Args:
+        switch: Whether the stubs answer.
+        denoisers: Modules; ``answer_denoiser(number, args, kwargs)`` answers their calls.
+        methods: (object, name of its method; ``__call__`` for a module itself);
+            ``answer_method(number, original, args, kwargs)`` answers these.
+        answer_denoiser: See above.
+        answer_method: See above.
+
+    Yields:
+        The denoisers' own calls.
+
+    Raises:
+        AlreadyParallel: If the calls of a denoiser are replaced already, or those of another module in another thread.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(owner: Any, name: str, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
+        # Through __dict__: wrapped modules send ordinary assignments on to what they wrap.
+        replaced.append((owner.__dict__, name, owner.__dict__.get(name, _MISSING)))
+        owner.__dict__[name] = _Stub(switch, original, answer)
+
+    # A module's call looks for this attribute first, whatever its class does.
+    places = [(owner, "_compiled_call_impl" if name == "__call__" else name) for owner, name in methods]
+    try:
+        with _REPLACING:
+            stubs = [stub for owner, name in places if (stub := _stub(owner, name)) is not None]
+            beside = any(stub.switch.thread != switch.thread for stub in stubs)
+            if beside or any(has_stub(module) for module in denoisers):
+                raise AlreadyParallel(
+                    "another parallel loop is calling a module of this one: loops that share modules cannot run inside "
+                    "one another, nor in two threads at the same time."
+                )
+            originals = []
+            for number, module in enumerate(denoisers):
+                originals.append(_original(module))
+                put(module, "_compiled_call_impl", originals[-1], partial(answer_denoiser, number))
+            for number, (owner, name) in enumerate(places):
+                original = _original(owner) if name == "_compiled_call_impl" else getattr(owner, name)
+                put(owner, name, original, partial(answer_method, number, original))
+        yield originals
+    finally:
+        with _REPLACING:
+            for place, name, value in reversed(replaced):
+                if value is _MISSING:
+                    del place[name]
+                else:
+                    place[name] = value
+
+
+def _stub(owner: Any, name: str) -> _Stub | None:
+    stub = owner.__dict__.get(name)
+    return stub if isinstance(stub, _Stub) else None
+
+
+def _original(module: nn.Module) -> OriginalCall:
+    """Return what a call of the module runs, hooks and compiled code included."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    return compiled if compiled is not None else module._call_impl
