@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Array, Indices, read, upload
-from ..checks import is_whole
+from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
 from .batch import Batch
@@ -67,7 +67,7 @@ class Parareal:
     def __post_init__(self) -> None:
         for name in ("blocks", "width", "iterations"):
             value = getattr(self, name)
-            if value is not None and not is_whole(value):
+            if value is not None and not is_int(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}.")
         if not isinstance(self.pipelined, bool):
             raise ValueError(f"pipelined must be True or False, got {self.pipelined!r}.")
