@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import parataxis as px
-from meter import Budget, synchronize
+from meter import Budget, Results, synchronize
 
 Denoise = Callable[..., Tensor]
 Run = Callable[[int], tuple[Tensor, int, int]]  # a seed to a sample, its rounds and its evaluations
@@ -245,13 +245,13 @@ class Graphed:
         return self._denoise(x, t) if condition is None else self._denoise(x, t, condition)
 
 
-def by_rows(denoise: Denoise) -> Denoise:
-    """Compile a denoiser once for all numbers of rows from two on."""
-    compiled = torch.compile(denoise)
+def by_rows(denoise: Denoise, *, static: bool = False) -> Denoise:
+    """Compile a denoiser once for all numbers of rows from two on, or ``static``, once for each."""
+    compiled = torch.compile(denoise, dynamic=False if static else None)
 
     def call(x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         t = t.float()  # samplers with whole times have int64, which would be compiled once more
-        if len(x) > 1:
+        if len(x) > 1 and not static:
             for tensor in (x, t, condition):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -339,3 +339,60 @@ class Turns:
                 "turns": len(taken),
             }
         return rows
+
+
+def call_ms(call: Callable[[], object], device: str, seconds: float = 0.2) -> float:
+    """Return the median milliseconds of a call, in groups of calls that follow one another as in a loop."""
+    call()
+    synchronize(device)
+    begun = time.perf_counter()
+    call()
+    synchronize(device)
+    once = time.perf_counter() - begun
+    group = max(1, min(20, int(0.01 / max(once, 1e-6))))
+    taken: list[float] = []
+    begun = time.perf_counter()
+    while len(taken) < 3 or (time.perf_counter() - begun < seconds and len(taken) < 50):
+        start = time.perf_counter()
+        for _ in range(group):
+            call()
+        synchronize(device)
+        taken.append((time.perf_counter() - start) / group)
+    return 1e3 * float(np.median(taken))
+
+
+def curve(
+    name: str,
+    denoise: Denoise,
+    shape: tuple[int, ...],
+    condition: Tensor | None,
+    results: Results,
+    sizes: Iterable[int],
+    about: dict[str, Any],
+    device: str,
+) -> px.Latency:
+    """Measure and write the milliseconds of a call, as a CUDA graph, against its rows; stop where memory ends."""
+    times: list[float] = []
+    measured: list[int] = []
+    for size in sizes:
+        call = Graphed(denoise)  # drops the graph of the size before, and its memory
+        x, t = torch.randn(size, *shape, device=device), torch.full((size,), 500.0, device=device)
+        told = None if condition is None else condition.expand(size, *condition.shape[1:]).contiguous()
+        try:
+            with torch.no_grad():
+                spent = call_ms(lambda: call(x, t, told), device)  # noqa: B023
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        measured.append(size)
+        times.append(spent / 1e3)
+        ratio = times[-1] / times[0]
+        results.add(
+            {"model": name, **about, "rows": size, "milliseconds": f"{spent:.4g}", "of_one_row": f"{ratio:.3f}"}
+        )
+    return px.Latency(tuple(measured), tuple(times))
+
+
+def doublings(most: int) -> list[int]:
+    """Return 1, 2, 4, .. up to a number of rows."""
+    return [2**i for i in range(most.bit_length())]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from meter import Results, read
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525.0  # seconds, of the nine minutes
+SMALL = 12_000_000  # bytes of weights
 
 
 @dataclass(frozen=True)
@@ -176,16 +178,19 @@ def summary(folder: Path) -> list[str]:
     return lines
 
 
-def keep(folder: Path) -> None:
-    """Put all tables into one archive in the folder that $OUT names, if it does."""
-    if not os.environ.get("OUT"):
+def keep(folder: Path, kept: Path | None) -> None:
+    """Put all tables into one archive in another folder, and beside it the trained weights that are small."""
+    if kept is None:
         return
-    path = Path(os.environ["OUT"]) / "results.zip"
-    part = path.with_suffix(".part")
+    kept.mkdir(parents=True, exist_ok=True)
+    part = kept / "results.part"
     with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted([*folder.glob("*.csv"), *folder.glob("*.log")]):
             archive.write(file, file.name)
-    part.replace(path)
+    part.replace(kept / "results.zip")
+    for file in (folder / "weights").glob("*.safetensors"):
+        if file.stat().st_size < SMALL and not (kept / file.name).exists():
+            shutil.copy(file, kept)
 
 
 def main() -> None:
@@ -195,6 +200,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS])
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds of all parts")
     parser.add_argument("--results", type=Path, help="default: out/gpu, out/gpu-dry on the CPU")
+    parser.add_argument("--keep", type=Path, help="folder that gets all tables in one archive, and small weights")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results hold already")
     options = parser.parse_args()
     begun = time.perf_counter()
@@ -222,7 +228,7 @@ def main() -> None:
         if part.command[0] == "pytest":
             tests_of(options)
         states.append(f"{part.name}: {state}, {time.perf_counter() - start:.0f} s")
-        keep(options.results)
+        keep(options.results, options.keep)
     print(
         "\n".join(
             [

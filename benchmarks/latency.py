@@ -42,6 +42,8 @@ from baselines import (
     buckets_of,
     by_rows,
     cuda_graph,
+    curve,
+    doublings,
     drawn,
     eager_loop,
 )
@@ -124,7 +126,7 @@ def images(options: argparse.Namespace, budget: Budget) -> None:
             shipped = Shipped(name, options.device, getattr(torch, dtype_name))
             denoise = shipped.denoise
             loop = GraphedLoop(denoise, shipped.shape, shipped.label, options.device, compiled=options.compile)
-            called = by_rows(denoise) if options.compile else denoise
+            called = by_rows(denoise, static=options.static) if options.compile else denoise
             chosen = [(sampler, steps) for sampler, steps in shipped.samplers if not options.steps]
             for sampler, steps in chosen or [
                 (sampler, steps)
@@ -225,48 +227,6 @@ def compare(
 # Cost of a call
 
 
-def call_ms(call: Callable[[], object], device: str, seconds: float = 0.3) -> float:
-    """Return the median milliseconds of a call, of some within so many seconds."""
-    call()
-    taken: list[float] = []
-    begun = time.perf_counter()
-    while len(taken) < 3 or (time.perf_counter() - begun < seconds and len(taken) < 50):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(taken)
-
-
-def curve(
-    name: str, denoise: Denoise, shape: tuple[int, ...], label: Any, results: Results, **about: Any
-) -> px.Latency:
-    """Measure and write the milliseconds of a call against its rows; stop where memory ends."""
-    device, most = about.pop("device"), about.pop("most")
-    times: list[float] = []
-    sizes: list[int] = []
-    size = 1
-    while size <= most:
-        call = Graphed(denoise)  # drops the graph of the size before, and its memory
-        x, t = torch.randn(size, *shape, device=device), torch.full((size,), 500.0, device=device)
-        told = None if label is None else label.expand(size, *label.shape[1:]).contiguous()
-        try:
-            with torch.no_grad():
-                spent = call_ms(lambda: call(x, t, told), device)  # noqa: B023
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        sizes.append(size)
-        times.append(spent / 1e3)
-        ratio = spent / 1e3 / times[0]
-        results.add(
-            {"model": name, **about, "rows": size, "milliseconds": f"{spent:.4g}", "of_one_row": f"{ratio:.3f}"}
-        )
-        size *= 2
-    return px.Latency(tuple(sizes), tuple(times))
-
-
 def curves(options: argparse.Namespace, budget: Budget) -> None:
     """Measure the curves of the shipped models."""
     results = curve_results(options)
@@ -277,8 +237,9 @@ def curves(options: argparse.Namespace, budget: Budget) -> None:
                 continue
             shipped = Shipped(name, options.device, getattr(torch, dtype))
             denoise = by_rows(shipped.denoise) if options.compile else shipped.denoise
-            about = {"dtype": dtype, "compiled": options.compile, "device": options.device, "most": options.most}
-            curve(name, denoise, shipped.shape, shipped.label, results, **about)
+            about = {"dtype": dtype, "compiled": options.compile}
+            sizes = doublings(options.most)
+            curve(name, denoise, shipped.shape, shipped.label, results, sizes, about, options.device)
             torch.compiler.reset()
 
 
@@ -367,8 +328,8 @@ def large(options: argparse.Namespace, budget: Budget) -> None:
             return
         if forecasts.done(model=name, dtype=dtype, sampler="ddim", steps=100, window=16):
             continue
-        about = {"dtype": dtype, "compiled": False, "device": options.device, "most": min(options.most, 64)}
-        known = curve(name, denoise, shape, None, results, **about)
+        about, sizes = {"dtype": dtype, "compiled": False}, doublings(min(options.most, 64))
+        known = curve(name, denoise, shape, None, results, sizes, about, options.device)
         for sampler, steps in (("ddim", 100), ("ddpm", 100), ("ddim", 50), ("ddpm", 1000)):
             expected = px.plan(
                 denoise,
@@ -459,6 +420,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small networks in the place of the large ones")
     parser.add_argument("--seconds", type=float, help="end after so many, between two turns")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--static", action="store_true", help="compile for each number of rows by itself")
     parser.add_argument("--resume", action="store_true", help="leave out what the tables hold already")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()

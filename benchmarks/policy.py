@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from baselines import (
     buckets_of,
     by_rows,
     cuda_graph,
+    curve,
     drawn,
     eager_loop,
 )
@@ -196,9 +196,13 @@ def train(
                 step()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            step()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                step()
+        except RuntimeError as error:  # training is then slower, and nothing else
+            graph = None
+            print("a training step cannot be captured:", error, file=sys.stderr)
     count, loss, begun = 0, float("nan"), time.perf_counter()
     every = 20 if cuda else 1
     while (elapsed := time.perf_counter() - begun) < seconds:
@@ -240,12 +244,8 @@ def weights(size: str, kind: str, network: nn.Module, data: Demonstrations, opti
     about = f"{steps} steps of {options.batch or BATCH[size]} in {time.perf_counter() - begun:.0f} s, loss {loss:.4f}"
     held = {name: value.half().contiguous().cpu() for name, value in network.state_dict().items()}
     network.load_state_dict({name: value.float() for name, value in held.items()})  # as they are read again
-    folders = [options.weights]
-    if os.environ.get("OUT") and sum(value.nbytes for value in held.values()) < 12e6:
-        folders.append(Path(os.environ["OUT"]))
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(held, folder / path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(held, path)
     return about
 
 
@@ -409,6 +409,8 @@ def latency(options: argparse.Namespace) -> None:
     module = policy_network()
     data = Demonstrations(device, POLICY / "demonstrations" / f"{TASK}.safetensors")
     results = Results(options.results / "policy_latency.csv", KEY, device, resume=options.resume)
+    key = ("model", "dtype", "rows")
+    curves = Results(options.results / "latency_curve.csv", key, device, resume=options.resume)
     dtype = getattr(torch, options.dtype)
     for size in sorted(options.sizes, key=ORDER.index):
         if budget.over(options.train):
@@ -431,7 +433,7 @@ def latency(options: argparse.Namespace) -> None:
         example = torch.zeros(1, data.observation_dim, device=device)
         shape = (HORIZON, data.action_dim)
         graphed = GraphedLoop(denoise, shape, example, device, compiled=options.compile)
-        called = by_rows(denoise) if options.compile else denoise
+        called = by_rows(denoise, static=options.static) if options.compile else denoise
         for kind in ("eps", "flow"):
             names = [name for name in options.samplers if (name == "flow") == (kind == "flow")]
             names = [
@@ -451,6 +453,10 @@ def latency(options: argparse.Namespace) -> None:
             for name in names:
                 measure(size, name, denoise, graphed, called, data, results, about, options, budget)
                 print(f"  {budget.left:.0f} s left", flush=True)
+        sizes = [1, 8, 16, 32, STEPS]
+        if not budget.over() and not curves.done(model=f"policy {size}", dtype=options.dtype, rows_per_round=1):
+            about = {"dtype": options.dtype, "compiled": options.compile}
+            curve(f"policy {size}", called, shape, example, curves, sizes, about, device)
         del graphed, called
         torch.compiler.reset()
         if device == "cuda":
@@ -472,6 +478,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="end after so many, between two turns")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--reduce-overhead", action="store_true", help='also torch.compile(mode="reduce-overhead")')
+    parser.add_argument("--static", action="store_true", help="compile for each number of rows by itself")
     parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)

@@ -132,13 +132,15 @@ def check(runs: Sequence[dict[str, Any]], milliseconds: float) -> list[dict[str,
     for row in runs:
         if row["network"] != "sleeping" or (row["width"], row["ranks"]) not in own:
             continue
-        rounds, window, ranks = int(row["rounds"]) // samples, int(row["width"]), int(row["ranks"])
-        rows = np.tile(rows_of_rounds(rounds, int(row["evaluations"]) / samples, window), samples)
+        rounds, window, ranks = int(row["rounds"]), int(row["width"]), int(row["ranks"])
+        each = [rounds // samples, rounds - rounds // samples]
+        evaluations = int(row["evaluations"]) / rounds
+        rows = np.concatenate([rows_of_rounds(one, one * evaluations, window) for one in each])
         besides = own[row["width"], row["ranks"]]
         simulated = seconds(known, rows, ranks, 0.0, besides, Cluster("", nothing, nothing), nothing)
         measured = float(row["seconds"])
         about = {"kind": "check", "network": "sleeping", "sampler": "ddpm", "steps": row["steps"], "window": window}
-        about |= {"cluster": "processes of one machine", "ranks": ranks, "rounds": rounds}
+        about |= {"cluster": "processes of one machine", "ranks": ranks, "rounds": rounds / samples}
         figures = {"seconds": f"{simulated:.3f}", "measured": f"{measured:.3f}"}
         every.append({**about, **figures, "off_by_percent": f"{100 * (simulated / measured - 1):.1f}"})
     return every
@@ -166,7 +168,11 @@ def curves(path: Path) -> dict[str, px.Latency]:
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         found.setdefault(row["model"], []).append((int(row["rows"]), float(row["milliseconds"]) / 1e3))
-    return {name: px.Latency(*zip(*sorted(points), strict=True)) for name, points in found.items()}
+    known = {}
+    for name, points in found.items():
+        sizes, times = zip(*sorted(points), strict=True)
+        known[name] = px.Latency(sizes, times)
+    return known
 
 
 def forecast(
@@ -228,8 +234,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.legend(frameon=False, fontsize=7)
     for style, cluster in zip(("-", "--", ":"), CLUSTERS, strict=True):
         axes[0][-1].plot([], [], style, color="0.3", label=cluster.name)
-    for name, ranks, values in PUBLISHED:
-        axes[0][-1].plot(ranks, values, "s-", ms=4, label=name)
+    for name, counts, values in PUBLISHED:
+        axes[0][-1].plot(counts, values, "s-", ms=4, label=name)
     axes[0][-1].axhline(1, color="0.8", lw=1)
     axes[0][-1].set(title="published", xlabel="GPUs", xscale="log", xticks=RANKS, xticklabels=RANKS)
     axes[0][-1].legend(frameon=False, fontsize=6)

@@ -108,7 +108,7 @@ def bound(solver, steps):
 
 def works(solver, name):
     """Return whether a solver admits a sampler; tests/test_admits.py prints the table and its reasons."""
-    return solver.refuses(sampler(name, 25).coefficients) is None
+    return solver.unsupported(sampler(name, 25).coefficients) is None
 
 
 def variants():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import parataxis as px
 import problems
 from parataxis.denoisers import mixture
+from parataxis.solvers.block_schedule import BlockSchedule
 
 
 def ticks(steps, count=1, name="ddim", tolerance=1e-2, seed=0, **options):
@@ -42,6 +44,70 @@ def test_with_the_stop_test_off_the_pipeline_takes_exactly_n_rounds(steps, block
         result = ticks(steps, blocks=blocks, rule="none", width=width)
         assert result.rounds == steps
         assert result[0].peak_width <= (width or blocks)
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize("limit", [None, 1, 2, 3])
+def test_no_schedule_takes_more_than_n_rounds(pipelined, limit):
+    """Whatever the blocks, the limits and the guess; without numbers, as the schedule depends on none."""
+    for steps in range(1, 41):
+        default = px.Parareal().bounds(steps)
+        for blocks in {len(default) - 1, 1, 2, 3, 5, steps // 2, steps - 1, steps} & set(range(1, steps + 1)):
+            bounds = px.Parareal(blocks=blocks).bounds(steps)
+            for width, guessed in itertools.product((None, 1, 3), (False, True)):
+                schedule = BlockSchedule(
+                    bounds,
+                    min(limit or blocks, blocks),
+                    width=width,
+                    pipelined=pipelined,
+                    lagged=True,
+                    guessed=guessed,
+                )
+                assert 1 <= sum(1 for _ in schedule.ticks()) <= steps
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_without_the_pipeline_the_sample_is_sequential_within_its_estimate(name):
+    for steps in (1, 2, 3, 4, 5, 7, 8, 9, 11, 25, 40):
+        expected = problems.reference("power law", name, steps)
+        for tolerance in (1e-2, 1e-4, 0):
+            result = problems.solve("power law", name, steps, px.Parareal(pipelined=False), tolerance=tolerance)
+            assert result.rounds <= steps
+            errors = (result.x - expected).norm(dim=1) / expected.norm(dim=1)
+            for error, one in zip(errors.tolist(), result, strict=True):
+                assert error <= one.error_estimate + 1e-10 <= tolerance + 2e-10
+
+
+def test_two_iterations_of_a_block_may_begin_at_once():
+    """Each keeps a coarse step of its own then, and the block that of the later one."""
+    bounds = px.Parareal().bounds(60)
+    schedule = BlockSchedule(bounds, len(bounds) - 1, width=3, pipelined=True, lagged=False, guessed=False)
+    together = [tick for tick in schedule.ticks() if len(set(tick.blocks)) < len(tick.blocks)]
+    assert together
+    for tick in together:
+        assert len(set(tick.coarse)) == len(tick.first)
+        assert sorted(tick.latest_blocks) == sorted(set(tick.blocks))
+        for index, block in zip(tick.latest, tick.latest_blocks, strict=True):
+            others = [
+                tick.iterations[row] for row, other in zip(tick.first, tick.blocks, strict=True) if other == block
+            ]
+            assert tick.iterations[tick.first[index]] == max(others)
+
+
+def test_samples_that_are_answered_apart_are_those_of_a_batch():
+    """Each run is answered alone, one more often than the others."""
+    sampler, network = problems.sampler("ddpm", 25), problems.network("power law", "ddpm")
+    times = sampler.network_times(torch.float64)
+    for solver in (px.Parareal(), px.Parareal(width=3), px.Parareal(pipelined=False)):
+        expected = problems.solve("power law", "ddpm", 25, solver, count=3)
+        runs = px.start(sampler, sampler.recurrence(problems.noise(3), problems.generators(3)), solver)
+        while not all(run.done for run in runs):
+            for run in [runs[0], *runs]:
+                if not run.done:
+                    run.answer(network(run.query.x, times[run.query.step]))
+        for run, one in zip(runs, expected, strict=True):
+            assert (run.rounds, run.evaluations) == (one.rounds, one.evaluations)
+            assert problems.relative(run.solution.x[None], one.x[None]) <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,7 +194,7 @@ def test_an_early_end_returns_what_is_known_of_the_sample():
 def test_what_parareal_refuses_is_said_with_the_reason():
     noise = problems.noise(1)
     for name, options, message in [
-        ("heun", {}, "one-step table, or one earlier output that is a data prediction"),
+        ("heun", {}, "one-step sampler, or one earlier output that is a data prediction"),
         ("ddim", {"blocks": 30}, "blocks=30 is more than the 25 steps"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -57,7 +57,7 @@ def test_every_query_lies_on_the_loop_within_the_width(solver, name):
 
     def evaluate(rows):
         for run in runs:
-            own = rows.step[rows.sample == run.index].tolist()
+            own = rows.step[rows.sample == run.place].tolist()
             assert own == list(range(run.accepted, run.accepted + len(own)))
             assert len(own) <= width
             assert not own or own[-1] < sampler.steps
@@ -136,14 +136,14 @@ def test_every_state_is_kept_and_nothing_else_of_the_callers_is_changed(solver):
     for run in runs:
         solution = run.solution
         assert solution.trajectory.shape == (26, problems.DIM)
-        assert torch.equal(solution.trajectory[0], table.start[run.index])
+        assert torch.equal(solution.trajectory[0], table.start[run.place])
         assert torch.equal(solution.trajectory[-1], solution.x)
         assert solution.error_estimate == 0
         assert solution.reason == "converged"
 
 
 def test_rows_are_limited_and_progress_is_shown(capsys):
-    options = {"count": 3, "keep": True}
+    options = {"count": 3, "keep_trajectory": True}
     whole = problems.solve("power law", "ddpm", 25, px.Speculative(), **options)
     parts = problems.solve("power law", "ddpm", 25, px.Speculative(), max_rows=5, progress=True, **options)
     assert problems.relative(parts.x, whole.x) <= 1e-12
@@ -163,24 +163,24 @@ def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value
         output[t == time] = value
         return output
 
-    with pytest.raises(px.OutputError, match=r"NaN or Inf at step 17 of 25, sample \d, round \d+"):
+    with pytest.raises(px.OutputError, match=r"NaN or Inf at step 17 of 25, sample \d, for an accepted input"):
         px.sample(broken, problems.noise(2), sampler, solver, generator=problems.generators(2))
 
 
 def test_what_it_cannot_do_is_refused_with_the_reason():
     network, noise = problems.network("power law", "ddpm"), problems.noise(1)
     for name in ("ddim", "euler", "flow_euler", "heun", "dpmpp_2m"):
-        with pytest.raises(ValueError, match="cannot solve this sampler: no step of this table adds noise"):
+        with pytest.raises(ValueError, match="does not support this sampler: no step of this sampler adds noise"):
             px.sample(network, noise, problems.sampler(name, 5), px.Speculative())
     local = px.Coefficients(np.ones(3), np.ones((3, 2)), np.ones(3))
-    assert "one-step table" in px.Speculative().refuses(local)
+    assert "one-step sampler" in px.Speculative().unsupported(local)
     sampler = problems.sampler("ddpm", 5)
     guess = torch.zeros(1, 6, problems.DIM, dtype=torch.float64)
     for options in ({"guess": guess}, {"guess": guess, "frozen_steps": 2}):
         with pytest.raises(ValueError, match="takes no guess and no frozen states"):
             px.sample(network, noise, sampler, px.Speculative(), **options)
     table = px.Recurrence(sampler.coefficients, noise)
-    with pytest.raises(ValueError, match="the table has no noise, though its steps add some"):
+    with pytest.raises(ValueError, match="the recurrence has no noise, though its steps add some"):
         next(px.drive(px.start(sampler, table, px.Speculative()), lambda rows: rows.x))
     with pytest.raises(ValueError, match="1 samples, 2 generators"):
         px.start(sampler, sampler.recurrence(noise), px.Speculative(), generator=problems.generators(2))
@@ -300,7 +300,7 @@ def test_the_law_holds_where_the_network_breaks_on_proposals(solver):
 @pytest.mark.parametrize("solver", DRAWN, ids=repr)
 def test_forgetting_to_reflect_is_found_out(solver, monkeypatch):
     # What replaces a rejected proposal then keeps the noise along v that led to the rejection.
-    monkeypatch.setattr(speculative._Proposals, "turn", lambda self, count: 0.0)
+    monkeypatch.setattr(speculative.Tested, "whitened_offset", lambda self: np.zeros(len(self.count)))
     assert min(whiteness("chain", draw("chain", solver, 7, 1000))) < 1e-3
     if solver.verification == "reflection":
         case = "euler_ancestral"
@@ -310,7 +310,7 @@ def test_forgetting_to_reflect_is_found_out(solver, monkeypatch):
 
 @pytest.mark.parametrize("case", ["chain", "ddpm"])
 def test_accepting_everything_is_found_out(case, monkeypatch):
-    monkeypatch.setattr(speculative, "_accept", lambda ratios, uniforms: len(ratios))
+    monkeypatch.setattr(speculative, "_accept", lambda log_ratio, uniforms, tests: tests)
     drawn, expected = draw(case, px.Speculative(), 7), sequential(case)
     assert energy(drawn[:, -1], expected[:, -1], 1999) < 1e-3
     assert min(whiteness(case, drawn)) < 1e-3

@@ -114,7 +114,7 @@ class UNet1d(nn.Module):
             self.down.append(nn.ModuleList([block(inputs, outputs), block(outputs, outputs)]))
         for dim in down_dims[:-1]:
             self.downsample.append(nn.Conv1d(dim, dim, 3, stride=2, padding=1))
-        self.median = nn.ModuleList([block(last, last), block(last, last)])
+        self.middle = nn.ModuleList([block(last, last), block(last, last)])
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for dim, above in zip(down_dims[:0:-1], down_dims[-2::-1], strict=True):
             self.up.append(nn.ModuleList([block(2 * dim, above), block(above, above)]))
@@ -136,7 +136,7 @@ class UNet1d(nn.Module):
                 hidden = self.downsample[level - 1](hidden)
             hidden = second(first(hidden, cond), cond)
             skips.append(hidden)
-        for block in self.median:
+        for block in self.middle:
             hidden = block(hidden, cond)
         for (first, second), upsample in zip(self.up, self.upsample, strict=True):
             hidden = torch.cat([hidden, skips.pop()], 1)

@@ -18,7 +18,7 @@ import parataxis as px
 from policy import Plan, Policy, load, plain_loop
 
 HERE = Path(__file__).parent
-from_scheduler = getattr(px, "from_scheduler", None) or px.from_scheduler
+from_scheduler = px.from_scheduler
 
 
 def parallel(policy: Policy, window: int, tolerance: float, rounds: list[int]) -> Plan:

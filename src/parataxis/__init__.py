@@ -19,9 +19,11 @@ from .samplers.schedules import cosine, flow, karras, vp
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
 from .solvers.anderson import Anderson
 from .solvers.coarse_to_fine import CoarseToFine
+from .solvers.parareal import Parareal
 from .solvers.picard import Picard
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
+from .solvers.speculative import Speculative
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Coefficients",
     "CoarseToFine",
     "OutputError",
+    "Parareal",
     "Picard",
     "Plan",
     "Report",
@@ -41,6 +44,7 @@ __all__ = [
     "Sampler",
     "Secant",
     "Sequential",
+    "Speculative",
     "Solution",
     "Solutions",
     "Recurrence",

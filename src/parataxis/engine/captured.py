@@ -24,6 +24,7 @@ from ..solvers.batch import Batch
 from ..solvers.window import Window, split
 from ..solvers.windowed import Windowed
 from .run import Group, Run
+from .solution import Round
 
 __all__ = ["GraphedNetwork", "cuda_graph"]
 
@@ -112,7 +113,7 @@ class CapturedRounds:
         )
         self.batch = Batch(batch.problem, static)
         assert isinstance(self.solver, Windowed)
-        self.window = CapturedWindow(self.batch, self.solver.window, keeps_pairs=self.solver.measures_pairs)
+        self.window = CapturedWindow(self.batch, self.solver.window)
         self.times = sampler.network_times(dtype).to(start.device)
         self.columns = None
         if sampler.transform is not None:
@@ -231,14 +232,18 @@ class Captured(Iterator[int]):
         finite = np.isfinite(largest).reshape(window.inside.shape) | ~window.inside
         if not finite.all():
             raise NotFinite
-        widths = window.width.tolist()
+        batch = rounds.batch
+        before = [
+            Round(int(batch.accepted[run.place]), int(window.width[run.place]), float(batch.error[run.place]))
+            for run in active
+        ]
         measured = window.take_measured(gram, pairs, size, corrections, None)
         assert isinstance(solver, Windowed)
         solver.decide(window, measured)
         if window.overflow:
             raise NotFinite
-        for run in active:
-            run.took_round(widths[run.place])
+        for run, entry in zip(active, before, strict=True):
+            run.took_round(entry)
         self.count += 1
         return self.count
 

@@ -108,9 +108,10 @@ class Group:
             self._send(np.array(through), torch.cat(ready), query)
 
     def _send(self, places: Indices | None, outputs: Tensor, query: Query) -> None:
+        accepted, error = self.batch.accepted.copy(), self.batch.error.copy()
         self._query, self._first = self._queries.send(Answer(places, outputs)), None
         for place in np.flatnonzero(query.width).tolist() if places is None else places.tolist():
-            self.runs[place].took_round(int(query.width[place]))
+            self.runs[place].took_round(Round(int(accepted[place]), int(query.width[place]), float(error[place])))
 
 
 class Run:
@@ -252,16 +253,15 @@ class Run:
         self.number = self.group.batch.numbers[self.place] = number
         self.group.slots[self.place] = slot
 
-    def took_round(self, width: int) -> None:
+    def took_round(self, entry: Round) -> None:
         """Count a round, and end if the sample is there."""
         batch = self.group.batch
         self.rounds += 1
-        self.evaluations += width
-        self.peak_width = max(self.peak_width, width)
-        self.history.append(Round(self._accepted, width, self._error))
-        self._accepted, self._error = int(batch.accepted[self.place]), float(batch.error[self.place])
+        self.evaluations += entry.width
+        self.peak_width = max(self.peak_width, entry.width)
+        self.history.append(entry)
         if batch.finished[self.place]:
-            if batch.trajectory is not None and self._accepted == self.problem.steps:
+            if batch.trajectory is not None and batch.accepted[self.place] == self.problem.steps:
                 self._trajectory = batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
             self._end("converged", batch.results[self.place])
 

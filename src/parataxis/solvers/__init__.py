@@ -5,28 +5,34 @@ from __future__ import annotations
 from .anderson import Anderson
 from .base import Solver
 from .coarse_to_fine import CoarseToFine
+from .parareal import Parareal
 from .picard import Picard
 from .secant import Secant
 from .sequential import Sequential
+from .speculative import Speculative
 
 __all__ = [
     "EXACT_IN_DISTRIBUTION",
     "SOLVERS",
     "Anderson",
     "CoarseToFine",
+    "Parareal",
     "Picard",
     "Secant",
     "Sequential",
+    "Speculative",
 ]
 
 SOLVERS: dict[str, type[Solver]] = {
     "sequential": Sequential,
     "picard": Picard,
     "anderson": Anderson,
+    "parareal": Parareal,
     "secant": Secant,
     "coarse_to_fine": CoarseToFine,
 }
 
 # Exact in law: a sample as good as the sequential one, but not the same.
 EXACT_IN_DISTRIBUTION: dict[str, type[Solver]] = {
+    "speculative": Speculative,
 }

@@ -117,10 +117,6 @@ class Anderson(Windowed):
         slopes = window.problem.coefficients.slopes(growth)
         return np.append(slopes, np.zeros(2 * window.W))[window.steps]
 
-    def error_slopes(self, window: Window) -> Array:
-        """Return the slopes of the exact network for Gaussian data, which say more of the growth of errors."""
-        return window.gaussian_slopes()
-
     def passed(self, window: Window) -> NDArray[np.bool_] | None:
         """Return (S, W) which states pass the published test; NaN never does."""
         if self.rule == "error":
@@ -142,10 +138,10 @@ class Anderson(Windowed):
             measured = window.measure(answer.outputs)
             window.norms(measured)
             corrections = measured.corrections
-        count, error = self.accept(window)
+        count = self.accept(window, measured)
         if window.history > 1:
             window.mix(self._factors(corrections, window, count))
-        window.move(count, error, self.entry)
+        window.move(count, self.entry)
 
     def _factors(self, gram: Array, window: Window, count: Indices) -> Array:
         """Return (S, W, m) factors of the last rounds in the next states: plain up to ``count``, then accelerated."""

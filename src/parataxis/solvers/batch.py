@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array, Indices
+from ..checks import OutputError
 from ..samplers.recurrence import Recurrence
 from .base import Problem
 
@@ -141,6 +142,14 @@ class Batch:
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
         self.accepted[places] += counts
         self.error[places] = error
+
+    def output_error(self, place: int, step: int) -> OutputError:
+        """Return the error for an output that is not finite though its input is accepted."""
+        return OutputError(
+            f"the network returned NaN or Inf at step {step} of {self.problem.steps}, sample {self.numbers[place]}, "
+            "for an accepted input, so the sequential loop meets it too: check the network at that time, its dtype and "
+            "its conditioning."
+        )
 
     def stream(self, place: int) -> np.random.Generator:
         """Return the random stream of a place, which its generator seeds when it is first asked for."""

@@ -1,49 +1,55 @@
 r"""Parareal: a coarse and a fine solver, SRDS, plain and pipelined.
 
-Blocks j = 0..M-1 lie between boundaries b_j. F_j is the sampler's own steps through block j, G_j one hop over it from
-a single evaluation. With x_j^p the boundary states of iteration p,
+Blocks j = 0..M-1 lie between boundaries b_j. F_j is the sampler's own steps through block j, G_j one coarse step over
+it from a single evaluation. With x_j^p the boundary states of iteration p,
 
     x_{j+1}^0     = G_j(x_j^0)
     x_{p+1}^{p+1} = F_p(x_p^p)                                       the frontier: nothing to correct
     x_{j+1}^{p+1} = F_j(x_j^p) + (G_j(x_j^{p+1}) - G_j(x_j^p)),  j > p
 
-After p iterations the boundaries 0..p are exact, whatever G is. A chain (p, j) starts when x_j^p is known and takes one
-step a round; its first evaluation also yields G_j(x_j^p), so hops cost nothing. In the pipeline every chain whose start
-is known runs, the frontier first: then no more than N rounds are needed. Without it, all blocks of an iteration run
-side by side and wait for one another before the next.
+After p iterations the boundaries 0..p are exact, whatever G is. A run (p, j) of a block starts when x_j^p is known and
+takes one step a round; its first evaluation also gives G_j(x_j^p), so coarse steps cost nothing. In the pipeline every
+run whose start is known goes on, the frontier first. Without it, all blocks of an iteration run side by side and wait
+for one another before the next, and only the frontier goes on meanwhile. Either way N rounds are enough.
 
 For DPM-Solver++ 2M the state of a boundary is (x, the data prediction before it), and both parts are corrected.
+
+Which blocks run does not depend on any number: :mod:`.block_schedule` decides it for all samples that began together,
+and this file does the arithmetic for all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..arrays import Array, Indices, read, upload
 from ..checks import is_int
-from ..engine.solve import Asking, Combine, Distance, Inner, Load, Memory, Problem, Query, Request, Settle
 from ..samplers.coefficients import Coefficients
+from .base import Queries, Query
+from .batch import Batch
+from .block_schedule import TICK_INDICES, BlockSchedule, Publication, Tick
 
 __all__ = ["Parareal"]
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Parareal:
-    """Parareal with hops as the coarse solver: SRDS (2412.08292).
+    """Parareal with one coarse step a block: SRDS (2412.08292).
 
     Attributes:
         blocks: M, from 1 to N; None for round(sqrt(3 N)), where the latency of three iterations is least.
-        pipelined: Start each chain as soon as its first state is known.
-        coarse: ``hop`` (the data prediction of the first point held over the block) or ``two-step`` (DPM-Solver++ 2M
-            over the blocks, from the predictions at this and the previous boundary).
-        width: Most levels evaluated in a round; None for all that can run.
+        pipelined: Start each block as soon as its first state is known.
+        coarse: ``hop`` (the data prediction of the first state is frozen over the block) or ``two-step``
+            (DPM-Solver++ 2M over the blocks, from the predictions at this and the previous boundary).
+        width: Most steps evaluated in a round; None for all that can run.
         iterations: Most iterations; None for M, after which the sample is exact.
         rule: ``change`` (stop when no boundary changed by more than the tolerance, relative), ``srds`` (as published:
             when the sample changed by less than ``threshold`` a value, on average) or ``none``.
@@ -72,322 +78,432 @@ class Parareal:
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {self.threshold!r}.")
 
-    def refuses(self, local: Coefficients) -> str | None:
-        """Refuse multistep tables whose outputs are not data predictions, and more blocks than steps."""
-        data = local.x0_from_input is not None and local.x0_from_output is not None
-        if local.lags:
-            known = data and not np.any(local.x0_from_input) and np.all(local.x0_from_output == 1)
-            if local.lags > 1 or not known:
+    def unsupported(self, coefficients: Coefficients) -> str | None:
+        """Refuse multistep samplers whose outputs are not data predictions, and more blocks than steps."""
+        p, q = coefficients.x0_from_input, coefficients.x0_from_output
+        if coefficients.lags:
+            known = p is not None and q is not None and not np.any(p) and bool(np.all(q == 1))
+            if coefficients.lags > 1 or not known:
                 return (
-                    "a hop needs a one-step table, or one earlier output that is a data prediction (dpmpp_2m): choose "
-                    "such a sampler, or a windowed solver."
+                    "a coarse step needs a one-step sampler, or one earlier output that is a data prediction "
+                    "(dpmpp_2m): choose such a sampler, or a windowed solver."
                 )
-        if self.coarse == "two-step" and not (data and local.alpha is not None):
-            return "coarse='two-step' needs alpha and sigma, unknown for this table: use coarse='hop'."
-        if self.blocks is not None and self.blocks > local.steps:
-            return f"blocks={self.blocks} is more than the {local.steps} steps: ask for at most one block a step."
+        if self.coarse == "two-step" and (p is None or q is None or coefficients.alpha is None):
+            return "coarse='two-step' needs alpha and sigma, unknown for this sampler: use coarse='hop'."
+        if self.blocks is not None and self.blocks > coefficients.steps:
+            return (
+                f"blocks={self.blocks} is more than the {coefficients.steps} steps: ask for at most one block a step."
+            )
         return None
 
-    def __call__(self, problem: Problem) -> Asking:
-        """Solve one trajectory."""
-        yield Memory(_rows(self, problem.steps, problem.coefficients.lags, problem.guessed))
-        return (yield from _Pipeline(self, problem).run())
+    def solve(self, batch: Batch) -> Queries:
+        """Solve the samples of a batch."""
+        batch.trajectory = None  # blocks run on from states that are not final, so not every state is accepted once
+        return _solve(self, batch)
+
+    def bounds(self, steps: int) -> list[int]:
+        """Return (M + 1,) the first step of each block, and N."""
+        count = min(self.blocks or max(1, round(np.sqrt(3 * steps))), steps)
+        return [round(j * steps / count) for j in range(count + 1)]
 
 
-@lru_cache(maxsize=64)
-def _rows(solver: Parareal, steps: int, lags: int, guessed: bool) -> int:
-    """Return how many rows the schedule needs: run it with nothing behind it."""
-    flat = np.ones(steps)
-    ends = np.ones(steps + 1)
-    local = Coefficients(flat, np.ones((steps, lags + 1)), flat, ends, ends, ends, flat, flat)
-    pipeline = _Pipeline(solver, Problem(local, 0.0, 1, guessed, 1e-7))
-    requests = pipeline.run()
-    answer: Any = None
-    try:
-        while True:
-            request = requests.send(answer)
-            answer = list(map(_nothing, request)) if isinstance(request, list) else _nothing(request)
-    except StopIteration:
-        return pipeline.peak
+def _solve(solver: Parareal, batch: Batch) -> Queries:
+    cohorts = batch.memory = _Cohorts(_Cohort(solver, batch))
+    while True:
+        query, order = cohorts.query(batch)
+        answer = yield query
+        if answer.sample is None:
+            cohorts.advance(answer.outputs, order)
+        elif len(answer.sample):
+            # Samples that are answered apart go on apart.
+            cohorts.separate(answer.sample)
+            _, order = cohorts.query(batch, answer.sample)
+            cohorts.advance(answer.outputs, order)
+        cohorts.drop_ended()
 
 
-def _nothing(request: Request) -> Any:
-    """Return an answer of the right form."""
-    if isinstance(request, Query):
-        return np.ones(len(request.point), bool)
-    if isinstance(request, Distance):
-        return np.ones(len(request.left))
-    return np.ones((len(request.rows[0]), 2, 2)) if isinstance(request, Inner) else None
+class _Order(NamedTuple):
+    """Which rows of a query belong to which cohort, in the order of its rows."""
+
+    cohort: _Cohort
+    rows: Indices
 
 
-@dataclass(eq=False)
-class _Chain:
-    """Block j of iteration p on its way.
+class _Cohorts:
+    """Samples of a batch, in groups that are at the same tick: one group, unless they are answered apart."""
 
-    Slots: x at ``step``; for multistep samplers the output before it; and, once it is known, the hop from its first
-    state with the data prediction there.
+    def __init__(self, cohort: _Cohort) -> None:
+        self._members = [cohort]
+
+    def query(self, batch: Batch, places: Indices | None = None) -> tuple[Query, list[_Order]]:
+        """Return what is to be evaluated, of these places or of all, and whose rows these are."""
+        width = np.zeros(len(batch), np.int64)
+        members = [own for own in self._members if places is None or np.isin(own.places, places).all()]
+        if not members:
+            nothing = np.zeros(0, np.int64)
+            return Query(batch.start[:0], nothing, nothing, width), []
+        sample = np.concatenate([np.repeat(own.places, len(own.tick.steps)) for own in members])
+        step = np.concatenate([np.tile(own.tick.steps, len(own.places)) for own in members])
+        x = torch.cat([own.states() for own in members]) if len(members) > 1 else members[0].states()
+        for own in members:
+            width[own.places] = len(own.tick.steps)
+        place_of_row = np.argsort(sample, kind="stable")
+        row_of_place, found, first = np.argsort(place_of_row), [], 0
+        for own in members:
+            count = len(own.places) * len(own.tick.steps)
+            found.append(_Order(own, row_of_place[first : first + count]))
+            first += count
+        if len(members) > 1:
+            x, step, sample = x[torch.from_numpy(place_of_row).to(x.device)], step[place_of_row], sample[place_of_row]
+        return Query(x, step, sample, width), found
+
+    def advance(self, outputs: Tensor, order: Sequence[_Order]) -> None:
+        """Do one tick of these cohorts."""
+        for cohort, rows in order:
+            own = outputs if len(order) == 1 else outputs[torch.from_numpy(rows).to(outputs.device)]
+            cohort.advance(own.view(len(cohort.places), -1, outputs.shape[1]))
+
+    def separate(self, places: Indices) -> None:
+        """Give those of each cohort that are among these places, and those that are not, cohorts of their own."""
+        for own in list(self._members):
+            among = np.isin(own.places, places)
+            if among.any() and not among.all():
+                self._members.append(own.part(np.flatnonzero(among)))
+                own.keep(np.flatnonzero(~among))
+
+    def drop_ended(self) -> None:
+        """Drop the rows of samples that have ended."""
+        for own in self._members:
+            alive = own.batch.active[own.places] & ~own.batch.finished[own.places]
+            if not alive.all():
+                own.keep(np.flatnonzero(alive))
+        self._members = [own for own in self._members if len(own.places)]
+
+    def estimate(self, place: int) -> Tensor:
+        """Return (dim,) the present guess of a sample."""
+        return next(own.estimate(place) for own in self._members if place in own.places)
+
+
+class _Rows:
+    """The rows of samples that move in step: (S, slots, dim). All operations are on all samples."""
+
+    def __init__(self, like: Tensor, slots: int) -> None:
+        self.rows = like.new_zeros(len(like), slots, like.shape[1])
+
+    def __getitem__(self, slots: Tensor) -> Tensor:
+        """Return (S, R, dim) a copy of these rows."""
+        return self.rows.index_select(1, slots)
+
+    def __setitem__(self, slots: Tensor, values: Tensor) -> None:
+        """Put rows (S, R, dim) into these slots."""
+        self.rows.index_copy_(1, slots, values)
+
+    def of(self, samples: Tensor) -> _Rows:
+        """Return the rows of some of the samples, a copy."""
+        part: _Rows = object.__new__(_Rows)
+        part.rows = self.rows.index_select(0, samples)
+        return part
+
+    def grow(self, slots: int) -> None:
+        """Make room for so many slots."""
+        have = self.rows.shape[1]
+        if slots > have:
+            more = max(slots, have + have // 2) - have
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(len(self.rows), more, self.rows.shape[2])], 1)
+
+
+def combine(factors: Tensor, *rows: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return sum_k factors[:, k] rows_k, (S, R, dim), and noise; summed as the sequential loop does, last to first."""
+    by = factors[..., None].unbind(1)
+    total = rows[-1] * by[-1] if noise is None else noise.addcmul(rows[-1], by[-1])
+    for row, factor in zip(rows[-2::-1], by[-2::-1], strict=True):
+        total.addcmul_(row, factor)
+    return total
+
+
+class _StopTest:
+    """What is known of the error of samples that move in step.
+
+    Attributes:
+        error: (S,) estimated relative error of the latest sample.
+        moved: (S,) mean absolute change of the latest sample.
+        changes: For every boundary (p, (S,) relative change by iteration p), as far as they still count.
+        nonfinite_iterations: (S, M + 2) iterations that have met an output that was not finite.
     """
 
-    p: int
-    j: int
-    step: int
-    x: int
-    before: int
-    hop: int = -1
-    data: int = -1
+    def __init__(self, solver: Parareal, tolerance: float, samples: int, blocks: int) -> None:
+        self.solver, self.tolerance = solver, tolerance
+        self.error, self.moved = np.full(samples, np.inf), np.full(samples, np.inf)
+        self.changes: list[list[tuple[int, Array]]] = [[] for _ in range(blocks + 1)]
+        self.nonfinite_iterations = np.zeros((samples, blocks + 2), bool)
 
-    @property
-    def slots(self) -> list[int]:
-        """The slots that the chain holds."""
-        return [slot for slot in (self.x, self.before, self.hop, self.data) if slot >= 0]
+    def of(self, rows: Indices) -> _StopTest:
+        """Return the same of some of the samples."""
+        part: _StopTest = object.__new__(_StopTest)
+        part.solver, part.tolerance = self.solver, self.tolerance
+        part.error, part.moved = self.error[rows], self.moved[rows]
+        part.changes = [[(p, change[rows]) for p, change in changes] for changes in self.changes]
+        part.nonfinite_iterations = self.nonfinite_iterations[rows]
+        return part
 
-
-class _Boundary(NamedTuple):
-    """A boundary state x_j^p that has become known, and for multistep samplers the output before it; slots."""
-
-    p: int
-    j: int
-    x: int
-    before: int
-
-
-class _Pipeline:
-    """The data flow of one trajectory: what is known, what runs, and in which slot everything lies."""
-
-    def __init__(self, solver: Parareal, problem: Problem) -> None:
-        self.solver, self.problem, self.coefficients = solver, problem, problem.coefficients
-        steps = problem.steps
-        self.blocks = min(solver.blocks or max(1, round(np.sqrt(3 * steps))), steps)
-        self.bounds = [round(j * steps / self.blocks) for j in range(self.blocks + 1)]
-        self.limit = min(solver.iterations or self.blocks, self.blocks)
-        self.lagged = self.coefficients.lags > 0
-        self.hops = _hops(self.coefficients, self.bounds, two_step=solver.coarse == "two-step")
-        self.peak = 0
-        self.free: list[int] = []
-        self.zero = self.take()
-        # Of every block: its folded noise, its newest hop and the data prediction at its start.
-        self.noise, self.hop, self.data = ([self.take() for _ in range(self.blocks)] for _ in range(3))
-        self.chains: list[_Chain] = []
-        self.ended: list[_Chain] = []  # at the end of their block: F_j(x_j^p)
-        self.newest = [-1] * self.blocks  # the newest iteration of which each block has made its hop
-        self.known: dict[int, int] = {}  # the newest boundary states
-        self.accepted = 0
-        self.error = float("inf")
-        self.changes: list[list[tuple[int, float]]] = [[] for _ in self.bounds]  # (p, relative change) of a boundary
-        self.moved = float("inf")  # mean absolute change of the sample
-        self.doubtful: set[int] = set()  # iterations that met an output that is not finite
-
-    def take(self) -> int:
-        """Return a free slot."""
-        if self.free:
-            return self.free.pop()
-        self.peak += 1
-        return self.peak - 1
-
-    def take_two(self) -> tuple[int, int]:
-        """Return a slot for a state and, for multistep samplers, one for the output before it."""
-        return self.take(), self.take() if self.lagged else -1
-
-    def run(self) -> Asking:
-        """Solve; return the slot of the sample."""
-        yield from self._fold_noise()
-        count = self.blocks if self.problem.guessed else 1
-        known = [_Boundary(0, j, *self.take_two()) for j in range(count + int(self.problem.guessed))]
-        yield Load(np.array([self.bounds[one.j] for one in known]), np.array([one.x for one in known]))
-        slot = yield from self._publish(known)
-        while slot < 0:
-            running = self._runnable()
-            outputs = [self.take() for _ in running]
-            yield from self._evaluate(running, outputs)
-            yield from self._hop(running, outputs)
-            yield from self._step(running, outputs)
-            slot = yield from self._publish((yield from self._follow()))
-        return slot
-
-    def _fold_noise(self) -> Asking:
-        """Fold the noise of every block's steps into one row: what a hop adds to its two factors."""
-        if self.coefficients.noise_std.any():
-            decay, _ = _held(self.coefficients)
-            for k in range(max(np.diff(self.bounds))):
-                inside = [j for j in range(self.blocks) if self.bounds[j] + k < self.bounds[j + 1]]
-                point = np.array([self.bounds[j] + k for j in inside])
-                slots = np.array([self.noise[j] for j in inside])
-                yield Combine((slots,), decay[point, None], slots, point)
-        return 0
-
-    def _runnable(self) -> list[_Chain]:
-        """Return the chains that take a step now: the frontier first, then the oldest iterations."""
-        ready = self.chains
-        if not self.solver.pipelined:
-            # A sweep of hops comes first, then all blocks of the iteration side by side.
-            swept = min(self.newest[max(0, min(chain.p for chain in ready)) :])
-            ready = [chain for chain in ready if chain.p <= swept or chain.step == self.bounds[chain.j]]
-        return sorted(ready, key=lambda chain: (chain.p != chain.j, chain.p, chain.j))[: self.solver.width]
-
-    def _evaluate(self, running: list[_Chain], outputs: list[int]) -> Asking:
-        point = np.array([chain.step for chain in running])
-        states = np.array([chain.x for chain in running])
-        finite = yield Query(point, states, np.array(outputs), settled=int(running[0].p == running[0].j))
-        for chain, sound in zip(running, finite, strict=True):
-            if not sound:
-                self.doubtful.update((chain.p, chain.p + 1))
-        return 0
-
-    def _hop(self, running: list[_Chain], outputs: list[int]) -> Asking:
-        """Compute G of the chains that made their first evaluation."""
-        first = [(c, f) for c, f in zip(running, outputs, strict=True) if c.step == self.bounds[c.j]]
-        if not first:
-            return 0
-        block = np.array([chain.j for chain, _ in first])
-        x = np.array([chain.x for chain, _ in first])
-        data, hop, noise = (np.array(slots)[block] for slots in (self.data, self.hop, self.noise))
-        before = np.array(self.data)[np.maximum(block - 1, 0)]
-        yield Combine((x, np.array([f for _, f in first])), self.hops.data[block], data)
-        yield Combine((x, data, before, noise), self.hops.factors[block], hop)
-        for chain, _ in first:
-            self.newest[chain.j] = chain.p
-            chain.hop = self.take()
-            chain.data = self.take() if self.lagged else -1
-        yield self._copies(hop, [chain.hop for chain, _ in first])
-        if self.lagged:
-            yield self._copies(data, [chain.data for chain, _ in first])
-        return 0
-
-    def _copies(self, source: Any, into: list[int]) -> Combine:
-        return Combine((np.asarray(source),), np.ones((len(into), 1)), np.array(into))
-
-    def _step(self, running: list[_Chain], outputs: list[int]) -> Asking:
-        """Take one step of every running chain; a chain of the last iteration ends after its hop."""
-        moving = []
-        for chain, output in zip(running, outputs, strict=True):
-            # With a limited width the frontier goes on all the same: it alone is through after N rounds.
-            if chain.p < self.limit or (self.solver.width is not None and chain.p == chain.j):
-                moving.append((chain, output))
+    def compare(self, published: Publication, found: Array) -> None:
+        """Take up the changes of boundaries that have been known before; see :meth:`_Cohort._changes`."""
+        count = len(published.compared)
+        change, size = found[:, :count], found[:, count : 2 * count]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = np.where(change == 0, 0.0, np.where(size > 0, change / size, np.inf))
+        relative[np.isnan(relative)] = np.inf
+        for boundary, by in zip(published.compared, relative.T, strict=True):
+            self.changes[boundary.j].append((boundary.p, by))
+        if count and published.compared[-1].j == len(self.changes) - 1:
+            if self.solver.rule == "srds":
+                self.error, self.moved = relative[:, -1], found[:, -1]
             else:
-                self.chains.remove(chain)
-                self.free += [*chain.slots, output]
-        if not moving:
-            return 0
-        point = np.array([chain.step for chain, _ in moving])
-        x = np.array([chain.x for chain, _ in moving])
-        rows = [x, np.array([f for _, f in moving])]
-        factors = [self.coefficients.state_weight[point], self.coefficients.output_weight[point, 0]]
+                self._estimate_error(*published.samples[-1])
+
+    def _estimate_error(self, p: int, origin: int) -> None:
+        """Estimate the error of sample p: the largest newest change of a boundary that can have reached it.
+
+        The boundaries before its origin are exact.
+        """
+        newest = []
+        for j in range(origin, len(self.changes)):
+            reached = [i for i, (other, _) in enumerate(self.changes[j]) if other <= p or other == j == origin]
+            if reached:
+                self.changes[j] = self.changes[j][reached[-1] :]  # earlier ones count no more
+                newest.append(self.changes[j][0][1])
+        self.error = np.max(newest, axis=0)
+
+    def passed(self, p: int) -> NDArray[np.bool_]:
+        """Return (S,) whether the stop test allows the sample of iteration p."""
+        if p == 0 or self.solver.rule == "none":
+            return np.zeros(len(self.error), bool)
+        passed = self.moved <= self.solver.threshold if self.solver.rule == "srds" else self.error <= self.tolerance
+        return np.asarray(passed & ~self.nonfinite_iterations[:, p])
+
+
+class _Cohort:
+    """Samples at the same tick of a schedule: their rows, and the arithmetic.
+
+    Attributes:
+        places: (S,) of the samples in the batch, increasing.
+        tick: What the next round does.
+        ticks: How many rounds there have been.
+        published: The latest boundary states.
+        memory: Rows by slots.
+        test: What is known of the error.
+    """
+
+    def __init__(self, solver: Parareal, batch: Batch) -> None:
+        local, like = batch.problem.coefficients, batch.start
+        self.solver, self.batch, self.bounds = solver, batch, solver.bounds(local.steps)
+        self.blocks, self.lagged = len(self.bounds) - 1, local.lags > 0
+        self.places, self.ticks = np.arange(len(batch)), 0
+        schedule, self._schedule = self._new_schedule()
+        self.limit, self.published = schedule.limit, schedule.opening
+        self._factors = _Factors(local, self.bounds, like, two_step=solver.coarse == "two-step")
+        self.memory = _Rows(like, schedule.slots)
+        self.test = _StopTest(solver, batch.problem.tolerance, len(batch), self.blocks)
+        if batch.noise is not None:
+            noise_slots = upload(2 * self.blocks + np.arange(self.blocks), like.device)
+            self.memory[noise_slots] = folded_noise(local, self.bounds, batch.noise)
+        slots = np.array([state.x for state in schedule.initial])
+        levels = np.array([self.bounds[state.j] for state in schedule.initial])
+        states = like[:, None] if batch.guess is None else batch.guess[:, torch.from_numpy(levels).to(like.device)]
+        self.memory[upload(slots, like.device)] = states
+        self.memory[upload(self.published.into, like.device)] = self.memory[upload(self.published.source, like.device)]
+        batch.accept(self.places, np.zeros(len(batch), np.int64), like[:, None], self.test.error)
+        self.tick = next(self._schedule)
+
+    def _new_schedule(self) -> tuple[BlockSchedule, Iterator[Tick]]:
+        solver, limit = self.solver, min(self.solver.iterations or self.blocks, self.blocks)
+        schedule = BlockSchedule(
+            self.bounds,
+            limit,
+            width=solver.width,
+            pipelined=solver.pipelined,
+            lagged=self.lagged,
+            guessed=self.batch.guess is not None,
+        )
+        return schedule, schedule.ticks()
+
+    # -- which samples ---------------------------------------------------------------------------------------------
+
+    def keep(self, rows: Indices) -> None:
+        """Go on with these of the samples only."""
+        self.memory = self.memory.of(torch.from_numpy(rows).to(self.memory.rows.device))
+        self.places, self.test = self.places[rows], self.test.of(rows)
+
+    def part(self, rows: Indices) -> _Cohort:
+        """Return a cohort of some of the samples."""
+        part: _Cohort = object.__new__(_Cohort)
+        part.__dict__.update(self.__dict__)
+        part.keep(rows)
+        _, part._schedule = self._new_schedule()
+        part.tick = next(islice(part._schedule, self.ticks, None))
+        return part
+
+    # -- a round ---------------------------------------------------------------------------------------------------
+
+    def states(self) -> Tensor:
+        """Return (S R, dim) the states to be evaluated, sample by sample."""
+        states = upload(self.tick.states, self.memory.rows.device)
+        return self.memory[states].flatten(0, 1)
+
+    def advance(self, outputs: Tensor) -> None:
+        """Do one tick with the outputs (S, R, dim) of its states."""
+        tick, published, memory = self.tick, self.tick.published, self.memory
+        memory.grow(tick.slots)
+        at = self._upload(tick)
+        largest = torch.linalg.vector_norm(outputs, float("inf"), dim=2)
+        outputs = repaired(outputs, torch.isfinite(largest))
+        measured = [largest]
+        self._coarse_steps(at, memory[at["states"]], outputs)
+        self._fine_steps(at, memory[at["states"]], outputs)
+        self._boundaries(at)
+        if published is not None:
+            measured += self._changes(at, published)
+            memory[at["into"]] = memory[at["source"]]
+        found = read(torch.cat(measured, 1))
+        self._check(np.isfinite(found[:, : len(tick.steps)]))
+        if published is not None:
+            self.published = published
+            self.test.compare(published, found[:, len(tick.steps) :])
+            self._accept(published)
+        self.ticks += 1
+        following = next(self._schedule, None)
+        if following is not None:  # else all samples have ended
+            self.tick = following
+
+    def _upload(self, tick: Tick) -> dict[str, Tensor]:
+        """Return all indices of a tick on the device."""
+        steps, published = tick.steps[tick.moving], tick.published
+        arrays = {name: np.array(getattr(tick, name), np.int64) for name in TICK_INDICES}
+        arrays["moving_steps"] = steps
+        if self.batch.recurrence.noise is not None:
+            arrays["noise"] = (self.places[:, None] * self.batch.problem.steps + steps).reshape(-1)
+        if published is not None:
+            arrays |= {"source": published.source, "into": published.into}
+            arrays["new"] = np.array([one.new for one in published.compared], np.int64)
+            arrays["last"] = np.array([one.last for one in published.compared], np.int64)
+        flat = upload(np.concatenate(list(arrays.values())), self.memory.rows.device)
+        stops = np.cumsum([len(array) for array in arrays.values()])[:-1]
+        return dict(zip(arrays, flat.tensor_split(stops.tolist()), strict=True))
+
+    def _coarse_steps(self, at: dict[str, Tensor], x: Tensor, outputs: Tensor) -> None:
+        """Put G of the runs that are at the start of their block into the slots of the blocks and of the runs."""
+        first, block, memory, factors = at["first"], at["blocks"], self.memory, self._factors
+        if not len(first):
+            return
+        x, outputs = x.index_select(1, first), outputs.index_select(1, first)
+        prediction = combine(factors.prediction[block], x, outputs)
+        memory[self.blocks + at["latest_blocks"]] = prediction.index_select(1, at["latest"])
+        rows = [x, prediction]
+        if self.solver.coarse == "two-step":
+            rows.append(memory[self.blocks + (block - 1).clamp_(min=0)])
+        noise = None if self.batch.recurrence.noise is None else memory[2 * self.blocks + block]
+        coarse = combine(factors.coarse[block], *rows, noise=noise)
+        memory[at["coarse"]] = coarse
+        memory[at["latest_blocks"]] = coarse.index_select(1, at["latest"])
         if self.lagged:
-            rows.append(np.array([chain.before for chain, _ in moving]))
-            factors.append(self.coefficients.output_weight[point, 1])
-        yield Combine(tuple(rows), np.stack(factors, 1), x, point)
-        for chain, output in moving:
-            if self.lagged:
-                chain.before, output = output, chain.before
-            self.free.append(output)
-            chain.step += 1
-            if chain.step == self.bounds[chain.j + 1]:
-                self.chains.remove(chain)
-                self.ended.append(chain)
-        return 0
+            memory[at["prediction"]] = prediction
 
-    def _follow(self) -> Generator[Request, Any, list[_Boundary]]:
-        """Return the boundary states that follow from what is there."""
-        known = []
-        if not self.problem.guessed:
-            for j in range(1, self.blocks + 1):
-                if self.newest[j - 1] >= 0 and j not in self.known:
-                    x, before = self.take_two()
-                    yield self._copies([self.hop[j - 1]], [x])
-                    if self.lagged:
-                        yield self._copies([self.data[j - 1]], [before])
-                    known.append(_Boundary(0, j, x, before))
-        corrected = []
-        for chain in sorted(self.ended, key=lambda chain: (chain.p, chain.j)):
-            through = self.solver.pipelined or not any(other.p == chain.p for other in self.chains)
-            if chain.p == chain.j and through:
-                self.free += [slot for slot in (chain.hop, chain.data) if slot >= 0]
-            elif chain.p != chain.j and self.newest[chain.j] > chain.p:
-                corrected.append(chain)
-            else:
-                continue
-            self.ended.remove(chain)
-            known.append(_Boundary(chain.p + 1, chain.j + 1, chain.x, chain.before))
-        # F + (Gnew - Gold), in this order: equal hops cancel to the bit.
-        parts = [("x", "hop", self.hop)] + ([("before", "data", self.data)] if self.lagged else [])
-        for end, old, new in parts if corrected else []:
-            into = np.array([getattr(chain, end) for chain in corrected])
-            gone = np.array([getattr(chain, old) for chain in corrected])
-            fresh = np.array([new[chain.j] for chain in corrected])
-            yield Combine((into, fresh, gone), np.tile([1.0, 1.0, -1.0], (len(into), 1)), into)
-            self.free += gone.tolist()
-        return known
+    def _fine_steps(self, at: dict[str, Tensor], x: Tensor, outputs: Tensor) -> None:
+        """Take one step of the runs that go on, in place."""
+        moving, memory = at["moving"], self.memory
+        if not len(moving):
+            return
+        x, outputs = x.index_select(1, moving), outputs.index_select(1, moving)
+        rows = [x, memory[at["before"]], outputs] if self.lagged else [x, outputs]
+        noise = self.batch.noise
+        if noise is not None:
+            noise = noise.view(-1, noise.shape[2]).index_select(0, at["noise"]).view(x.shape)
+        memory[at["states"].index_select(0, moving)] = combine(
+            self._factors.step[at["moving_steps"]], *rows, noise=noise
+        )
+        if self.lagged:
+            memory[at["before"]] = outputs
 
-    def _retire(self) -> None:
-        """Drop what the frontier has overtaken: older chains behind it, and those of its block that only wait."""
-        for chains in (self.chains, self.ended):
-            for chain in list(chains):
-                waiting = chain.j == self.accepted and chain.hop < 0 and chain.p < self.accepted
-                if chain.j < self.accepted or waiting:
-                    chains.remove(chain)
-                    self.free += chain.slots
+    def _boundaries(self, at: dict[str, Tensor]) -> None:
+        """Put the boundary states in place that become known by a coarse step, or by a fine one and two coarse ones."""
+        memory, swept, block = self.memory, at["swept"], at["corrected"]
+        parts = [("swept_x", "corrected_x", "corrected_coarse", 0)]
+        if self.lagged:
+            parts.append(("swept_before", "corrected_before", "corrected_prediction", self.blocks))
+        for sweep, end, coarse, first in parts:
+            if len(swept):
+                memory[at[sweep]] = memory[first + swept]
+            if len(block):
+                # F + (G_new - G_old), in this order: equal coarse steps cancel to the bit.
+                memory[at[end]] = memory[at[end]] + (memory[first + block] - memory[at[coarse]])
 
-    def _publish(self, known: list[_Boundary]) -> Asking:
-        """Compare new boundary states with the last ones, start their chains; return the sample's slot or -1."""
-        if not known:
-            return -1
-        known = sorted(known, key=lambda one: (one.j, one.p))
-        old = [one for one in known if one.j in self.known]
-        if old:
-            new = np.array([one.x for one in old])
-            last = np.array([self.known[one.j] for one in old])
-            distance = [Distance(new[-1:], last[-1:])] if self.solver.rule == "srds" else []
-            gram, *moved = yield [Inner((new, new), (last, np.full(len(new), self.zero))), *distance]
-            for one, own in zip(old, gram, strict=True):
-                self._compare(one, own[0, 0], own[1, 1])
-            if moved and old[-1].j == self.blocks:
-                self.moved = float(moved[0][0])
-        for one in known:
-            if one.j not in self.known:
-                self.known[one.j] = self.take()
-        yield self._copies([one.x for one in known], [self.known[one.j] for one in known])
-        finished = -1
-        for one in known:
-            if one.p == one.j:
-                self.accepted = max(self.accepted, one.p)
-            if one.j < self.blocks:
-                self.chains.append(_Chain(one.p, one.j, self.bounds[one.j], one.x, one.before))
-                continue
-            self.free += [slot for slot in (one.x, one.before) if slot >= 0]
-            if one.p >= self.limit or self._passes(one.p):
-                finished = self.known[one.j]
-            if one.p == self.blocks:
-                self.error = 0.0
-        self._retire()
-        place = self.bounds[self.accepted] if finished < 0 else self.problem.steps
-        yield Settle(place, np.zeros(0, np.int64), self.error, self._estimate())
-        return finished
+    def _changes(self, at: dict[str, Tensor], published: Publication) -> list[Tensor]:
+        """Return norms of changes (S, C), of what they lead to (S, C), and the mean absolute change of the sample."""
+        if not published.compared:
+            return []
+        new, last = self.memory[at["new"]], self.memory[at["last"]]
+        change = new - last
+        sample = [change[:, -1:].abs().mean(2)] if self.solver.rule == "srds" else []
+        return [torch.linalg.vector_norm(change, dim=2), torch.linalg.vector_norm(new, dim=2), *sample]
 
-    def _estimate(self) -> int:
-        """Return the slot of the present guess of the sample: itself, or what the farthest hop held, or its end."""
-        farthest = max(self.known)
-        if 0 < farthest < self.blocks and self.coefficients.x0_from_input is not None:
-            return self.data[farthest - 1]
-        return self.known[farthest]
+    # -- decide ----------------------------------------------------------------------------------------------------
 
-    def _compare(self, one: _Boundary, change: float, size: float) -> None:
-        relative = 0.0 if change == 0 else float(np.sqrt(change / size)) if size > 0 else float("inf")
-        self.changes[one.j].append((one.p, relative))
-        if one.j == self.blocks:
-            # Each boundary counts with its newest change that can have reached this sample; before p all are exact.
-            reached = [[by for p, by in changes if p <= one.p] for changes in self.changes[one.p :]]
-            self.error = relative if self.solver.rule == "srds" else max(some[-1] for some in reached if some)
+    def _check(self, finite: NDArray[np.bool_]) -> None:
+        """Raise if an output (S, R) at the frontier is not finite; elsewhere note it."""
+        if finite.all():
+            return
+        if self.tick.frontier and not finite[:, 0].all():
+            raise self.batch.output_error(int(self.places[np.argmin(finite[:, 0])]), int(self.tick.steps[0]))
+        for row, p in enumerate(self.tick.iterations):
+            self.test.nonfinite_iterations[:, p : p + 2] |= ~finite[:, row, None]
 
-    def _passes(self, p: int) -> bool:
-        """Whether the stop test allows the sample of iteration p."""
-        if p == 0 or self.solver.rule == "none" or p in self.doubtful:
-            return False
-        if self.solver.rule == "srds":
-            return self.moved <= self.solver.threshold
-        return self.error <= self.problem.tolerance
+    def _accept(self, published: Publication) -> None:
+        """Accept what is exact by now, and the sample if it passes the stop test."""
+        batch, places, finished = self.batch, self.places, np.zeros(len(self.places), bool)
+        for p, _ in published.samples:
+            finished |= (p >= self.limit) | self.test.passed(p)
+            if p == self.blocks:
+                self.test.error = np.zeros(len(places))
+        accepted = np.where(finished, batch.problem.steps, self.bounds[published.front])
+        batch.accept(places, accepted - batch.accepted[places], self.memory.rows[:, :1], self.test.error)
+        for row in np.flatnonzero(finished):
+            place = int(places[row])
+            batch.finished[place], batch.results[place] = True, self.memory.rows[row, published.sample].clone()
+
+    def estimate(self, place: int) -> Tensor:
+        """Return (dim,) the latest sample; before the first, the prediction of the farthest coarse step, or its end."""
+        farthest, slot = self.published.farthest, self.published.farthest_slot
+        if 0 < farthest < self.blocks and self.batch.problem.coefficients.x0_from_input is not None:
+            slot = self.blocks + farthest - 1
+        return self.memory.rows[int(np.searchsorted(self.places, place)), slot]
 
 
-def _held(local: Coefficients) -> tuple[Array, Array]:
+def repaired(outputs: Tensor, finite: Tensor) -> Tensor:
+    """Return outputs (S, R, dim) with the last finite row before it in the place of each that is not (S, R).
+
+    Zeros stand where there is none. The device does it without being read, so that a round is read only once.
+    """
+    samples, rows, dim = outputs.shape
+    number = torch.arange(samples * rows, device=outputs.device).view(samples, rows)
+    nearest = torch.where(finite, number, -1).cummax(1).values
+    chosen = outputs.reshape(-1, dim).index_select(0, nearest.clamp(min=0).view(-1)).view(outputs.shape)
+    return chosen.masked_fill_((nearest < 0)[..., None], 0)
+
+
+def folded_noise(local: Coefficients, bounds: Sequence[int], noise: Tensor) -> Tensor:
+    """Return (S, M, dim) what a coarse step over each block adds, from the noise (S, N, dim) of its steps."""
+    weight, _ = frozen_coefficients(local)
+    first, lengths = np.array(bounds[:-1]), np.diff(bounds)
+    folded = noise.new_zeros(len(noise), len(lengths), noise.shape[2])
+    for offset in range(max(lengths)):
+        block = np.flatnonzero(offset < lengths)
+        step, at = first[block] + offset, upload(block, noise.device)
+        added = noise.index_select(1, upload(step, noise.device))
+        folded[:, at] = combine(upload(weight[step, None], noise), folded[:, at], noise=added)
+    return folded
+
+
+def frozen_coefficients(local: Coefficients) -> tuple[Array, Array]:
     """Return A and B of every step with the data prediction (else the output) in the place of the output."""
     weight = local.output_weight.sum(1)
     if local.x0_from_input is None or local.x0_from_output is None:
@@ -395,37 +511,40 @@ def _held(local: Coefficients) -> tuple[Array, Array]:
     return local.state_weight - weight * local.x0_from_input / local.x0_from_output, weight / local.x0_from_output
 
 
-@dataclass(frozen=True, eq=False)
-class _Hops:
-    """Factors of the coarse solver.
+class _Factors:
+    """Factors of the fine and the coarse solver, on the device.
 
     Attributes:
-        data: (M, 2) data prediction from (x, output) at the start of each block.
-        factors: (M, 4) hop from (x, prediction here, prediction at the boundary before, folded noise).
+        step: (N, 2 or 3) a step from (x, the output before in multistep samplers, the output).
+        prediction: (M, 2) data prediction at the start of each block from (x, output).
+        coarse: (M, 2 or 3) coarse step from (x, prediction here, with two steps also that at the boundary before).
     """
 
-    data: Array
-    factors: Array
-
-
-def _hops(local: Coefficients, bounds: list[int], *, two_step: bool) -> _Hops:
-    decay, weight = _held(local)
-    blocks = len(bounds) - 1
-    data, factors = np.tile([0.0, 1.0], (blocks, 1)), np.zeros((blocks, 4))
-    extrapolate = np.zeros(blocks)
-    if two_step:
-        assert local.alpha is not None
-        assert local.sigma is not None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            level = np.log(local.alpha[bounds] / local.sigma[bounds])
-            extrapolate[1:] = np.diff(level)[1:] / np.diff(level)[:-1] / 2
-        extrapolate[~np.isfinite(extrapolate)] = 0.0
-    for j in range(blocks):
-        first, stop = bounds[j], bounds[j + 1]
+    def __init__(self, local: Coefficients, bounds: list[int], like: Tensor, *, two_step: bool) -> None:
+        blocks, first = len(bounds) - 1, bounds[:-1]
+        step = np.concatenate([local.state_weight[:, None], local.output_weight[:, ::-1]], 1)
+        prediction = np.tile([0.0, 1.0], (blocks, 1))
         if local.x0_from_input is not None and local.x0_from_output is not None:
-            data[j] = local.x0_from_input[first], local.x0_from_output[first]
-        a, b = 1.0, 0.0
-        for k in range(first, stop):
-            a, b = decay[k] * a, decay[k] * b + weight[k]
-        factors[j] = a, b * (1 + extrapolate[j]), -b * extrapolate[j], 1.0
-    return _Hops(data, factors)
+            prediction = np.stack([local.x0_from_input[first], local.x0_from_output[first]], 1)
+        a, b = np.ones(blocks), np.zeros(blocks)
+        state_weight, weight = frozen_coefficients(local)
+        for j in range(blocks):
+            for k in range(bounds[j], bounds[j + 1]):
+                a[j], b[j] = state_weight[k] * a[j], state_weight[k] * b[j] + weight[k]
+        coarse = np.stack([a, b], 1)
+        if two_step:
+            extrapolate = _extrapolation(local, bounds)
+            coarse = np.stack([a, b * (1 + extrapolate), -b * extrapolate], 1)
+        self.step, self.prediction, self.coarse = (upload(array, like) for array in (step, prediction, coarse))
+
+
+def _extrapolation(local: Coefficients, bounds: list[int]) -> Array:
+    """Return (M,) how far DPM-Solver++ 2M over the blocks extrapolates the prediction from the boundary before."""
+    assert local.alpha is not None
+    assert local.sigma is not None
+    factors = np.zeros(len(bounds) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        length = np.diff(np.log(local.alpha[bounds] / local.sigma[bounds]))
+        factors[1:] = length[1:] / length[:-1] / 2
+    factors[~np.isfinite(factors)] = 0.0
+    return factors

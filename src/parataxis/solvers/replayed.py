@@ -76,11 +76,11 @@ class ReplayedWindow(Window):
         loop: Replays = self.batch.recurrence  # type: ignore[assignment]
         return loop
 
-    def move(self, count: Indices, error: Array, entry: str) -> None:
+    def move(self, count: Indices, entry: str) -> None:
         """Accept states and move; entering states come from a pass with the last output of each window frozen."""
         lo, hi, width, frozen = self.lo, self.hi, self.width, self.tables.frozen
         entering = np.where(width > 0, np.minimum(lo + count + self.W, self.problem.steps) - hi, 0)
-        super().move(count, error, entry)
+        super().move(count, entry)
         if entry == "copy" or self.batch.guess is not None or not entering.any():
             return
         rows = np.flatnonzero(entering > 0)

@@ -36,7 +36,6 @@ class Secant(Windowed):
     """
 
     window: int | None = None
-    measures_pairs = True
 
     def __post_init__(self) -> None:
         check_window(self.window)

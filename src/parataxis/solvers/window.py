@@ -31,12 +31,14 @@ from ..samplers.recurrence import Recurrence
 from . import correction, extrapolation
 from .base import Query
 from .batch import Batch
+from .error_estimate import REACH, REACH_UNKNOWN, Estimate
 from .tensors import WindowTensors
 
 __all__ = ["Measured", "Tables", "Window", "check_window"]
 
 Flags = NDArray[np.bool_]
 SMALL = np.finfo(np.float32).eps
+NOISY = 0.3  # signal below which a data prediction is mostly the network's error
 
 
 def check_window(window: int | None) -> None:
@@ -56,11 +58,12 @@ class Tables:
             the state before it.
         p, q: Of the data prediction p u + q f; 0 and 1 where it is unknown.
         least: Ratio of the expected rms of the sample and of the state behind a step.
+        reach: What may become of an error of the state behind a step on the way to the sample.
         frozen: Slopes that freeze the prediction of a step.
         columns: What a round reads of every step, side by side: see :attr:`COLUMNS`.
     """
 
-    COLUMNS = ("a", "b_sum", "b_inverse", "rms", "rms_ratio", "least", "alpha_after")
+    COLUMNS = ("a", "b_sum", "b_inverse", "rms", "rms_ratio", "reach", "mm_fixed", "mm_slope", "alpha_2", "sigma_2")
 
     def __init__(self, coefficients: Coefficients, width: int) -> None:
         self.steps, more = coefficients.steps, 2 * width
@@ -79,8 +82,23 @@ class Tables:
         self.q = padded(coefficients.x0_from_output if self.predicts else np.ones(steps), 1.0)  # type: ignore[arg-type]
         levels = (coefficients.alpha, coefficients.sigma, coefficients.scale)
         self.alpha, self.sigma, self.scale = (None if one is None else padded(one, 1.0) for one in levels)
-        self.alpha_after = np.ones(steps + more) if self.alpha is None else np.maximum(self.alpha[1:], SMALL)
         self.gaussian = self.predicts and all(one is not None for one in levels)
+        self.signal = None  # signal over size of every state: alpha where the schedule preserves variance
+        self.reach = np.full(steps + more, REACH_UNKNOWN)
+        if self.alpha is not None and self.sigma is not None:
+            self.signal = np.maximum(self.alpha / np.hypot(self.alpha, self.sigma), SMALL)
+            self.reach = np.maximum(1.0, REACH * self.least / self.signal[1:])
+        # The growth of a step for Gaussian data of variance v: mm_fixed + mm_slope v / (alpha_2 v + sigma_2).
+        self.mm_fixed, self.mm_slope = np.ones(steps + more), np.zeros(steps + more)
+        self.alpha_2, self.sigma_2 = np.ones(steps + more), np.ones(steps + more)
+        if self.gaussian:
+            assert self.alpha is not None
+            assert self.sigma is not None
+            assert self.scale is not None
+            cut = slice(steps + more)
+            self.mm_fixed = self.a - self.b_sum * self.p / self.q
+            self.mm_slope = self.b_sum / (self.q * self.scale[cut]) * self.alpha[cut]
+            self.alpha_2, self.sigma_2 = self.alpha[cut] ** 2, self.sigma[cut] ** 2
         self.frozen = padded(coefficients.frozen_prediction_slopes())
         self.extrapolates = "frozen" if coefficients.stochastic or coefficients.alpha is None else "line"
         self.columns = np.stack([getattr(self, name)[: steps + more] for name in self.COLUMNS], 1)
@@ -145,7 +163,6 @@ class Window:
     Args:
         batch: The samples.
         width: W; None for N.
-        keeps_pairs: Whether inputs and outputs of the evaluation before are kept, for secants.
         history: Rounds of corrections that an accelerated method combines; 1 for none.
         order: Terms kept of the correction (I - K)^{-1}; None for all.
 
@@ -157,22 +174,23 @@ class Window:
         a, b, b_sum: (S, W, ..) coefficients of its steps; zeros beyond it.
         variance: (S,) mean square of the data prediction.
         error_used: (S,) error of the sample that has been accepted.
-        slope_errors: (S, 2 W) of the steps lo - W .. lo + W - 1, as last measured, or NaN.
-        last_moves: (S, W + 1) |new - old| of the states lo .. lo + W, as last corrected, or NaN.
+        error_carried: (S,) absolute error of the accepted state of each window.
+        known: (S, 4, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
+            largest growth that was measured, and that over the growth for Gaussian data. Of the steps lo .. lo + W - 1
+            their slopes, in the first W entries of the last row.
         slopes: (S, W) of the last round, or NaN.
         moves, residuals: (S, W) norms of the corrections and of the residuals of this round.
     """
 
     tensors_type: type[WindowTensors] = WindowTensors
     always_enters = False  # whether the factors of entering states are written in every round
-    STATES = ("lo", "error_used", "variance", "rounds", "known", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
+    STATES = ("lo", "error_used", "variance", "rounds", "error_carried", "variances", "known", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
 
     def __init__(
         self,
         batch: Batch,
         width: int | None,
         *,
-        keeps_pairs: bool = False,
         history: int = 1,
         order: int | None = None,
     ) -> None:
@@ -182,11 +200,19 @@ class Window:
         self.order, self.history, self.lags = order, history, problem.coefficients.lags
         self.tables = Tables.of(problem.coefficients, self.W)
         self.offset = np.arange(self.W + 1)
+        self.roots = np.sqrt((self.offset[:-1] + 1) / problem.steps)
         self.known_size = self.tables.alpha is not None and self.tables.predicts
         self._parts: dict[int, WindowTensors] = {}
         count = len(batch)
         self.tensors = self.tensors_type(
-            batch, count, self.W, self.lags, keeps_pairs=keeps_pairs, predicts=self.known_size, order=order, history=history
+            batch,
+            count,
+            self.W,
+            self.lags,
+            keeps_pairs=self.W > 1,  # errors of a single state are not estimated
+            predicts=self.known_size,
+            order=order,
+            history=history,
         )
         self._seat(np.arange(count), self.tensors)
         self.reset(np.arange(count))
@@ -200,10 +226,11 @@ class Window:
         self.rows = np.arange(count)
         self.row_of_place = {int(place): row for row, place in enumerate(places)}
         self.lo = np.zeros(count, np.int64)
-        self.error_used, self.variance = np.zeros(count), np.ones(count)
+        self.error_used, self.error_carried = np.zeros(count), np.zeros(count)
+        self.variance, self.variances = np.ones(count), np.full((count, 3), np.inf)
         self.rounds = np.zeros(count, np.int64)
         # What is known of states and steps moves with the windows: one array, shifted once.
-        self.known = np.full((count, 3, 2 * width + 1), np.nan)
+        self.known = np.full((count, 4, 2 * width), np.nan)
         self._name_known()
         self.spans = np.zeros((count, 2, self.history - 1))  # lo and hi of the rounds that are kept, the latest first
         self.evaluated_until = np.zeros(count, np.int64)
@@ -214,9 +241,7 @@ class Window:
         self._frame_key: Any = None
 
     def _name_known(self) -> None:
-        width = self.W
-        self.slope_errors, self.last_moves = self.known[:, 0, : 2 * width], self.known[:, 1, : width + 1]
-        self.slopes = self.known[:, 2, :width]
+        self.slopes = self.known[:, 3, : self.W]
 
     def take(self, rows: Indices) -> Window:
         """Return a window of some of the samples only, a copy."""
@@ -271,7 +296,7 @@ class Window:
         """Fill the windows of new samples: the given guess, or the initial state in the proportion of expected rms."""
         batch, problem, width, device = self.batch, self.problem, self.W, self.batch.start.device
         for name in self.STATES:
-            getattr(self, name)[rows] = np.nan if name == "known" else 0
+            getattr(self, name)[rows] = {"known": np.nan, "variances": np.inf}.get(name, 0)
         lo = problem.frozen_steps
         self.lo[rows], self.evaluated_until[rows], self.variance[rows] = lo, lo, 1.0
         places = torch.from_numpy(self.places[rows]).to(device)
@@ -303,7 +328,7 @@ class Window:
         self.inside = self.offset[:-1] < self.width[:, None]
         # Beyond the end of the loop the tables hold zeros; the windows of places without a sample are empty.
         columns = tables.columns[self.steps]
-        self.a, self.b_sum, self.b_inverse, self.rms, self.rms_ratio, self.least, self.alpha_after = np.moveaxis(columns, 2, 0)
+        self.a, self.b_sum, self.b_inverse, self.rms, self.rms_ratio, self.reach, *self.mm = columns.transpose(2, 0, 1)
         self.b = tables.b[self.steps]
         if not everyone:
             self.a, self.b, self.b_sum = self.a * self.inside, self.b * self.inside[..., None], self.b_sum * self.inside
@@ -382,6 +407,8 @@ class Window:
         if self._chosen is None:
             tensors.outputs.copy_(outputs.view(tensors.outputs.shape))
             return
+        if self.strided:
+            tensors.outputs.zero_()  # between nodes something not finite may have been left
         tensors.flat["f"].index_copy_(0, torch.from_numpy(self._chosen).to(outputs.device), outputs)
         if self.coarse.any():
             factors = extrapolation.between_nodes(
@@ -428,6 +455,8 @@ class Window:
             self.variance = np.where(known, variance, self.variance)
         else:
             self.variance = np.where(known, variance, 1.0)
+        self.variances[:, 1:] = self.variances[:, :-1]
+        self.variances[:, 0] = self.variance
 
     def write_frame(self) -> None:
         """Write down what the device needs to know of where the windows stand."""
@@ -475,17 +504,34 @@ class Window:
             return self.slopes_for_growth(np.ones_like(self.a))
         return self.tables.gaussian_slopes(self.steps, self.variance[:, None])
 
-    def growth_behind(self) -> Array:
-        """Return (S,) growth of all steps behind the window, for Gaussian data of the measured variance."""
-        tables, total = self.tables, np.ones(len(self.places))
-        for row in np.flatnonzero((self.hi < self.problem.steps) & (self.width > 0)):
-            steps = np.arange(self.hi[row], self.problem.steps)
-            if tables.gaussian:
-                slopes = tables.gaussian_slopes(steps, self.variance[row])
-            else:
-                slopes = (1.0 - tables.a[steps]) * tables.b_inverse[steps]
-            total[row] = np.abs(np.prod(tables.a[steps] + tables.b_sum[steps] * slopes))
-        return total
+    def gaussian_growth(self) -> Array:
+        """Return (S, W) growth of each step for Gaussian data of the measured variance, 1 where that is unknown."""
+        fixed, slope, alpha_2, sigma_2 = self.mm
+        variance = self.variance[:, None]
+        return np.abs(fixed + slope * variance / (alpha_2 * variance + sigma_2))
+
+    def smallest_variance(self) -> Array:
+        """Return (S,) the smallest mean square of the data prediction in the last three rounds, at most 1 near noise.
+
+        A prediction that still diverges would make every error look small.
+        """
+        smallest = self.variances.min(1)
+        if self.tables.signal is None:
+            return smallest
+        return np.where(self.tables.signal[self.hi] < NOISY, np.minimum(smallest, 1.0), smallest)
+
+    def shares(self) -> tuple[Array, Array]:
+        """Return (S, W) square roots of the part of the loop up to each state, and of the part since the first one."""
+        steps = self.problem.steps
+        return np.sqrt((self.steps + 1) / steps), self.roots
+
+    def take_error(self, estimate: Estimate, count: Indices) -> None:
+        """Take the error of the states that are accepted: absolute, to be carried on, and as it is reported."""
+        at = np.maximum(count - 1, 0)
+        carried, reported = estimate.accepted[self.rows, at], estimate.reported[self.rows, at]
+        if not self.uniform:
+            carried, reported = np.where(count > 0, carried, self.error_carried), np.where(count > 0, reported, self.error_used)
+        self.error_carried, self.error_used = carried, reported
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Take the slopes of a round: what trajectory follows is now decided, and is put in place by :meth:`move`.
@@ -536,12 +582,11 @@ class Window:
 
     # -- move -----------------------------------------------------------------------------------------------------
 
-    def move(self, count: Indices, error: Array, entry: str) -> None:
+    def move(self, count: Indices, entry: str) -> None:
         """Accept the first ``count`` states of every window, and move it behind them.
 
         Args:
             count: (S,) at least 1, but 0 for empty windows.
-            error: (S,) what accepting them adds to the error of the sample.
             entry: How states enter the window: ``extrapolate`` or ``copy``.
         """
         hi, width, W, steps = self.hi, self.width, self.W, self.problem.steps
@@ -556,7 +601,6 @@ class Window:
         enter = bool(new.any()) or self.overflow
         if enter or self.always_enters:
             self._write_entering(count, last, new, entry)
-        self.error_used = self.error_used + error
         self._shift_known(count)
         present = width > 0
         self.reached = self.reached | ((hi == steps) & present)
@@ -625,14 +669,11 @@ class Window:
         """Shift what is known of states and steps with the windows."""
         until = np.where(self.coarse, self.lo, self.hi) if self.strided else self.hi
         self.evaluated_until = until if self.uniform else np.where(self.width > 0, until, self.evaluated_until)
-        # Each of the three has its own length: what would come from the next one's place is not known.
-        known, width = self.known, self.W
-        shifted = np.full_like(known, np.nan)
+        known = self.known
         for row, by in enumerate(count.tolist()):
-            for kind, size in enumerate((2 * width, width + 1, width)):
-                shifted[row, kind, : max(size - by, 0)] = known[row, kind, by:size]
-        self.known = shifted
-        self._name_known()
+            if by:
+                known[row, :, :-by] = known[row, :, by:]
+                known[row, :, -by:] = np.nan
 
     def _load_guess(self, entering: Indices) -> None:
         """Fill the states that enter from the given trajectories."""

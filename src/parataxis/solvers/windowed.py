@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from ..arrays import Array, Indices
 from ..samplers.coefficients import Coefficients
-from . import correction
 from . import error_estimate as estimates
 from .base import Answer, Queries
 from .batch import Batch
+from .error_estimate import Estimate
 from .replayed import ReplayedWindow
 from .window import Measured, Window
 
 __all__ = ["Windowed", "estimate_errors", "iterate"]
+
+SMALL = 1e-12  # growth for Gaussian data below which no ratio to it is taken
 
 
 class Windowed:
@@ -26,22 +28,16 @@ class Windowed:
 
     Attributes:
         window: Steps evaluated in a round; None for all.
-        measures_pairs: Whether slopes are made of :attr:`Measured.pairs`.
         entry: How states enter the window: ``extrapolate`` or ``copy``.
     """
 
     window: int | None
-    measures_pairs = False
     entry = "extrapolate"
     adopts = True  # samples that begin later join the same windows
 
     def slopes(self, window: Window, measured: Measured) -> Array:
         """Return d (S, W): how each output is assumed to move with its input."""
         raise NotImplementedError
-
-    def error_slopes(self, window: Window) -> Array:
-        """Return d (S, W) by which the growth of errors is judged: those of the correction."""
-        return window.slopes
 
     def passed(self, window: Window) -> NDArray[np.bool_] | None:
         """Return (S, W) which states pass a published acceptance test, or None to accept by the error estimate."""
@@ -54,7 +50,7 @@ class Windowed:
     def open(self, batch: Batch) -> Window:
         """Return the windows of a batch."""
         kind = ReplayedWindow if batch.recurrence.replays else Window
-        return kind(batch, self.window, keeps_pairs=self.measures_pairs)
+        return kind(batch, self.window)
 
     def round(self, window: Window, answer: Answer) -> None:
         """Do one round behind its evaluation."""
@@ -64,24 +60,23 @@ class Windowed:
     def decide(self, window: Window, measured: Measured) -> None:
         """Decide on what has been measured, and move."""
         window.correct(self.slopes(window, measured), measured)
-        count, error = self.accept(window)
-        window.move(count, error, self.entry)
+        window.move(self.accept(window, measured), self.entry)
 
-    def accept(self, window: Window) -> tuple[Indices, Array]:
-        """Return (S,) how many states of each window are accepted, and the error of the sample that this adds."""
-        errors = estimate_errors(window, self.error_slopes(window))
+    def accept(self, window: Window, measured: Measured) -> Indices:
+        """Return (S,) how many states of each window are accepted; the window takes their error."""
+        estimate = estimate_errors(window, measured)
         passed = self.passed(window)
+        problem = window.problem
         if passed is None:
-            problem = window.problem
-            share = (problem.tolerance / problem.steps) * (window.steps + 1)
             last = (window.hi == problem.steps) | (window.width == 0) if window.W > 2 else np.True_
-            count = estimates.choose_accepted(errors, window.error_used, share, window.width, last)
+            share, fresh = window.shares()
+            count = estimates.choose_accepted(estimate, problem.tolerance, share, fresh, window.width, last)
         else:
             count = estimates.choose_passed(passed & window.inside, window.width)
         if window.strided:
             count = np.where(window.rough, np.minimum(count, 1), count)
-        error = errors[window.rows, np.maximum(count - 1, 0)]
-        return count, error if window.uniform else np.where(count > 0, error, 0.0)
+        window.take_error(estimate, count)
+        return count
 
     def solve(self, batch: Batch) -> Queries:
         """Solve the samples of a batch."""
@@ -107,47 +102,54 @@ def iterate(solver: Windowed, batch: Batch) -> Queries:
             window.put(rows, part)
 
 
-def estimate_errors(window: Window, slopes: Array) -> Array:
-    """Return e (S, W): the estimated error of the sample if each state were the last to be accepted.
-
-    Notes what this round says of the slopes; see error_estimate.py.
+def estimate_errors(window: Window, measured: Measured) -> Estimate:
+    """Return the estimate of a round, and note what it says of the slopes and of the growth; see error_estimate.py.
 
     Args:
         window: Behind its correction.
-        slopes: (S, W) d, by which the growth of errors is judged.
+        measured: What the round has measured.
     """
-    problem, tables, W = window.problem, window.tables, window.W
+    problem, tables, W, uniform = window.problem, window.tables, window.W, window.uniform
+    at_end = window.steps >= problem.steps - 1
     if W == 1:
-        return np.zeros((len(window.places), 1))
+        nothing = np.zeros((len(window.places), 1))
+        return Estimate(nothing, nothing, nothing, np.ones(len(window.places)), at_end)
     norm = np.sqrt(problem.dim)
-    evaluated, moves = window.evaluated, window.last_moves[:, :W]
-    largest_move = estimates.MAX_TRUSTED_MOVE * norm if tables.alpha is not None else np.inf
-    trusted = evaluated & (moves > (10 * problem.rounding * norm) * window.rms) & (moves < largest_move * window.rms)
+    a, b, pairs = window.a, window.b_sum, measured.pairs
+    dx_dx = pairs[..., 0, 0]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        moved = np.sqrt(dx_dx)
+        near = window.evaluated & (moved > (10 * problem.rounding * norm) * window.rms)
+        if tables.alpha is not None:
+            near &= moved < (estimates.MAX_TRUSTED_MOVE * norm) * window.rms
+        if window.strided:
+            near &= ~window.coarse[:, None]
+        square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
+        grown = np.sqrt(np.maximum(square, 0.0)) / moved
+        missed = window.residuals / moved
+    gaussian = window.gaussian_growth()
+    near &= np.isfinite(grown) & np.isfinite(missed)
+    known = window.known
+    known[:, 0, W : 2 * W] = np.where(near, missed, known[:, 0, W : 2 * W])
+    known[:, 1, W : 2 * W] = np.where(near, np.fmax(grown, known[:, 1, W : 2 * W]), known[:, 1, W : 2 * W])
+    known[:, 2, W : 2 * W] = known[:, 1, W : 2 * W] / np.maximum(gaussian, SMALL)
+    slope_errors, growth = known[:, 0, W : 2 * W], known[:, 1, W : 2 * W]
+    # New steps take the largest that is known of the steps before them.
+    largest = np.fmax.reduce(known[:, :3, : 2 * W], axis=2)[..., None]
+    unknown = np.isnan(growth)
+    missed = np.where(np.isnan(slope_errors), np.where(largest[:, 0] > 0, largest[:, 0], estimates.UNMEASURED), slope_errors)
+    local = np.fmax(np.where(unknown, largest[:, 2] * gaussian, growth), np.maximum(gaussian, np.abs(window.growth(window.slopes))))
+    gamma = np.fmax(np.where(unknown, largest[:, 1], growth), 1.0)
+    if not uniform:
+        local, gamma = np.where(window.inside, local, 1.0), np.where(window.inside, gamma, 1.0)
+        unknown = unknown & window.inside
+    safety = estimates.SLOPE_ERROR_SAFETY * (estimates.CLIPPED_SAFETY if problem.transformed else 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = estimates.local_error(missed, local, window.moves, safety)
+        gain = estimates.gain_to_sample(gamma, ~unknown, window.reach, at_end)
+        carry = estimates.carried(window.error_carried, gamma)
+    found = Estimate(left, carry, gain, norm * np.sqrt(window.smallest_variance()), at_end)
     if window.strided:
-        trusted &= ~window.coarse[:, None]
-    slope_errors = window.slope_errors
-    slope_errors[:, W:] = estimates.slope_error(window.residuals, moves, trusted, slope_errors[:, W:])
-    if window.uniform and not window.strided:
-        window.last_moves[:, 1:] = window.moves
-    else:
-        fine = window.inside & ~window.coarse[:, None]
-        window.last_moves[:, 1:] = np.where(fine, window.moves, window.last_moves[:, 1:])
-
-    corrected = slopes is window.slopes and window.order is None
-    if not window.uniform:
-        slopes = np.where(window.inside, slopes, 0.0)
-    chunks = window.chunks if corrected else correction.propagation(window.a, window.b, slopes)
-    largest = estimates.largest_slope_error(slope_errors, evaluated.sum(1))
-    remaining = estimates.remaining_error(slope_errors[:, W:], largest, window.moves, chunks)
-    reach, safety, floor = None, estimates.SAFETY_UNKNOWN_SCHEDULE, True
-    if tables.alpha is not None:
-        reach, floor = estimates.MAX_GROWTH_TIMES_ALPHA * window.least / window.alpha_after, problem.transformed
-        safety = estimates.SAFETY_UNKNOWN_SCHEDULE if problem.transformed else estimates.SLOPE_ERROR_SAFETY
-    growth = window.growth(slopes)
-    if not window.uniform:
-        growth = np.where(window.inside, growth, 1.0)
-    gain = estimates.gain_to_sample(growth, window.growth_behind(), window.least, reach, floor=floor)
-    errors = estimates.error_to_sample(remaining, window.moves, gain, norm * np.sqrt(window.variance), safety)
-    if window.strided:
-        errors[:, 1:] = np.where(window.coarse[:, None], np.inf, errors[:, 1:])
-    return errors
+        for values in (found.relative, found.planned):
+            values[:, 1:] = np.where(window.coarse[:, None], np.inf, values[:, 1:])
+    return found
