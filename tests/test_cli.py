@@ -39,7 +39,7 @@ def test_sample_writes_pictures_and_figures(tmp_path, capsys):
     assert figures["relative_error_worst"] <= 1e-2
     assert figures["rounds"] <= 10
     printed = capsys.readouterr().out
-    for line in ("rounds", "evaluations a sample", "work", "peak width", "median", "worst", "seconds"):
+    for line in ("rounds", "evaluations a sample", "NFE ratio", "peak width", "median", "worst", "seconds"):
         assert line in printed
 
 
@@ -95,7 +95,7 @@ def test_a_solver_exact_in_law_is_not_compared_sample_by_sample(capsys):
     assert main([*arguments, "--verification", "block", "--window", "4", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert set(KEYS) <= set(figures)
-    assert figures["law_exact"] is True
+    assert figures["exact_in_distribution"] is True
     assert figures["relative_error"] is None
     assert figures["tolerance"] is None
     assert figures["sequential_seconds"] > 0
@@ -127,7 +127,7 @@ def test_lists(capsys):
         (["--tolerance", "-1"], "tolerance must be a relative error of at least 0, got -1.0"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--label", "11"], "--label must lie in 0..9 (or 10 for none), got '11'"),
-        (["--label", "x"], "--label must be whole numbers"),
+        (["--label", "x"], "--label must be integers"),
         (["--model", "digits-unconditional", "--label", "1"], "this model is unconditional"),
         (["--solver", "speculative"], "cannot solve this sampler: no step of this table adds noise of a known size"),
         (["--out", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),

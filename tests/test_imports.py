@@ -53,6 +53,7 @@ LOOPS = [
     "stubs",
     "runner",
     "record",
+    "refinement",
     "evaluate",
     "equation",
     "report",
@@ -105,3 +106,45 @@ def test_loops_import_what_stands_before_them():
 def test_public_names_are_there():
     for name in parataxis.__all__:
         assert getattr(parataxis, name) is not None
+
+
+def test_the_package_shows_its_public_names_only():
+    assert set(dir(parataxis)) == {*parataxis.__all__, "__version__"}
+
+
+# Names that say that something was found, given or kept, and not what it is.
+SAYS_NOTHING = {"own", "one", "two", "found", "told", "every", "given", "kept", "some", "rest", "most", "least"}
+
+
+def names(tree):
+    """Yield the names that a file gives to values, arguments, attributes, functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+
+
+def test_names_say_what_they_hold():
+    empty = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        for name in names(ast.parse(path.read_text()))
+        if name.strip("_") in SAYS_NOTHING
+    }
+    assert not empty
+
+
+def test_functions_and_classes_are_short():
+    long = {
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in (PACKAGE / "loops").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.end_lineno - node.lineno >= (200 if isinstance(node, ast.ClassDef) else 80)
+    }
+    assert not long

@@ -219,9 +219,7 @@ def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options
             own_loop(*make(name, options), lambda u, t: u, draw(torch.float64), torch.Generator())
         return
     if isinstance(sampler, str):
-        assert re.match(
-            rf"{name} is not supported: .+\.$|scheduler must have|it requires the \w+ lib", sampler
-        )
+        assert re.match(rf"{name} is not supported: .+\.$|scheduler must have|it requires the \w+ lib", sampler)
         return
     scheduler, step = make(name, options)
     denoise = network(scheduler)

@@ -67,3 +67,8 @@ __all__ = [
     "vp",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """Return the public names only, not the modules behind them."""
+    return [*__all__, "__version__"]

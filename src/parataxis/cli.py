@@ -32,6 +32,7 @@ from .samplers.sampler import Sampler
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
+from .solvers.windowed import Windowed
 
 __all__ = ["main"]
 
@@ -42,11 +43,11 @@ SEEDS = 2**62
 
 
 class _Wrong(Exception):
-    """Something that the user can put right, said in one sentence."""
+    """A mistake that the user can correct, in one sentence."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """End the program."""
@@ -63,7 +64,7 @@ def choose(kind: str, name: str, registry: Iterable[str]) -> str:
     if name in names:
         return name
     near = difflib.get_close_matches(name, names)
-    near.sort(key=lambda one: sorted(one) != sorted(name))  # letters that changed places are the likeliest slip
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # letters that changed places are the likeliest slip
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"there is no {kind} {name!r}.{hint} Choose one of {', '.join(names)}.")
 
@@ -72,23 +73,23 @@ def _parser_of(annotation: Any) -> tuple[Callable[[str], Any], str]:
     """Return how to read a flag of this type, and what to call its value."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        inner = [one for one in arguments if one is not type(None)]
+        inner = [kind for kind in arguments if kind is not type(None)]
         read, label = _parser_of(inner[0])
         return _reading(lambda text: None if text.lower() in ("none", "all") else read(text), f"{label}|none")
     if origin is Literal:
-        return _one_of(arguments), "|".join(str(one) for one in arguments)
+        return _one_of(arguments), "|".join(map(str, arguments))
     if annotation is bool:
         return _boolean, "yes|no"
     if origin is tuple:
         label = f"{arguments[0].__name__},.."
         return _reading(lambda text: tuple(arguments[0](part) for part in text.split(",")), label)
-    if annotation is Solver:
+    if annotation in (Solver, Windowed):
         return _solver, "solver"
     return _reading(annotation, annotation.__name__)
 
 
 def _reading(read: Callable[[str], Any], label: str) -> tuple[Callable[[str], Any], str]:
-    """Return a reader of flags that says what it expects, and that."""
+    """Return a reader of flags whose errors say what it expects, and that text."""
 
     def checked(text: str) -> Any:
         try:
@@ -138,7 +139,7 @@ def _solver_fields(solver: str) -> dict[str, tuple[Any, Any]]:
 
 def _sampler_fields(sampler: str) -> dict[str, tuple[Any, Any]]:
     known = options(sampler)
-    return {name: (one.annotation, one.default) for name, one in known.items() if name != "prediction"}
+    return {name: (field.annotation, field.default) for name, field in known.items() if name != "prediction"}
 
 
 def _sample_parser(solver: str, sampler: str) -> argparse.ArgumentParser:
@@ -160,7 +161,7 @@ def _sample_parser(solver: str, sampler: str) -> argparse.ArgumentParser:
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
-    """Add what says which samples of which model are wanted."""
+    """Add the flags for the samples to draw."""
     parser.add_argument("--model", default="digits", help="one of `parataxis models`, or a folder; default digits")
     parser.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)}; default ddim")
     parser.add_argument("--steps", type=int, default=50, help="N; default 50")
@@ -168,7 +169,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         default=1e-2,
-        help="relative error of a sample (solvers exact in law have none); default 0.01",
+        help="relative error of a sample (solvers exact in distribution have none); default 0.01",
     )
     parser.add_argument("--label", help="classes, comma-separated, repeated over the samples; default all")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1, none")
@@ -178,26 +179,28 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, alone, on standard output")
 
 
-def _problem(given: argparse.Namespace) -> tuple[models.Model, Sampler, Tensor | None]:
-    """Return the model, the sampler and the labels that were asked for."""
-    if given.count < 1:
-        raise _Wrong(f"--count must be at least 1, got {given.count}.")
-    if not is_finite(given.tolerance):
-        raise _Wrong(f"--tolerance must be a finite number, got {given.tolerance}.")
+def _problem(flags: argparse.Namespace) -> tuple[models.Model, Sampler, Tensor | None]:
+    """Return the model, the sampler and the labels of these flags."""
+    if flags.count < 1:
+        raise _Wrong(f"--count must be at least 1, got {flags.count}.")
+    if not is_finite(flags.tolerance):
+        raise _Wrong(f"--tolerance must be a finite number, got {flags.tolerance}.")
     try:
-        torch.zeros(1, device=given.device).item()
+        torch.zeros(1, device=flags.device).item()
     except (RuntimeError, AssertionError) as error:  # what torch says without CUDA is an AssertionError
-        raise _Wrong(f"--device {given.device} cannot be used ({str(error).splitlines()[0]}): give another.") from error
-    name = given.model if Path(given.model).is_dir() else choose("model", given.model, models.available())
-    model = models.load(name, device=given.device)
-    chosen = {option: getattr(given, option) for option in _sampler_fields(given.sampler)}
-    sampler = model.sampler(given.sampler, given.steps, **chosen)
-    labels = _labels(given.label, model.classes, given.count)
-    return model, sampler, None if labels is None else labels.to(given.device)
+        raise _Wrong(
+            f"--device {flags.device} cannot be used ({str(error).splitlines()[0]}): choose another."
+        ) from error
+    name = flags.model if Path(flags.model).is_dir() else choose("model", flags.model, models.available())
+    model = models.load(name, device=flags.device)
+    chosen = {option: getattr(flags, option) for option in _sampler_fields(flags.sampler)}
+    sampler = model.sampler(flags.sampler, flags.steps, **chosen)
+    labels = _labels(flags.label, model.classes, flags.count)
+    return model, sampler, None if labels is None else labels.to(flags.device)
 
 
 def _check_pictures(paths: Sequence[Path]) -> None:
-    """Raise unless pictures can be written there, each at a place of its own; creates their folders."""
+    """Raise unless pictures can be written there, at different paths; creates their folders."""
     for path in paths:
         _check_writable(path)
         if path.suffix.lower() not in PICTURES:
@@ -227,8 +230,8 @@ def _labels(text: str | None, classes: int | None, count: int) -> Tensor | None:
     try:
         chosen = list(range(classes)) if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise _Wrong(f"--label must be whole numbers separated by commas, got {text!r}.") from None
-    if not all(0 <= one <= classes for one in chosen):
+        raise _Wrong(f"--label must be integers separated by commas, got {text!r}.") from None
+    if not all(0 <= label <= classes for label in chosen):
         raise _Wrong(f"--label must lie in 0..{classes - 1} (or {classes} for none), got {text!r}.")
     return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
@@ -240,25 +243,27 @@ def _sample(arguments: Sequence[str]) -> None:
     named, _ = first.parse_known_args(arguments)
     choose("solver", named.solver, [*EVERY_SOLVER, AUTO])
     choose("sampler", named.sampler, SAMPLERS)
-    given = _sample_parser(named.solver, named.sampler).parse_args(arguments)
+    flags = _sample_parser(named.solver, named.sampler).parse_args(arguments)
 
-    if abs(given.seed) > SEEDS:
-        raise _Wrong(f"--seed must lie in -2^62..2^62, got {given.seed}.")
-    pictures = [path for path in (given.out, given.trace) if path is not None]
+    if abs(flags.seed) > SEEDS:
+        raise _Wrong(f"--seed must lie in -2^62..2^62, got {flags.seed}.")
+    pictures = [path for path in (flags.out, flags.trace) if path is not None]
     _check_pictures(pictures)
-    if given.out is not None:
-        _check_writable(given.out.with_suffix(".json"))
+    if flags.out is not None:
+        _check_writable(flags.out.with_suffix(".json"))
     solver: Any = AUTO
-    if given.solver != AUTO:
-        make_solver: Any = EVERY_SOLVER[given.solver]
-        solver = make_solver(**{name: getattr(given, name) for name in _solver_fields(given.solver)})
-    model, sampler, labels = _problem(given)
-    denoise = model.denoiser(given.guidance)
+    if flags.solver != AUTO:
+        make_solver: Any = EVERY_SOLVER[flags.solver]
+        solver = make_solver(**{name: getattr(flags, name) for name in _solver_fields(flags.solver)})
+    model, sampler, labels = _problem(flags)
+    denoise = model.denoiser(flags.guidance)
 
     def generators(first: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(first + index) for index in range(given.count)]
+        return [torch.Generator().manual_seed(first + index) for index in range(flags.count)]
 
-    noise = torch.stack([torch.randn(model.shape, generator=one) for one in generators(given.seed)]).to(given.device)
+    noise = torch.stack([torch.randn(model.shape, generator=source) for source in generators(flags.seed)]).to(
+        flags.device
+    )
     rounds: list[Tensor] = []
 
     def remember(runs: Sequence[Run]) -> None:
@@ -270,53 +275,53 @@ def _sample(arguments: Sequence[str]) -> None:
             noise,
             sampler,
             with_solver,
-            tolerance=given.tolerance,
+            tolerance=flags.tolerance,
             condition=labels,
-            generator=generators(given.seed + 2**32),
-            max_rows=given.max_rows,
-            progress=sys.stderr.isatty() and not given.json,
+            generator=generators(flags.seed + 2**32),
+            max_rows=flags.max_rows,
+            progress=sys.stderr.isatty() and not flags.json,
             on_round=remember if trace else None,
         )
 
-    result = solve(solver, trace=given.trace is not None)
+    result = solve(solver, trace=flags.trace is not None)
     figures: dict[str, Any] = {
         "model": model.name,
         "sampler": sampler.name,
         "solver": repr(result[0].solver),
         "steps": sampler.steps,
-        "samples": given.count,
-        "law_exact": given.solver in EXACT_IN_DISTRIBUTION,
-        "tolerance": None if given.solver in EXACT_IN_DISTRIBUTION else given.tolerance,
+        "samples": flags.count,
+        "exact_in_distribution": flags.solver in EXACT_IN_DISTRIBUTION,
+        "tolerance": None if flags.solver in EXACT_IN_DISTRIBUTION else flags.tolerance,
         "rounds": result.rounds,
-        "evaluations": _median([one.evaluations for one in result]),
-        "work": _median([one.nfe_ratio for one in result]),
-        "peak_width": max(one.peak_width for one in result),
-        "rows_per_step": 1 if given.guidance == 1 else 2,
+        "evaluations": _median([solution.evaluations for solution in result]),
+        "nfe_ratio": _median([solution.nfe_ratio for solution in result]),
+        "peak_width": max(solution.peak_width for solution in result),
+        "rows_per_step": 1 if flags.guidance == 1 else 2,
         "converged": result.converged,
         # None while it is not known, as JSON has no infinity
-        "error_estimate": max(one.error_estimate for one in result) if result.converged else None,
+        "error_estimate": max(solution.error_estimate for solution in result) if result.converged else None,
         "relative_error": None,
         "relative_error_worst": None,
         "seconds": result.seconds,
         "sequential_seconds": None,
         "plan": None if result.plan is None else _figures(result.plan),
     }
-    if given.compare:
+    if flags.compare:
         reference = solve(Sequential(), trace=False)
         figures["sequential_seconds"] = reference.seconds
-        if not figures["law_exact"]:
+        if not figures["exact_in_distribution"]:
             errors = (result.x - reference.x).flatten(1).norm(dim=1) / reference.x.flatten(1).norm(dim=1)
             figures["relative_error"] = float(errors.median())
             figures["relative_error_worst"] = float(errors.max())
-    if given.out is not None or given.trace is not None:
+    if flags.out is not None or flags.trace is not None:
         from .plots import image_grid, trace_grid
 
-        if given.out is not None:
-            image_grid(result.x, zoom=3).save(given.out)
-            given.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-        if given.trace is not None:
-            trace_grid(rounds, zoom=2).save(given.trace)
-    if given.json:
+        if flags.out is not None:
+            image_grid(result.x, zoom=3).save(flags.out)
+            flags.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+        if flags.trace is not None:
+            trace_grid(rounds, zoom=2).save(flags.trace)
+    if flags.json:
         print(json.dumps(figures, indent=2))
     else:
         if result.plan is not None:
@@ -347,13 +352,13 @@ def _print_table(figures: dict[str, Any]) -> None:
         ("peak width", "1", str(figures["peak_width"])),
         ("seconds", seconds(figures["sequential_seconds"]), seconds(figures["seconds"])),
     ]
-    if not figures["law_exact"]:
+    if not figures["exact_in_distribution"]:
         rows[-1:-1] = [
             ("relative error, median", "0", "-" if middle is None else f"{middle:.1e}"),
             ("relative error, worst", "0", "-" if worst is None else f"{worst:.1e}"),
         ]
     print(f"{figures['samples']} samples of {figures['model']}: {figures['sampler']}, N = {figures['steps']}")
-    if figures["law_exact"]:
+    if figures["exact_in_distribution"]:
         print(f"{figures['solver']}: other samples than the sequential loop's, of exactly the same law")
     else:
         print(f"{figures['solver']}, tolerance {figures['tolerance']:g}")
@@ -374,22 +379,22 @@ def _plan(arguments: Sequence[str]) -> None:
     _add_problem(parser)
     parser.add_argument("--devices", type=int, default=1, help="equal devices that would share the rows; default 1")
     _add_flags(parser.add_argument_group(f"options of the sampler {named.sampler}"), _sampler_fields(named.sampler))
-    given = parser.parse_args(arguments)
-    model, sampler, labels = _problem(given)
+    flags = parser.parse_args(arguments)
+    model, sampler, labels = _problem(flags)
     result = plan(
-        model.denoiser(given.guidance),
-        torch.zeros(given.count, *model.shape, device=given.device),
+        model.denoiser(flags.guidance),
+        torch.zeros(flags.count, *model.shape, device=flags.device),
         sampler,
-        tolerance=given.tolerance,
+        tolerance=flags.tolerance,
         condition=labels,
-        devices=given.devices,
-        max_rows=given.max_rows,
+        devices=flags.devices,
+        max_rows=flags.max_rows,
     )
-    print(json.dumps(_figures(result), indent=2) if given.json else f"{model.name}: {result}")
+    print(json.dumps(_figures(result), indent=2) if flags.json else f"{model.name}: {result}")
 
 
 def _figures(made: Plan) -> dict[str, Any]:
-    """Return a plan as JSON has it."""
+    """Return a plan as JSON."""
     return {
         "solver": repr(made.solver),
         "reason": made.reason,
@@ -402,7 +407,8 @@ def _figures(made: Plan) -> dict[str, Any]:
         "row_seconds": list(made.latency.times),
         "batch_headroom": made.latency.batch_headroom,
         "candidates": [
-            {"solver": repr(one.solver), "rounds": one.rounds, "seconds": one.seconds} for one in made.candidates
+            {"solver": repr(candidate.solver), "rounds": candidate.rounds, "seconds": candidate.seconds}
+            for candidate in made.candidates
         ],
     }
 
@@ -441,7 +447,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, or 2 for something that the user can put right."""
+    """Run the command line; return the exit status: 0, or 2 for a mistake that the user can correct."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     usage = "usage: parataxis COMMAND [options]   (parataxis COMMAND --help)\n"
     listing = usage + "\n".join(f"  {name:<9} {text}" for name, (_, text) in _COMMANDS.items())

@@ -24,9 +24,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..checks import check_solver, is_finite
 from ..engine.run import drive, start
@@ -36,11 +34,12 @@ from ..solvers.secant import Secant
 from ..solvers.sequential import Sequential
 from .answers import Answers
 from .equation import RecordedRecurrence, ReplayedRecurrence
-from .error_estimate import estimate_error, largest_relative_distance, satisfies_recurrence
+from .error_estimate import largest_relative_distance
 from .evaluate import StageEvaluator
 from .loop import Loop
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
+from .refinement import ROUNDING, Refinement
 from .report import Report
 from .runner import LoopRunner
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
@@ -48,10 +47,7 @@ from .stage_plan import CallbackFree, StagePlan
 
 __all__ = ["LoopSolver", "check_options", "solve_loop"]
 
-ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
-MAX_REFINEMENTS = 2  # solves of the recurrence from the trajectory of a replay
-FLOOR_SAFETY = 4  # the floor is measured once, at random: a solution that was refined need not be nearer
 ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
 REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
 GRADIENTS = (
@@ -129,15 +125,7 @@ class LoopSolver:
         self.runner, self.loop = runner, runner.loop
         self.solver, self.tolerance, self.report = solver, tolerance, report
         self.stages: list[StageProgress] = []  # the last one is being solved
-        self._begin_stage_state()
-
-    def _begin_stage_state(self) -> None:
-        self.refinements = 0
-        self.smallest_estimate = np.inf
-        self.improving = True  # the error estimate falls from replay to replay
-        self.structure_outdated = False  # that of an earlier call does not fit this one
-        self.replay_each_round = False
-        self.guess: Tensor | None = None  # (N + 1, S, dim)
+        self.refinement = Refinement()  # of that one
 
     def run(self) -> Any:
         """Solve every stage, replay, and return what the loop returns."""
@@ -167,11 +155,11 @@ class LoopSolver:
 
     def begin_stage(self, progress: StageProgress) -> Phase:
         """Take up a stage: it is solved by its recurrence if it has one."""
-        self._begin_stage_state()
+        self.refinement = Refinement()
         self.stages.append(progress)
         structure, report = progress.structure, self.report
         single = self.runner.merger.single = getattr(self.solver, "window", None) == 1
-        self.replay_each_round = single or not structure.linear
+        self.refinement.replay_each_round = single or not structure.linear
         report.reason = ""
         if single:
             report.reason = "the window is one step."
@@ -188,7 +176,7 @@ class LoopSolver:
         passed = self.runner.run(self.plans(), accept=self.accept, at_stage=at_stage)
         if self.stages:
             progress = self.stages[-1]
-            if not (at_stage is not None and self.replay_each_round):  # else the rounds were passes
+            if not (at_stage is not None and self.refinement.replay_each_round):  # else the rounds were passes
                 progress.record = passed.last
             if progress.followed is None:
                 progress.followed = passed.followed
@@ -197,7 +185,7 @@ class LoopSolver:
     def next_phase(self, passed: PassRecord, *, solving: bool) -> Phase:
         """Return what follows a pass."""
         progress = self.stages[-1] if self.stages else None
-        if solving and self.replay_each_round:
+        if solving and self.refinement.replay_each_round:
             return Phase.REPLAY  # the rounds were passes, which left nothing of this one
         if progress is not None and progress.noisy_result is not None:
             return Phase.REPLAY  # this pass was for the floor
@@ -212,17 +200,12 @@ class LoopSolver:
         of other states. If that did not help, the recurrence is not to be trusted, and the loop is replayed every
         round.
         """
-        progress = self.stages[-1]
-        if self.structure_outdated:
+        progress, refinement = self.stages[-1], self.refinement
+        if refinement.structure_outdated:
             self.stages.clear()
             return Phase.REPLAY
-        self.guess = progress.trajectory()
-        self.refinements += 1
-        usable = progress.structure.linear and not self.replay_each_round and self.improving
-        if usable and self.refinements <= MAX_REFINEMENTS:
+        if refinement.begin(progress):
             progress.rebase()
-        else:
-            self.replay_each_round = True
         return Phase.SOLVE
 
     def solve_stage(self) -> Answers | None:
@@ -237,22 +220,26 @@ class LoopSolver:
                 progress.structure.joint_samples = True
         if not progress.structure.floor:
             progress.output_noise = evaluator.rounding_error()
-        return None if self.replay_each_round else progress.answers
+        return None if self.refinement.replay_each_round else progress.answers
 
     def run_solver(self, progress: StageProgress, evaluator: StageEvaluator) -> None:
         """Make the rounds of a solve."""
         structure, report, ranks = progress.structure, self.report, self.loop.ranks
-        report.mode = "replay" if self.replay_each_round or report.mode == "replay" else "recurrence"
+        report.mode = "replay" if self.refinement.replay_each_round or report.mode == "replay" else "recurrence"
         equation: Recurrence = RecordedRecurrence.of(progress)
-        if self.replay_each_round:
+        if self.refinement.replay_each_round:
             equation = ReplayedRecurrence.of(progress, self.replay_until)
             if not hasattr(self.solver, "window"):
                 raise ValueError(
                     f"{self.solver!r} needs a loop that is linear in its denoiser's outputs, and this one is not: "
                     "choose Secant or Picard."
                 )
-        guess = None if self.guess is None else torch.stack([structure.as_runs(states) for states in self.guess], 1)
-        margin = REPLAY_ESTIMATE_MARGIN if self.replay_each_round else ESTIMATE_MARGIN
+        guess = (
+            None
+            if self.refinement.guess is None
+            else torch.stack([structure.as_runs(states) for states in self.refinement.guess], 1)
+        )
+        margin = REPLAY_ESTIMATE_MARGIN if self.refinement.replay_each_round else ESTIMATE_MARGIN
         tolerance, network = self.tolerance / margin, torch.finfo(structure.network_dtype)
         if network.bits < 32:
             # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
@@ -285,36 +272,22 @@ class LoopSolver:
         return self.runner.run([*plans[:-1], self.stages[-1].plan(last_step)]).last
 
     def accept(self, record: StageRecord) -> bool:
-        """Judge the replay of the last stage: is its error within the tolerance, or as small as it gets?"""
+        """Judge the replay of the last stage: may the loop go on behind it?"""
         progress = self.stages[-1]
-        structure = progress.structure
         if progress.output_noise:
             progress.output_noise, progress.noisy_result = 0.0, record.last_state
             return False
         if progress.noisy_result is not None:
-            structure.floor = largest_relative_distance(progress.noisy_result, record.last_state)
+            progress.structure.floor = largest_relative_distance(progress.noisy_result, record.last_state)
             progress.noisy_result = None
-        assert progress.solution is not None
-        estimate = estimate_error(record, progress.solution, progress.solver_estimate)
-        floor = (FLOOR_SAFETY if self.refinements else 1) * structure.floor
-        allowed = max(self.tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
-        good = estimate <= allowed
-        self.improving = estimate <= 0.5 * self.smallest_estimate
-        satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms)
-        self.structure_outdated = progress.reused and not satisfied
-        if not satisfied and not self.structure_outdated:
-            structure.linear, good = False, False
+        judgement = self.refinement.judge(record, progress, self.tolerance)
+        if judgement.not_linear:
+            progress.structure.linear = False
             self.report.reason = "the loop is linear elsewhere, but not near its solution."
-        # Near the floor the estimate need not fall any more; elsewhere a replay in every round is still to be tried.
-        refined = self.refinements > 0
-        as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
-        progress.accepted = not self.structure_outdated and (
-            good or as_small_as_it_gets or (refined and self.replay_each_round)
-        )
-        self.smallest_estimate = min(self.smallest_estimate, estimate)
-        if progress.accepted:
-            self._report_stage(estimate, structure.floor, good)
-        return progress.accepted
+        progress.accepted = judgement.accepted
+        if judgement.accepted:
+            self._report_stage(judgement.estimate, progress.structure.floor, judgement.good)
+        return judgement.accepted
 
     def _report_stage(self, estimate: float, floor: float, good: bool) -> None:
         report, first = self.report, len(self.stages) == 1

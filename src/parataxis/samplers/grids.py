@@ -117,7 +117,7 @@ def check_clip(clip: float | None, quantile: float | None) -> None:
 def variance_exploding(
     schedule: Schedule, steps: int, spacing: Spacing, offset: int, prediction: str, *, karras: bool
 ) -> tuple[NetworkGrid, float]:
-    """Return the levels in coordinates alpha = 1 with the network's scale, and the first state over noise."""
+    """Return the noise levels in coordinates alpha = 1 with the network's scale, and the first state over noise."""
     grid = schedule.grid(steps, spacing, offset, whole=False)
     ratio = grid.sigma / grid.alpha
     times = grid.times

@@ -1,4 +1,4 @@
-"""The sampler: its recurrence with the noise that it adds, and what becomes of an output before it enters."""
+"""The sampler: its recurrence with the noise that it adds, and the transform of outputs before they enter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Prediction = Literal["eps", "x0", "v", "flow", "edm"]
 
 @dataclass(frozen=True, eq=False)
 class OutputTransform:
-    """What becomes of an output before it enters the table: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
+    """The transform of an output before it enters the recurrence: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
 
     Attributes:
         x0_from_input: (N,) p.
         x0_from_output: (N,) q.
-        gain: (N,) 1 where the table uses the clipped prediction alone.
+        gain: (N,) 1 where the recurrence uses the clipped prediction alone.
         clip: c in clipping to [-c, c], or None.
         quantile: Dynamic thresholding instead (Imagen, 2205.11487): s = max(1, this quantile of |xhat|) of each sample,
             clip to [-s, s] and divide by s; or None.
@@ -45,9 +45,9 @@ class OutputTransform:
     quantile: float | None = None
     largest: float = float("inf")
 
-    def __call__(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
-        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the points (R,), on the CPU."""
-        return self.apply(upload(self.columns[:, point.numpy()], f), u, f)
+    def __call__(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
+        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the steps (R,), on the CPU."""
+        return self.apply(upload(self.columns[:, step.numpy()], f), u, f)
 
     @cached_property
     def columns(self) -> Array:
@@ -69,7 +69,7 @@ class OutputTransform:
         return data + gain * (clipped - data)
 
     def coefficients(self, local: Coefficients) -> Coefficients:
-        """Return the local form without a data prediction if these outputs do not tell it, which takes a gain of 1."""
+        """Return the coefficients, without a data prediction where these outputs are not one: where a gain is not 1."""
         return local if (self.gain == 1).all() else replace(local, x0_from_input=None, x0_from_output=None)
 
 
@@ -79,10 +79,10 @@ class Sampler:
 
     Attributes:
         name: Name of the function that made it.
-        times: (N,) what the network is told.
+        times: (N,) timesteps.
         coefficients: Of every step.
         start_scale: First state over standard normal noise, in the coordinates of the network's input.
-        transform: What becomes of an output before it enters the table, or None.
+        transform: Of outputs before they enter the recurrence, or None.
         draws: The steps that each draw of noise enters and its factors there, in the loop's order; None for one draw
             for each step that adds noise.
         draw_dtype: What the loop draws noise in, or None for the dtype of its states.
@@ -102,7 +102,7 @@ class Sampler:
         return self.coefficients.steps
 
     def network_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``times`` as the network is given them: int64 if all are whole, else of at least float32."""
+        """Return ``times`` as the network receives them: int64 if all are integers, else at least float32."""
         times = torch.from_numpy(self.times.copy())
         whole = bool((times == times.round()).all())
         return times.long() if whole else times.to(torch.promote_types(dtype, torch.float32))
@@ -113,7 +113,7 @@ class Sampler:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Recurrence:
-        """Draw the noise that the steps add and return the table of a batch.
+        """Draw the noise that the steps add and return the recurrence of a batch.
 
         Args:
             noise: (B, *shape) standard normal; its dtype is the states'.
@@ -140,7 +140,7 @@ class Sampler:
             elif generator is not None:
                 if len(generator) != len(noise):
                     raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
-                sources = [(slice(b, b + 1), own) for b, own in enumerate(generator)]
+                sources = [(slice(b, b + 1), source) for b, source in enumerate(generator)]
             for rows, source in sources:
                 for steps in draws:
                     normal = _normal(noise[rows].shape, noise, source, dtype)
@@ -148,9 +148,13 @@ class Sampler:
                         drawn[rows, i] += factor * normal
         return Recurrence(self.coefficients, noise * self.start_scale, drawn)
 
-    def output(self, point: Tensor, u: Tensor, f: Tensor) -> Tensor:
-        """Return what enters the table for the network's outputs f at inputs u; the driver applies it."""
-        return f if self.transform is None else self.transform(point, u, f)
+    def output(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
+        """Return what enters the recurrence for the network's outputs f at inputs u; the engine applies it."""
+        return f if self.transform is None else self.transform(step, u, f)
+
+    def __repr__(self) -> str:
+        """Return the name and the number of steps, without arrays."""
+        return f"Sampler({self.name}, {self.steps} steps)"
 
 
 def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
@@ -160,7 +164,7 @@ def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
 
 
 def data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:
-    """Return p and q of xhat = p x + q f at levels alpha and sigma, all (N,).
+    """Return p and q of xhat = p x + q f at signal alpha and noise level sigma, all (N,).
 
     Args:
         kind: A :data:`Prediction`.
@@ -174,7 +178,7 @@ def data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0
     size = np.sqrt(alpha**2 + sigma**2)
     if kind == "eps":
         if (alpha == 0).any():
-            raise ValueError("an eps-prediction says nothing where alpha = 0: use flow or v prediction there.")
+            raise ValueError("an eps-prediction is undefined where alpha = 0: use flow or v prediction there.")
         return 1 / alpha, -sigma / alpha
     if kind == "x0":
         return np.zeros_like(alpha), np.ones_like(alpha)

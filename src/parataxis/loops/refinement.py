@@ -1,0 +1,90 @@
+"""When a replay of a stage is good enough, and what is tried where it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .error_estimate import estimate_error, satisfies_recurrence
+from .passes import StageRecord
+from .record import StageProgress
+
+__all__ = ["ROUNDING", "Judgement", "Refinement"]
+
+ROUNDING = 64  # units of the states' own rounding below which nothing is claimed
+MAX_REFINEMENTS = 2  # solves of the recurrence from the trajectory of a replay
+FLOOR_SAFETY = 4  # the floor is measured once, at random: a solution that was refined need not be nearer
+
+
+class Judgement(NamedTuple):
+    """What a replay is worth.
+
+    Attributes:
+        accepted: Whether the loop may go on behind the stage.
+        good: Whether the error estimate is within the tolerance, or the floor where that is larger.
+        estimate: Estimated relative error.
+        not_linear: Whether the replay shows that the loop is not linear near its solution.
+    """
+
+    accepted: bool
+    good: bool
+    estimate: float
+    not_linear: bool
+
+
+@dataclass(eq=False)
+class Refinement:
+    """How often a stage has been solved again, and whether that helped.
+
+    Attributes:
+        refinements: Solves from the trajectory of a replay.
+        smallest_estimate: Of the error, of all replays.
+        improving: Whether the error estimate falls from replay to replay.
+        structure_outdated: Whether the structure of an earlier call does not fit this one.
+        replay_each_round: Whether the loop is replayed in every round: it has no recurrence, or none to be trusted.
+        guess: (N + 1, S, dim) trajectory to start from.
+    """
+
+    refinements: int = 0
+    smallest_estimate: float = np.inf
+    improving: bool = True
+    structure_outdated: bool = False
+    replay_each_round: bool = False
+    guess: Tensor | None = None
+
+    def begin(self, progress: StageProgress) -> bool:
+        """Begin another solve from the latest replay; return whether the recurrence is to be rebased on it.
+
+        First what the loop adds along the way is taken from that replay: in the first pass it carried the rounding of
+        other states. If that does not help, the recurrence is not to be trusted, and the loop is replayed every round.
+        """
+        self.guess = progress.trajectory()
+        self.refinements += 1
+        usable = progress.structure.linear and not self.replay_each_round and self.improving
+        rebase = usable and self.refinements <= MAX_REFINEMENTS
+        self.replay_each_round |= not rebase
+        return rebase
+
+    def judge(self, record: StageRecord, progress: StageProgress, tolerance: float) -> Judgement:
+        """Judge a replay: is its error within the tolerance, or as small as it gets?"""
+        structure = progress.structure
+        assert progress.solution is not None
+        estimate = estimate_error(record, progress.solution, progress.solver_estimate)
+        floor = (FLOOR_SAFETY if self.refinements else 1) * structure.floor
+        allowed = max(tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
+        good = estimate <= allowed
+        self.improving = estimate <= 0.5 * self.smallest_estimate
+        satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms)
+        self.structure_outdated = progress.reused and not satisfied
+        not_linear = not satisfied and not self.structure_outdated
+        good &= not not_linear
+        # Near the floor the estimate need not fall any more; elsewhere a replay in every round is still to be tried.
+        refined = self.refinements > 0
+        as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
+        accepted = good or as_small_as_it_gets or (refined and self.replay_each_round)
+        self.smallest_estimate = min(self.smallest_estimate, estimate)
+        return Judgement(accepted and not self.structure_outdated, good, estimate, not_linear)
