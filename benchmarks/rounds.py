@@ -196,7 +196,7 @@ def main() -> None:
             if options.solvers is not None and label not in options.solvers:
                 continue
             sampler = chosen.make(name, steps)
-            if solver.refuses(sampler.coefficients) is not None:
+            if solver.unsupported(sampler.coefficients) is not None:
                 continue
             for seed, target, rounds, evaluations, peak, error in run(chosen, sampler, solver, tolerance, reference):
                 cell = [chosen.name, name, steps, label, repr(solver), width or "full", seed, target]

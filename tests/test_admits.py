@@ -59,7 +59,7 @@ def page():
     for solver in SOLVERS:
         marks = []
         for name in TABLES:
-            refusal = solver.refuses(local_of(name))
+            refusal = solver.unsupported(local_of(name))
             if refusal is not None and refusal not in reasons:
                 reasons.append(refusal)
             marks.append("works" if refusal is None else f"refused ({reasons.index(refusal) + 1})")
@@ -75,12 +75,12 @@ def test_the_page_is_what_the_solvers_say():
 @pytest.mark.parametrize("name", list(px.SAMPLERS))
 @pytest.mark.parametrize("solver", SOLVERS, ids=short)
 def test_a_pair_works_or_is_refused_there_is_no_third_case(solver, name):
-    refusal = solver.refuses(local_of(name))
+    refusal = solver.unsupported(local_of(name))
     if refusal is None:
         result = problems.solve("power law", name, 12, solver, tolerance=1e-6)
         assert result.converged
         return
-    with pytest.raises(ValueError, match="cannot solve this sampler"):
+    with pytest.raises(ValueError, match="does not support this sampler"):
         problems.solve("power law", name, 12, solver)
 
 

@@ -129,7 +129,7 @@ def test_lists(capsys):
         (["--label", "11"], "--label must lie in 0..9 (or 10 for none), got '11'"),
         (["--label", "x"], "--label must be integers"),
         (["--model", "digits-unconditional", "--label", "1"], "this model is unconditional"),
-        (["--solver", "speculative"], "cannot solve this sampler: no step of this table adds noise of a known size"),
+        (["--solver", "speculative"], "does not support this sampler: no step"),
         (["--out", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--trace", "/dev/null/x.png"], "/dev/null/x.png cannot be written"),
         (["--out", "x.txt"], "has no picture's ending"),

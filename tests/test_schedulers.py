@@ -347,7 +347,7 @@ def test_what_is_read_is_what_is_written(cls, options, written):
         assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max()), field
     assert np.allclose(read.times, own.times, atol=1e-3)
     assert math.isclose(read.start_scale, own.start_scale, rel_tol=1e-5)
-    assert px.Parareal().refuses(read.coefficients) == px.Parareal().refuses(own.coefficients)
+    assert px.Parareal().unsupported(read.coefficients) == px.Parareal().unsupported(own.coefficients)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -348,7 +348,7 @@ def _print_table(figures: dict[str, Any]) -> None:
         ("", "sequential", "parallel"),
         ("rounds", str(figures["steps"]), str(figures["rounds"])),
         ("evaluations a sample", str(figures["steps"]), f"{figures['evaluations']:g}"),
-        ("work (evaluations / N)", "1.00", f"{figures['work']:.2f}"),
+        ("NFE ratio (evaluations / N)", "1.00", f"{figures['nfe_ratio']:.2f}"),
         ("peak width", "1", str(figures["peak_width"])),
         ("seconds", seconds(figures["sequential_seconds"]), seconds(figures["seconds"])),
     ]

@@ -19,7 +19,7 @@ networks (:mod:`.runner`), and the networks run only where the solver wants them
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..checks import check_solver, is_finite
-from ..engine.run import drive, start
+from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
 from ..solvers.secant import Secant
@@ -39,11 +39,12 @@ from .evaluate import StageEvaluator
 from .loop import Loop
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
-from .refinement import ROUNDING, Refinement
+from .refinement import ROUNDING, Judgement, Refinement
 from .report import Report
 from .runner import LoopRunner
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
 from .stage_plan import CallbackFree, StagePlan
+from .structure import Structure
 
 __all__ = ["LoopSolver", "check_options", "solve_loop"]
 
@@ -261,10 +262,7 @@ class LoopSolver:
         progress.solution = torch.stack([run.solution.x for run in runs]).view(structure.samples, -1)
         progress.solver_estimate = margin * max(run.error for run in runs)
         report.steps = sum(stage.structure.steps for stage in self.stages)
-        report.samples = structure.samples
-        report.rounds += max(run.rounds for run in runs)
-        report.evaluations += sum(run.evaluations for run in runs) * structure.samples // len(runs)
-        report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+        _count_runs(report, runs, structure.samples)
 
     def replay_until(self, last_step: int) -> StageRecord:
         """Replay the loop up to a step of the last stage."""
@@ -286,14 +284,8 @@ class LoopSolver:
             self.report.reason = "the loop is linear elsewhere, but not near its solution."
         progress.accepted = judgement.accepted
         if judgement.accepted:
-            self._report_stage(judgement.estimate, progress.structure.floor, judgement.good)
+            _report_stage(self.report, judgement, progress.structure.floor, first=len(self.stages) == 1)
         return judgement.accepted
-
-    def _report_stage(self, estimate: float, floor: float, good: bool) -> None:
-        report, first = self.report, len(self.stages) == 1
-        report.error_estimate = estimate if first else max(report.error_estimate, estimate)
-        report.floor = floor if first else max(report.floor, floor)
-        report.converged = good if first else good and report.converged
 
     def finish(self, passed: PassRecord) -> Any:
         """Return what the loop returned in its last pass, after one more with callbacks if there are any."""
@@ -308,12 +300,7 @@ class LoopSolver:
             del loop.structures[next(iter(loop.structures))]
         if runner.callbacks_in_every_pass:
             report.reason = "a callback changes what the loop does, so it runs in every pass."
-        # Nothing is claimed below what rounding does to the result, where that is more than the tolerance.
-        structures = [progress.structure for progress in self.stages]
-        floors = [s.floor for s in structures if s.floor > max(self.tolerance, ROUNDING * torch.finfo(s.dtype).eps)]
-        if floors:
-            report.error_estimate = max(report.error_estimate, *floors)
-            report.reason = f"{report.reason} {ABOVE_FLOOR}".lstrip()
+        _claim_no_less_than_floors(report, [progress.structure for progress in self.stages])
         if not runner.callbacks_in_every_pass and loop.calls_back(runner.kwargs):
             return self.replay_with_callbacks(passed)
         return passed.value
@@ -330,3 +317,26 @@ class LoopSolver:
             del self.loop.structures[self.runner.key]
             self.report.reset(self.tolerance)
             return self.run()
+
+
+def _count_runs(report: Report, runs: Sequence[Run], samples: int) -> None:
+    """Add the rounds of a solve."""
+    report.samples = samples
+    report.rounds += max(run.rounds for run in runs)
+    report.evaluations += sum(run.evaluations for run in runs) * samples // len(runs)
+    report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+
+
+def _report_stage(report: Report, judgement: Judgement, floor: float, *, first: bool) -> None:
+    """Add the judgement of a stage: the worst of all stages counts."""
+    report.error_estimate = judgement.estimate if first else max(report.error_estimate, judgement.estimate)
+    report.floor = floor if first else max(report.floor, floor)
+    report.converged = judgement.good if first else judgement.good and report.converged
+
+
+def _claim_no_less_than_floors(report: Report, structures: Sequence[Structure]) -> None:
+    """Claim nothing below what rounding does to the result, where that is more than the tolerance."""
+    floors = [s.floor for s in structures if s.floor > max(report.tolerance, ROUNDING * torch.finfo(s.dtype).eps)]
+    if floors:
+        report.error_estimate = max(report.error_estimate, *floors)
+        report.reason = f"{report.reason} {ABOVE_FLOOR}".lstrip()
