@@ -107,7 +107,7 @@ def bound(solver, steps):
 
 
 def works(solver, name):
-    """Return whether a solver admits a sampler; tests/test_admits.py prints the table and its reasons."""
+    """Return whether a solver supports a sampler; tests/solvers/test_supported.py prints the table and its reasons."""
     return solver.unsupported(sampler(name, 25).coefficients) is None
 
 

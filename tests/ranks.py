@@ -1,4 +1,6 @@
-"""What the ranks of tests/test_distributed.py run: ``python ranks.py CASE FOLDER``, started with torchrun's variables.
+"""What the ranks of tests/engine/test_distributed.py run.
+
+``python ranks.py CASE FOLDER``, started with torchrun's variables.
 
 A case is a function of a mesh; what it returns is saved as FOLDER/RANK.pt.
 """

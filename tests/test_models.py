@@ -56,7 +56,7 @@ def sequential(name, sampler):
 @pytest.mark.parametrize(("name", "sampler"), CASES)
 def test_the_laws_hold_on_trained_networks(name, sampler, solver):
     if not problems.works(solver, sampler):
-        pytest.skip("refused: see docs/admits.md")
+        pytest.skip("not supported: see docs/supported.md")
     expected = sequential(name, sampler)
     exact = draw(name, sampler, solver, tolerance=0)
     assert problems.relative(exact.x, expected) <= 1e-5

@@ -13,9 +13,9 @@ import torch
 
 import parataxis as px
 import zoo
+from loop_problems import DIM, Net
 from parataxis import pipelines
 from parataxis.models import FOLDER
-from test_loops import DIM, Net
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

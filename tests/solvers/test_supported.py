@@ -1,6 +1,6 @@
-"""Which solver admits which sampler: each pair works or is refused with its reason; the table is docs/admits.md.
+"""Which solver supports which sampler: each pair works or is not supported, with a reason; see docs/supported.md.
 
-``python tests/test_admits.py`` writes the page anew.
+``python tests/solvers/test_supported.py`` writes the page anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import parataxis as px
 import problems
 
-PAGE = Path(__file__).parent.parent / "docs" / "admits.md"
+PAGE = Path(__file__).parents[2] / "docs" / "supported.md"
 SOLVERS = [
     px.Sequential(),
     px.Picard(),
@@ -48,10 +48,10 @@ def page():
     """Return the page: a mark for each pair, and the reasons below."""
     reasons = []
     lines = [
-        "# Which solver admits which sampler",
+        "# Which solver supports which sampler",
         "",
-        "Made by `tests/test_admits.py`. A table *recorded* from a loop has no alpha and sigma. `Speculative` works in",
-        "law; the others compute the loop's own sample.",
+        "Made by `tests/solvers/test_supported.py`. A recurrence *recorded* from a loop has no alpha and sigma.",
+        "`Speculative` is exact in distribution; the others compute the sample of the sequential loop.",
         "",
         "| solver | " + " | ".join(TABLES) + " |",
         "|---" * (len(TABLES) + 1) + "|",
@@ -59,10 +59,10 @@ def page():
     for solver in SOLVERS:
         marks = []
         for name in TABLES:
-            refusal = solver.unsupported(local_of(name))
-            if refusal is not None and refusal not in reasons:
-                reasons.append(refusal)
-            marks.append("works" if refusal is None else f"refused ({reasons.index(refusal) + 1})")
+            reason = solver.unsupported(local_of(name))
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            marks.append("works" if reason is None else f"not supported ({reasons.index(reason) + 1})")
         lines.append(f"| `{short(solver)}` | " + " | ".join(marks) + " |")
     lines += ["", *[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
     return "\n".join(lines)
@@ -74,9 +74,9 @@ def test_the_page_is_what_the_solvers_say():
 
 @pytest.mark.parametrize("name", list(px.SAMPLERS))
 @pytest.mark.parametrize("solver", SOLVERS, ids=short)
-def test_a_pair_works_or_is_refused_there_is_no_third_case(solver, name):
-    refusal = solver.unsupported(local_of(name))
-    if refusal is None:
+def test_solver_and_sampler_work_or_are_not_supported(solver, name):
+    reason = solver.unsupported(local_of(name))
+    if reason is None:
         result = problems.solve("power law", name, 12, solver, tolerance=1e-6)
         assert result.converged
         return

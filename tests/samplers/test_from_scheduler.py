@@ -1,6 +1,6 @@
 """Every scheduler of the installed diffusers is read, and then is its own loop, or is refused with its reason.
 
-``python tests/test_schedulers.py`` writes docs/schedulers.md anew.
+``python tests/samplers/test_from_scheduler.py`` writes docs/schedulers.md anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import problems
 from parataxis.denoisers import mixture
 from parataxis.samplers.schedules import Variance
 
-PAGE = Path(__file__).parent.parent / "docs" / "schedulers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "schedulers.md"
 STEPS = 12
 PLACES = diffusers, diffusers.schedulers
 NAMES = sorted({name for place in PLACES for name in dir(place) if name.endswith("Scheduler")})
@@ -272,12 +272,12 @@ def page():
     lines = [
         "# Schedulers of diffusers",
         "",
-        f"Made by `tests/test_schedulers.py` with diffusers {diffusers.__version__}: `px.from_scheduler(scheduler)`",
-        "with the defaults and with common options, each table compared with the scheduler's own loop.",
+        f"Made by `tests/samplers/test_from_scheduler.py` with diffusers {diffusers.__version__}:",
+        "`px.from_scheduler` with the defaults and with common options, each compared with the scheduler's loop.",
         "",
-        "*table*: read by unit impulses. *replay*: not a table of numbers, or a loop of more than",
-        "`step(output, t, sample)`; a recorder can still run such a loop as it is, since its states are floating-point",
-        "numbers. *refused*: the states are no such numbers.",
+        "*recurrence*: read by unit vectors. *replay*: not linear, or a loop of more than `step(output, t, sample)`;",
+        "`px.parallel` can still replay such a loop, since its states are floating-point numbers. *not supported*: the",
+        "states are not.",
         "",
         "| scheduler | | its steps | options that are not read |",
         "|---|---|---|---|",
@@ -291,13 +291,13 @@ def page():
                 r"Long|long|vocab", str(inspect.signature(inspect.getattr_static(find(name), "step", find)))
             )
             reason = mark("its states are tokens, which are not numbers to be corrected" if tokens else failed[0][1])
-            lines.append(f"| {name} | {'refused' if tokens else 'replay'} {reason} | | |")
+            lines.append(f"| {name} | {'not supported' if tokens else 'replay'} {reason} | | |")
             continue
         others = "; ".join(
             f"{', '.join(f'`{key}={value!r}`' for key, value in options.items()) or 'defaults'} {mark(reason)}"
             for options, reason in failed
         )
-        lines.append(f"| {name} | table | {describe([sampler for _, sampler in read])} | {others} |")
+        lines.append(f"| {name} | recurrence | {describe([sampler for _, sampler in read])} | {others} |")
     lines += ["", *[f"{number}. {reason}" for number, reason in enumerate(reasons, 1)], ""]
     return "\n".join(lines)
 

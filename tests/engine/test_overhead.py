@@ -12,13 +12,11 @@ from torch.overrides import TorchFunctionMode
 import parataxis as px
 import problems
 from meter import measure
-from parataxis.engine import solve
-from parataxis.engine.executor import Network
 
 SOLVERS = [solver for solver in problems.variants() if getattr(solver, "window", None) == 8]
-EXACT_IN_LAW = [px.Speculative(window=8), px.Speculative(window=8, verification="block")]
+IN_DISTRIBUTION = [px.Speculative(window=8), px.Speculative(window=8, verification="block")]
 PAIRS = [(solver, name) for solver in SOLVERS for name in ("ddim", "ddpm", "dpmpp_2m")]
-PAIRS += [(solver, name) for solver in EXACT_IN_LAW for name in ("ddpm", "euler_ancestral")]
+PAIRS += [(solver, name) for solver in IN_DISTRIBUTION for name in ("ddpm", "euler_ancestral")]
 
 
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=str)
@@ -45,8 +43,8 @@ def test_memory_is_bounded_in_windows_and_a_trajectory(solver, name):
     assert figures["windows"] <= WINDOWS[type(solver)] + (0 if name == "ddpm" else 100 / width)
 
 
-@pytest.mark.parametrize("solver", EXACT_IN_LAW, ids=repr)
-def test_memory_of_solvers_exact_in_law_is_bounded_in_windows(solver):
+@pytest.mark.parametrize("solver", IN_DISTRIBUTION, ids=repr)
+def test_memory_of_solvers_exact_in_distribution_is_bounded_in_windows(solver):
     width = 16
     figures = measure(px.SAMPLERS["ddpm"](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
     # Drawing new noise for blocks takes a copy of the noise of all steps, so that the caller's table stays as it is.
@@ -99,30 +97,3 @@ def test_the_host_waits_for_the_device_once_a_round(solver, name, reads, count):
     assert all(run.done for run in runs)
     assert rounds[0] == 0
     assert max(later - first for first, later in itertools.pairwise([*rounds, meter.count])) == reads
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize(("solver", "name", "reads"), READS, ids=str)
-def test_on_cuda_nothing_but_that_read_waits(monkeypatch, solver, name, reads, count):
-    # The network of the tests works on the CPU; this one is as smooth.
-    sampler, generators = px.SAMPLERS[name](steps=30), problems.generators(count)
-    network = Network(lambda x, t: torch.tanh(x * (0.5 + t[:, None] / 2000)), sampler.network_times())
-    noise = problems.noise(count, torch.float32)
-    runs = px.start(sampler, sampler.recurrence(noise.cuda(), generators), solver, tolerance=1e-3, generator=generators)
-    read, waits = solve._read, []
-
-    def waiting(tensors):
-        torch.cuda.set_sync_debug_mode("default")
-        waits.append(read(tensors))
-        torch.cuda.set_sync_debug_mode("error")
-        return waits[-1]
-
-    monkeypatch.setattr(solve, "_read", waiting)
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        rounds = sum(1 for _ in px.drive(runs, network))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(run.done for run in runs)
-    assert rounds <= len(waits) <= reads * rounds

@@ -1,0 +1,328 @@
+"""Loops and networks that cannot be solved in parallel run sequentially and say why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from loop_problems import (
+    DIM,
+    Net,
+    both,
+    ddim,
+    relative,
+    steps,
+    with_gradients,
+)
+from parataxis.parallel import parallel
+
+
+class Caching(Net):
+    def forward(self, x, t):
+        self.last = super().forward(x, t)
+        return self.last
+
+
+class Writing(Net):
+    def forward(self, x, t, cache):
+        cache[str(t)] = x.clone()
+        return super().forward(x, t)
+
+
+class Filling(Net):
+    def forward(self, x, t, memory):
+        memory.entries.append(x.clone())
+        return super().forward(x, t) + 0.01 * memory.entries[0]
+
+
+class Memory:
+    def __init__(self):
+        self.entries = []
+
+
+class Dropping(Net):
+    def forward(self, x, t):
+        return torch.dropout(super().forward(x, t), 0.1, self.training)
+
+
+def adaptive(net):
+    x, t = torch.randn(2, DIM), 1.0
+    while t > 0:
+        f = net(x, t * 999)
+        step = 0.05 / (1 + float(f[0, 0].abs()))
+        x, t = x - step * f, t - step
+    return x
+
+
+def checked(net):
+    def predict(net, x, t):
+        f = net(x, t)
+        if torch.cosine_similarity(x, f).min() < 0.4:
+            raise ValueError("the network diverged")
+        return f
+
+    return ddim(net, predict=predict)
+
+
+def infinite(net):
+    x = torch.randn(2, DIM)
+    for t, a, s, b, r in steps(20):
+        f = net(x, t)
+        a = 0.0 if t == 999 else a
+        x = torch.where(torch.isfinite(y := b * (x - s * f) / a + r * f), y, y)
+    return x
+
+
+REFUSED = {
+    "hidden state": (Caching, ddim, "hidden state"),
+    "a cache among the arguments": (
+        Writing,
+        lambda net: ddim(net, predict=lambda net, x, t, cache={}: net(x, t, cache)),
+        "writes into its arguments",
+    ),
+    "a cache object": (
+        Filling,
+        lambda net: ddim(net, predict=lambda net, x, t, memory=Memory(): net(x, t, memory)),  # noqa: B008
+        "hidden state",
+    ),
+    "random numbers": (Dropping, ddim, r"draws random numbers.*eval\(\)"),
+    "gradients": (Net, with_gradients, "gradients through the denoiser"),
+    "adaptive steps": (Net, adaptive, "depends on"),
+    "outputs at random": (Net, checked, r"raised ValueError\('the network diverged'\) on trial outputs"),
+    "an infinite step": (Net, infinite, "not finite although every output was"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_solved_in_parallel_runs_sequentially_and_says_why(name):
+    make, loop, reason = REFUSED[name]
+    net = make()
+    torch.manual_seed(0)
+    expected = loop(net)
+    run = parallel(loop, denoisers=[net])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=f"runs sequentially: .*{reason}"):
+        result = run(net)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+    assert run.report.mode == "sequential"
+    assert "_compiled_call_impl" not in net.__dict__
+
+
+class EverySecond(Net):
+    """Answers every second call with what it said before, as feature caches do."""
+
+    count, before = 0, None
+
+    def forward(self, x, t):
+        if self.count % 2 == 0 or self.before.shape != x.shape:
+            self.before = super().forward(x, t)
+        self.count += 1
+        return self.before
+
+
+class Written(Net):
+    """Likewise, with a buffer."""
+
+    count = 0
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("before", torch.zeros(2, DIM))
+
+    def forward(self, x, t):
+        if self.count % 2 == 0:
+            self.before.copy_(super().forward(x, t))
+        self.count += 1
+        return self.before.clone()
+
+
+class Growing(Net):
+    """Counts its calls, and answers by their number."""
+
+    count = 0
+
+    def forward(self, x, t):
+        self.count += 1
+        return super().forward(x, t) * (1 + 0.05 * (self.count % 30))
+
+
+class Momentum(Net):
+    last = 0
+
+    def forward(self, x, t):
+        self.last = super().forward(x, t) + 0.3 * self.last
+        return self.last
+
+
+class Noisy(Net):
+    def __init__(self):
+        super().__init__()
+        self.source = torch.Generator()
+
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        return output + 0.3 * torch.randn(output.shape, generator=self.source)
+
+
+class Hidden(Noisy):
+    """Likewise, where nobody looks."""
+
+    def __init__(self):
+        super().__init__()
+        generator = self.__dict__.pop("source")
+        self.draw = lambda output: torch.randn(output.shape, generator=generator)
+
+    def forward(self, x, t):
+        output = Net.forward(self, x, t)
+        return output + 0.3 * self.draw(output)
+
+
+@pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
+def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was_in(make):
+    torch.manual_seed(0)
+    expected = ddim(make())
+    run = parallel(ddim, denoisers=[net := make()])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="hidden state|draws random numbers"):
+        assert torch.equal(run(net), expected)
+
+
+def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentially():
+    net = Net()
+    net.activation = torch.tanh
+
+    def loop(net):
+        before, net.activation = net.activation, torch.sin
+        x = with_gradients(net)
+        net.activation = before
+        return x
+
+    with pytest.warns(RuntimeWarning, match="runs sequentially"):
+        parallel(loop, denoisers=[net])(net)
+    assert net.activation is torch.tanh
+
+
+def test_a_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
+    with pytest.warns(RuntimeWarning, match="answers the same input in different ways"):
+        parallel(ddim, denoisers=[net := Hidden()])(net)
+
+
+def test_large_tensors_that_a_network_has_written_to_are_told_of():
+    class Adding(Net):
+        def __init__(self):
+            super().__init__()
+            self.memory = torch.zeros(1 << 17)
+
+        def forward(self, x, t):
+            self.memory.add_(1)
+            return super().forward(x, t)
+
+    net = Adding()
+    with pytest.warns(RuntimeWarning, match="hidden state.*written to large tensors, so the result may differ"):
+        parallel(ddim, denoisers=[net])(net)
+
+
+def test_tables_that_fill_in_on_the_first_call_are_no_state():
+    class Filling(Net):
+        table = None
+
+        def forward(self, x, t):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, DIM)
+            return super().forward(x, t) + self.table
+
+    expected, result, run = both(ddim, Filling())
+    assert relative(result, expected) <= 1e-2
+    assert run.report.mode == "recurrence"
+
+
+def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
+    device = torch.Generator()  # stands for a device's own
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+
+    class Sampling(Net):
+        def forward(self, x, t):
+            return super().forward(x, t) + torch.randn(x.shape, generator=device)
+
+    net, encoder = Net(), Sampling()
+
+    def loop():
+        condition = encoder(torch.ones(2, DIM), 0)
+        x = ddim(net, predict=lambda net, x, t: net(x, t, condition))
+        return x + torch.randn(x.shape, generator=device)
+
+    def both(run):
+        torch.manual_seed(0)
+        device.manual_seed(0)
+        return run(), device.get_state()
+
+    expected, after = both(loop)
+    run = parallel(loop, denoisers=[net], tolerance=1e-4)
+    for _ in range(2):
+        result, state = both(run)
+        assert relative(result, expected) <= 1e-4
+        assert torch.equal(state, after)
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        parallel(ddim, denoisers=[encoder])(encoder)
+
+
+def test_a_network_put_in_training_mode_later_is_tried_again():
+    class Dropout(Net):
+        def forward(self, x, t):
+            return torch.dropout(super().forward(x, t), 0.1, self.training)
+
+    net = Dropout().eval()
+    run = parallel(ddim, denoisers=[net])
+    run(net)
+    assert run.report.mode == "recurrence"
+    net.train()
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        run(net)
+
+
+def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
+    def loop(net):
+        x = torch.randn(2, DIM)
+        for t, a, s, b, r in steps(20):
+            f = net(x, t)
+            if t < 500 and float(torch.cosine_similarity(x, f).min()) > 0.4:
+                break
+            x = b * (x - s * f) / a + r * f
+        return x
+
+    net = Net()
+    torch.manual_seed(0)
+    expected = loop(net)
+    assert len(net.rows) < 20
+    run = parallel(loop, denoisers=[net])
+    for _ in range(2):
+        torch.manual_seed(0)
+        with pytest.warns(RuntimeWarning, match="number of denoiser calls changes from pass to pass"):
+            assert torch.equal(run(net), expected)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_loop_whose_network_makes_it_longer_says_so(large):
+    def loop(net):
+        x, i = torch.randn(2, DIM), 0
+        while i < 40:
+            f = net(x, 500)
+            x = x - 0.05 * f
+            # Outputs at random are faster: whatever they are, or where they are not small.
+            i += 1 + int(f.abs().max() > 1.5 if large else torch.cosine_similarity(x, f).min() < 0.4)
+
+    run = parallel(loop, denoisers=[net := Net()])
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="number of denoiser calls changes .* on the outputs"):
+            run(net)
+
+
+def test_a_loop_that_does_not_call_its_denoiser_says_so():
+    net, other = Net(), nn.Linear(2, 2)
+    torch.manual_seed(0)
+    expected = ddim(net)
+    run = parallel(lambda: ddim(net), denoisers=[other])
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=r"calls none of its denoisers \(Linear\): pass those"):
+        assert torch.equal(run(), expected)
