@@ -199,9 +199,7 @@ def test_what_does_not_fit_is_named():
         list(px.stream(Counted(), [px.Job(NOISE[0], "a"), px.Job(NOISE[1], "b")], sampler, solver, rows_per_round=2))
     with pytest.raises(ValueError, match="rows_per_round must be an integer of at least 1, got 0"):
         px.stream(EXACT, NOISE, sampler, solver, rows_per_round=0)
-    with pytest.raises(
-        ValueError, match=r"jobs with rows_per_round=, got tuple_iterator and rows_per_round=None"
-    ):
+    with pytest.raises(ValueError, match=r"jobs with rows_per_round=, got tuple_iterator and rows_per_round=None"):
         px.sample(EXACT, iter(NOISE), sampler, solver)
     with pytest.raises(ValueError, match="solver='auto'"):
         px.sample(EXACT, NOISE, sampler, "auto", rows_per_round=8)

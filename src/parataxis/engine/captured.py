@@ -118,6 +118,7 @@ class CapturedRounds:
         self.columns = None
         if sampler.transform is not None:
             self.columns = torch.from_numpy(sampler.transform.columns).to(batch.start)
+        self.conditional = condition is not None
         leaves, self.spec = tree_flatten(condition)
         rows = self.window.W
         self.leaves = [leaf.repeat_interleave(rows, 0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -134,7 +135,7 @@ class CapturedRounds:
                 mine.copy_(leaf.repeat_interleave(self.window.W, 0))
         own = self.batch
         own.problem = self.window.problem = batch.problem
-        own.accepted[:], own.error[:], own.finished[:], own.active[:] = 0, 0.0, False, True
+        own.accepted[:], own.error[:], own.finished[:], own.active[:], own.bounded[:] = 0, 0.0, False, True, True
         own.results, own.numbers = {}, batch.numbers
         self.window.reset(self.window.rows)
         self.window.write_frame()
@@ -144,7 +145,7 @@ class CapturedRounds:
         """Evaluate the network at all windows, measure, and copy what was measured to the host."""
         tensors, sent = self.window.tensors, self.window.pack.tensors
         x = tensors.inputs.reshape(-1, *self.shape)
-        condition = () if self.spec is None or not self.leaves else (tree_unflatten(self.leaves, self.spec),)
+        condition = (tree_unflatten(self.leaves, self.spec),) if self.conditional else ()
         # A copy: the network may write into its input.
         given = x.to(self.dtype) if x.dtype != self.dtype else x.clone()
         outputs = self.denoise(given, self.times.index_select(0, sent["step"]), *condition)

@@ -26,6 +26,7 @@ from .solution import Round, Solution
 __all__ = ["Group", "Run", "Share", "answer_shares", "drive", "evaluation", "shares_of", "start"]
 
 
+UNCERTAIN = "uncertain: every step is accepted, but the estimated error is above the tolerance"
 NOTHING = Answer(np.zeros(0, np.int64), torch.zeros(0, 0, device="cpu"))  # the solver is to look at its samples again
 
 
@@ -212,7 +213,7 @@ class Run:
             solver=self.solver,
             problem=self.problem,
             peak_width=self.peak_width,
-            error_estimate=self.error if converged else float("inf"),
+            error_estimate=self.error if converged or self._reason == UNCERTAIN else float("inf"),
             history=tuple(self.history),
             trajectory=None if trajectory is None else trajectory.view(-1, *self.group.shape),
         )
@@ -263,7 +264,7 @@ class Run:
         if batch.finished[self.place]:
             if batch.trajectory is not None and batch.accepted[self.place] == self.problem.steps:
                 self._trajectory = batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
-            self._end("converged", batch.results[self.place])
+            self._end("converged" if batch.bounded[self.place] else UNCERTAIN, batch.results[self.place])
 
     def _end(self, reason: str, sample: Tensor) -> None:
         batch = self.group.batch

@@ -141,11 +141,22 @@ class Sampler:
                 if len(generator) != len(noise):
                     raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
                 sources = [(slice(b, b + 1), source) for b, source in enumerate(generator)]
+            alone = all(len(steps) == 1 for steps in draws) and len({steps[0][0] for steps in draws}) == len(draws)
             for rows, source in sources:
-                for steps in draws:
-                    normal = _normal(noise[rows].shape, noise, source, dtype)
-                    for i, factor in steps:
-                        drawn[rows, i] += factor * normal
+                # One draw after another, as the loop makes them, into memory of all: they are scaled together.
+                device = noise.device if source is None else source.device
+                normal = torch.empty(len(draws), *noise[rows].shape, device=device, dtype=dtype)
+                for k in range(len(draws)):
+                    normal[k].normal_(generator=source)
+                normal = normal.to(noise).transpose(0, 1)
+                if alone:
+                    steps, factors = zip(*(draw[0] for draw in draws), strict=True)
+                    by = upload(np.array(factors), noise).view(-1, *(1,) * (noise.ndim - 1))
+                    drawn[rows, list(steps)] = normal * by
+                    continue
+                for k, entries in enumerate(draws):
+                    for i, factor in entries:
+                        drawn[rows, i] += factor * normal[:, k]
         return Recurrence(self.coefficients, noise * self.start_scale, drawn)
 
     def output(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
@@ -155,12 +166,6 @@ class Sampler:
     def __repr__(self) -> str:
         """Return the name and the number of steps, without arrays."""
         return f"Sampler({self.name}, {self.steps} steps)"
-
-
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    """Draw where the generator lives, as diffusers does, and bring it to the states' device and dtype."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=dtype).to(like)
 
 
 def data_prediction(kind: str, alpha: Array, sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array]:

@@ -128,19 +128,20 @@ class Anderson(Windowed):
     def round(self, window: Window, answer: Answer) -> None:
         """Correct, measure, and mix the corrections of the last rounds."""
         assert isinstance(window, _Accelerated)
-        if window.batch.recurrence.replays:
-            measured = window.measure(answer.outputs)
-            window.correct(self.slopes(window, None), measured)
-            corrections = window.measure_corrections()
-        else:
-            # The slopes do not depend on the outputs, so the corrections can be measured with everything else.
-            window.correct(self.slopes(window, None))
-            measured = window.measure(answer.outputs)
-            window.norms(measured)
-            corrections = measured.corrections
-        count = self.accept(window, measured)
-        if window.history > 1:
-            window.mix(self._factors(corrections, window, count))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            if window.batch.recurrence.replays:
+                measured = window.measure(answer.outputs)
+                window.correct(self.slopes(window, None), measured)
+                corrections = window.measure_corrections()
+            else:
+                # The slopes do not depend on the outputs: the corrections can be measured with everything else.
+                window.correct(self.slopes(window, None))
+                measured = window.measure(answer.outputs)
+                window.norms(measured)
+                corrections = measured.corrections
+            count = self.accept(window, measured)
+            if window.history > 1:
+                window.mix(self._factors(corrections, window, count))
         window.move(count, self.entry)
 
     def _factors(self, gram: Array, window: Window, count: Indices) -> Array:

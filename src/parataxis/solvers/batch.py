@@ -61,6 +61,7 @@ class Batch:
         self.finished = np.zeros(count, bool)
         self.active = np.ones(count, bool)
         self.memory: Member | None = None
+        self.bounded = np.ones(count, bool)  # whether the solver's estimate is within the tolerance, where it has one
         self.results: dict[int, Tensor] = {}  # samples that have ended
         self.numbers = list(range(count))  # of the samples, as errors name them
         self.refilled = False  # whether other samples take the places of those that end
@@ -106,6 +107,7 @@ class Batch:
         self.accepted = np.append(self.accepted, np.zeros(extra, np.int64))
         self.error = np.append(self.error, np.zeros(extra))
         self.numbers += [0] * extra
+        self.bounded = np.append(self.bounded, np.ones(extra, bool))
         self.finished, self.active = (np.append(flags, np.zeros(extra, bool)) for flags in (self.finished, self.active))
         if self.trajectory is not None:
             self.trajectory = torch.cat([self.trajectory, self.trajectory.new_zeros(extra, *self.trajectory.shape[1:])])
@@ -119,7 +121,7 @@ class Batch:
         self.results.pop(place, None)
         self.generator[place] = generator  # type: ignore[index, call-overload]  # a dict since copy_inputs
         self.accepted[place], self.error[place] = 0, 0.0
-        self.finished[place], self.active[place] = False, True
+        self.finished[place], self.active[place], self.bounded[place] = False, True, True
         if self.trajectory is not None:
             self.trajectory[place, 0] = self.start[place]
         self.added.append(place)

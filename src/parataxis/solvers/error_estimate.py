@@ -121,13 +121,13 @@ class Estimate:
 
     def __init__(self, left: Array, carry: Array, gain: Array, size: Array, at_end: Flags) -> None:
         share = gain / size[:, None]
-        with np.errstate(invalid="ignore", over="ignore"):
-            self.relative = np.where(at_end, left, PLANNED * left) * share
-            self.planned = np.sqrt((carry * share) ** 2 + self.relative**2)
-            self.accepted = np.sqrt(carry**2 + left**2)
-            self.reported = REPORTED * self.accepted * share
-        for values in (self.relative, self.planned, self.accepted, self.reported):
-            values[np.isnan(values)] = np.inf  # of an overflow nothing is known
+        self.relative = np.where(at_end, left, PLANNED * left) * share
+        self.planned = np.hypot(carry * share, self.relative)
+        self.accepted = np.hypot(carry, left)
+        self.reported = REPORTED * self.accepted * share
+        if not np.isfinite(self.reported.sum()):
+            for values in (self.relative, self.planned, self.accepted, self.reported):
+                values[np.isnan(values)] = np.inf  # of an overflow nothing is known
 
 
 def choose_accepted(estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags) -> Indices:

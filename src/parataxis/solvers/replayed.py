@@ -68,8 +68,7 @@ class ReplayedWindow(Window):
         rest = change.clone()
         rest[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
         changes, residuals = read(torch.stack([change.square().sum(2), rest.square().sum(2)])).reshape(2, *growth.shape)
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
+        self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
 
     @property
     def _loop(self) -> Replays:

@@ -46,8 +46,7 @@ class Secant(Windowed):
         dx_dx, df_dx = pairs[..., 0, 0], pairs[..., 0, 1]
         rounding = (10 * problem.rounding * np.sqrt(problem.dim)) * window.rms
         moved = ~window.evaluated | (dx_dx > rounding * rounding)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slopes = np.where(moved, df_dx / dx_dx, window.slopes)
+        slopes = np.where(moved, df_dx / dx_dx, window.slopes)
         # An output whose square overflows says nothing either.
         known = np.isfinite(slopes) & np.isfinite(pairs[..., 1, 1])
         if measured.finite is not None:

@@ -559,9 +559,8 @@ class Window:
         A correction that overflowed goes on from the last state that did not; none of the others is accepted. The first
         state is right even so: it is the loop's own step from an accepted state.
         """
-        with np.errstate(over="ignore", invalid="ignore"):
-            changes, residuals = correction.corrected_norms(self.chunks, self.lags, measured.gram)
-            self.take_norms(np.sqrt(changes), np.sqrt(residuals), measured.finite)
+        changes, residuals = correction.corrected_norms(self.chunks, self.lags, measured.gram)
+        self.take_norms(np.sqrt(changes), np.sqrt(residuals), measured.finite)
 
     def take_norms(self, changes: Array, residuals: Array, finite: Flags | None) -> None:
         """Take the norms (S, W) of the corrections and of the residuals."""

@@ -59,8 +59,11 @@ class Windowed:
 
     def decide(self, window: Window, measured: Measured) -> None:
         """Decide on what has been measured, and move."""
-        window.correct(self.slopes(window, measured), measured)
-        window.move(self.accept(window, measured), self.entry)
+        # Overflows and divisions by a move of zero are met everywhere, and looked at where they matter.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            window.correct(self.slopes(window, measured), measured)
+            count = self.accept(window, measured)
+        window.move(count, self.entry)
 
     def accept(self, window: Window, measured: Measured) -> Indices:
         """Return (S,) how many states of each window are accepted; the window takes their error."""
@@ -76,6 +79,8 @@ class Windowed:
         if window.strided:
             count = np.where(window.rough, np.minimum(count, 1), count)
         window.take_error(estimate, count)
+        if passed is None:
+            window.batch.bounded[window.places] = window.error_used <= problem.tolerance
         return count
 
     def solve(self, batch: Batch) -> Queries:
@@ -117,16 +122,15 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
     norm = np.sqrt(problem.dim)
     a, b, pairs = window.a, window.b_sum, measured.pairs
     dx_dx = pairs[..., 0, 0]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        moved = np.sqrt(dx_dx)
-        near = window.evaluated & (moved > (10 * problem.rounding * norm) * window.rms)
-        if tables.alpha is not None:
-            near &= moved < (estimates.MAX_TRUSTED_MOVE * norm) * window.rms
-        if window.strided:
-            near &= ~window.coarse[:, None]
-        square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
-        grown = np.sqrt(np.maximum(square, 0.0)) / moved
-        missed = window.residuals / moved
+    moved = np.sqrt(dx_dx)
+    near = window.evaluated & (moved > (10 * problem.rounding * norm) * window.rms)
+    if tables.alpha is not None:
+        near &= moved < (estimates.MAX_TRUSTED_MOVE * norm) * window.rms
+    if window.strided:
+        near &= ~window.coarse[:, None]
+    square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
+    grown = np.sqrt(np.maximum(square, 0.0)) / moved
+    missed = window.residuals / moved
     gaussian = window.gaussian_growth()
     near &= np.isfinite(grown) & np.isfinite(missed)
     known = window.known
@@ -144,10 +148,9 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
         local, gamma = np.where(window.inside, local, 1.0), np.where(window.inside, gamma, 1.0)
         unknown = unknown & window.inside
     safety = estimates.SLOPE_ERROR_SAFETY * (estimates.CLIPPED_SAFETY if problem.transformed else 1.0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        left = estimates.local_error(missed, local, window.moves, safety)
-        gain = estimates.gain_to_sample(gamma, ~unknown, window.reach, at_end)
-        carry = estimates.carried(window.error_carried, gamma)
+    left = estimates.local_error(missed, local, window.moves, safety)
+    gain = estimates.gain_to_sample(gamma, ~unknown, window.reach, at_end)
+    carry = estimates.carried(window.error_carried, gamma)
     found = Estimate(left, carry, gain, norm * np.sqrt(window.smallest_variance()), at_end)
     if window.strided:
         for values in (found.relative, found.planned):
