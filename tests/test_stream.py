@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(TypeError, match=f"solver must be a solver with its options, .* got '{named}'"):
             px.stream(EXACT, NOISE, sampler, named, rows_per_round=2)
     for rows in ("8", 1.5, True):
-        with pytest.raises(ValueError, match=r"rows must be an integer of at least 1, got"):
+        with pytest.raises(ValueError, match=r"rows_per_round must be an integer of at least 1, got"):
             px.sample(EXACT, NOISE, sampler, solver, rows_per_round=rows)
     with pytest.raises(
         TypeError, match=r"generator must be a torch.Generator, one for each sample, or None, got \[0\]"

@@ -209,7 +209,8 @@ class Window:
             count,
             self.W,
             self.lags,
-            keeps_pairs=self.W > 1,  # errors of a single state are not estimated
+            # Errors of a single state are not estimated, and its slopes matter to a replay only.
+            keeps_pairs=self.W > 1 or batch.recurrence.replays,
             predicts=self.known_size,
             order=order,
             history=history,
