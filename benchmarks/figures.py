@@ -27,7 +27,7 @@ LABELS = {
     "fixed-point": "fixed point, order N",
     "parataa": "ParaTAA",
     "srds": "SRDS, sqrt(N) blocks",
-    "parareal": "parareal, two-step hop",
+    "parareal": "parareal, two-step",
     "secant": "secant, ours",
 }
 Row = dict[str, Any]
