@@ -140,7 +140,7 @@ def sample(
             raise ValueError(
                 "jobs bring their own: give condition and generator with each, Job(noise, condition, generator)."
             )
-        found = stream(
+        running = stream(
             denoise,
             _jobs(noise, sampler, condition, generator) if isinstance(noise, Tensor) else noise,
             sampler,
@@ -154,12 +154,12 @@ def sample(
         )
         begun, batch = time.perf_counter(), noise if isinstance(noise, Tensor) else None
         with tqdm(total=None if batch is None else len(batch), disable=not progress) as bar:
-            every = _gathered(found, bar)
-        if batch is not None and (left := [number for number in range(len(batch)) if number not in every]):
-            every.update(zip(left, _not_started(batch[left], sampler, solver, tolerance), strict=True))
-        if not every:
+            solutions_by_number = _gathered(running, bar)
+        if batch is not None and (left := [number for number in range(len(batch)) if number not in solutions_by_number]):
+            solutions_by_number.update(zip(left, _not_started(batch[left], sampler, solver, tolerance), strict=True))
+        if not solutions_by_number:
             raise ValueError("there is no sample to draw: the jobs are empty.")
-        return Solutions([every[number] for number in sorted(every)], found.rounds, time.perf_counter() - begun)
+        return Solutions([solutions_by_number[number] for number in sorted(solutions_by_number)], running.rounds, time.perf_counter() - begun)
     ranks = ranks_of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":
@@ -230,7 +230,7 @@ def sample(
             if ranks is not None:
                 ranks.end()
     solutions = [run.solution for run in runs]
-    return Solutions(solutions, max(one.rounds for one in solutions), time.perf_counter() - begun, planned)
+    return Solutions(solutions, max(entry.rounds for entry in solutions), time.perf_counter() - begun, planned)
 
 
 def _jobs(
@@ -242,22 +242,22 @@ def _jobs(
     """Yield the samples of a batch; with one generator, what steps add is drawn at once, in the order of its loop."""
     table = None if isinstance(generator, Sequence) else sampler.recurrence(_states(noise), generator, noise.dtype)
     for b in range(len(noise)):
-        own, drawn = generator[b] if isinstance(generator, Sequence) else generator, None
+        source, drawn = generator[b] if isinstance(generator, Sequence) else generator, None
         if table is not None:
             added = None if table.noise is None else table.noise[b : b + 1]
             drawn = Recurrence(table.coefficients, table.start[b : b + 1], added)
-        yield Job(noise[b], select_condition(condition, torch.tensor(b, device="cpu")), own, drawn)
+        yield Job(noise[b], select_condition(condition, torch.tensor(b, device="cpu")), source, drawn)
 
 
-def _gathered(found: Stream, bar: Any) -> dict[int, Solution]:
+def _gathered(running: Stream, bar: Any) -> dict[int, Solution]:
     """Return the samples of a stream by the numbers of their jobs; after Ctrl-C, of those that have begun."""
     solutions: dict[int, Solution] = {}
     try:
-        for number, solution in found:
+        for number, solution in running:
             solutions[number] = solution
             bar.update()
     except KeyboardInterrupt:
-        solutions.update(found.interrupt())
+        solutions.update(running.interrupt())
     return solutions
 
 
@@ -349,10 +349,10 @@ class _Network:
         if self._times is None:
             self._times = self._sampler.network_times(rows.x.dtype)
         t = upload(self._times[rows.step], rows.x.device)
-        told = [self.conditions[place] for place in rows.sample.tolist()]
-        if told[0] is None:
+        conditions = [self.conditions[place] for place in rows.sample.tolist()]
+        if conditions[0] is None:
             return self._denoise(rows.x, t)
-        return self._denoise(rows.x, t, tree_map(_stacked, *told))
+        return self._denoise(rows.x, t, tree_map(_stacked, *conditions))
 
 
 class Stream(Iterator[tuple[int, Solution]]):
@@ -387,7 +387,7 @@ class Stream(Iterator[tuple[int, Solution]]):
             self._evaluate = Sharded(self._evaluate, ranks)
         self._pool = Pool(begin, rows)
         self._open: dict[int, Run] = {}  # by the numbers of their jobs, those that have not been yielded
-        self._found = self._drive()
+        self._solutions = self._drive()
 
     @property
     def runs(self) -> Sequence[Run]:
@@ -396,11 +396,11 @@ class Stream(Iterator[tuple[int, Solution]]):
 
     def __next__(self) -> tuple[int, Solution]:
         """Go on until a sample is finished."""
-        return next(self._found)
+        return next(self._solutions)
 
     def interrupt(self) -> Iterator[tuple[int, Solution]]:
         """End the stream: yield what is finished, and the present estimates of the samples at work."""
-        self._found.close()
+        self._solutions.close()
         if self._ranks is not None and self._open:
             self._ranks.interrupted()
         for run in self._open.values():
@@ -493,8 +493,8 @@ def stream(
     first: list[Job] = []
 
     def entries() -> Iterator[tuple[Recurrence, Any, torch.Generator | None]]:
-        for number, given in enumerate(jobs):
-            job = given if isinstance(given, Job) else Job(given)
+        for number, item in enumerate(jobs):
+            job = item if isinstance(item, Job) else Job(item)
             check_inputs(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
             check_generators(None if job.generator is None else [job.generator], 1)
             _check_alike(number, job, first[0] if first else job)
@@ -514,7 +514,7 @@ def stream(
 
 
 def _check_alike(number: int, job: Job, like: Job) -> None:
-    forms = [f"{one.noise.dtype} {tuple(one.noise.shape)} on {one.noise.device}" for one in (job, like)]
+    forms = [f"{entry.noise.dtype} {tuple(entry.noise.shape)} on {entry.noise.device}" for entry in (job, like)]
     if forms[0] != forms[1]:
         raise ValueError(
             f"the noise of job {number} is {forms[0]}, and that of job 0 {forms[1]}: samples of a stream share the "

@@ -133,10 +133,10 @@ class CapturedRounds:
         for mine, leaf in zip(self.leaves, tree_flatten(condition)[0], strict=True):
             if isinstance(leaf, Tensor):
                 mine.copy_(leaf.repeat_interleave(self.window.W, 0))
-        own = self.batch
-        own.problem = self.window.problem = batch.problem
-        own.accepted[:], own.error[:], own.finished[:], own.active[:], own.bounded[:] = 0, 0.0, False, True, True
-        own.results, own.numbers = {}, batch.numbers
+        state = self.batch
+        state.problem = self.window.problem = batch.problem
+        state.accepted[:], state.error[:], state.finished[:], state.active[:], state.bounded[:] = 0, 0.0, False, True, True
+        state.results, state.numbers = {}, batch.numbers
         self.window.reset(self.window.rows)
         self.window.write_frame()
         self.window.pack.send()
@@ -147,8 +147,8 @@ class CapturedRounds:
         x = tensors.inputs.reshape(-1, *self.shape)
         condition = (tree_unflatten(self.leaves, self.spec),) if self.conditional else ()
         # A copy: the network may write into its input.
-        given = x.to(self.dtype) if x.dtype != self.dtype else x.clone()
-        outputs = self.denoise(given, self.times.index_select(0, sent["step"]), *condition)
+        inputs = x.to(self.dtype) if x.dtype != self.dtype else x.clone()
+        outputs = self.denoise(inputs, self.times.index_select(0, sent["step"]), *condition)
         if outputs.shape != x.shape or outputs.dtype != self.dtype:
             raise RuntimeError(f"the network returned {outputs.dtype} {tuple(outputs.shape)}")
         outputs = outputs.to(x)

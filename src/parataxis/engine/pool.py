@@ -42,7 +42,7 @@ class Pool:
         first = self._first
         if first is None or not first.shares_memory:
             run = self._begin(recurrence)
-            run.own(number, slot, generator)
+            run.begin_stream(number, slot, generator)
             self._first = first or run
         else:
             run = first.join(number, slot, recurrence, generator, room=self._rows)

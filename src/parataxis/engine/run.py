@@ -228,7 +228,7 @@ class Run:
         """Whether samples that begin later can be solved in the same memory."""
         return bool(getattr(self.solver, "adopts", False))
 
-    def own(self, number: int, slot: int, generator: torch.Generator | None) -> None:
+    def begin_stream(self, number: int, slot: int, generator: torch.Generator | None) -> None:
         """Become the first run of a stream: others will take the places of what the caller owns."""
         self.group.batch.copy_inputs(generator)
         self._name(number, slot)
@@ -348,10 +348,10 @@ def _checked_guess(guess: Any, recurrence: Recurrence) -> Tensor:
     """Return a guess as (B, N + 1, dim), with the recurrence's own first states."""
     states = recurrence.start
     expected = (len(states), recurrence.coefficients.steps + 1, *states.shape[1:])
-    given = tuple(guess.shape) if isinstance(guess, Tensor) else type(guess).__name__
-    if given != expected:
+    got = tuple(guess.shape) if isinstance(guess, Tensor) else type(guess).__name__
+    if got != expected:
         raise ValueError(
-            f"guess must have the shape (B, N + 1, *shape) = {expected}, got {given}: pass the `trajectory` of a run "
+            f"guess must have the shape (B, N + 1, *shape) = {expected}, got {got}: pass the `trajectory` of a run "
             "with the same steps and shape, made with keep_trajectory=True."
         )
     copy: Tensor = guess.to(states).clone()
@@ -384,7 +384,7 @@ class Share(NamedTuple):
 def shares_of(runs: Sequence[Run], limit: int | None = None) -> list[Share]:
     """Return what is left to evaluate of the pending queries of runs, in their order, but at most ``limit`` rows."""
     left = np.inf if limit is None else limit
-    found: dict[int, Share] = {}
+    shares: dict[int, Share] = {}
     indices: dict[int, list[Indices]] = {}
     for run in runs:
         group, query = run.group, run.group.ask()
@@ -394,11 +394,11 @@ def shares_of(runs: Sequence[Run], limit: int | None = None) -> list[Share]:
         if count <= 0:
             continue
         left -= count
-        share = found.setdefault(id(group), Share(group, None, []))
+        share = shares.setdefault(id(group), Share(group, None, []))
         share.parts.append((run.place, count, evaluated + count == width))
         first = group.first_row(run.place) + evaluated
         indices.setdefault(id(group), []).append(np.arange(first, first + count))
-    return [share._replace(rows=share.group.rows_or_all(indices[key])) for key, share in found.items()]
+    return [share._replace(rows=share.group.rows_or_all(indices[key])) for key, share in shares.items()]
 
 
 def evaluation(shares: Sequence[Share]) -> EvalBatch:

@@ -160,12 +160,12 @@ class Coefficients:
         if weight.shape != (steps + 1, steps) or np.triu(weight).any():
             raise ValueError(f"weight must be (N + 1, N) and strictly lower triangular, got shape {weight.shape}.")
         state_weight = np.zeros(steps)
-        rest = np.zeros((steps, steps))  # rest[i, l] belongs to output i - l
+        weights = np.zeros((steps, steps))  # rest[i, l] belongs to output i - l
         for i in range(steps):
             energy = weight[i, :i] @ weight[i, :i]
             state_weight[i] = weight[i + 1, :i] @ weight[i, :i] / energy if energy > 0 else 0.0
             row = weight[i + 1] - state_weight[i] * weight[i]
             row[np.abs(row) < 1e-12 * max(np.abs(weight[i + 1]).max(), 1e-300)] = 0.0
-            rest[i, : i + 1] = row[i::-1]
-        used = np.flatnonzero(rest.any(0))
-        return cls(state_weight, rest[:, : (used[-1] + 1 if len(used) else 1)].copy(), np.zeros(steps))
+            weights[i, : i + 1] = row[i::-1]
+        used = np.flatnonzero(weights.any(0))
+        return cls(state_weight, weights[:, : (used[-1] + 1 if len(used) else 1)].copy(), np.zeros(steps))

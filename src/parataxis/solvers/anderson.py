@@ -199,8 +199,8 @@ class _AcceleratedTensors(WindowTensors):
     corrected = False  # whether the corrected states of this round are in place already
 
     def rows(self) -> dict[str, int]:
-        kept = {f"{kind}{age}": self.width + 1 for age in range(1, self.history) for kind in ("new", "old")}
-        return {**super().rows(), **kept}
+        history_rows = {f"{kind}{age}": self.width + 1 for age in range(1, self.history) for kind in ("new", "old")}
+        return {**super().rows(), **history_rows}
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
         return {**super().numbers(), "mix": (self.history, self.count, self.width, 1)}

@@ -156,11 +156,11 @@ class Batch:
     def stream(self, place: int) -> np.random.Generator:
         """Return the random stream of a place, which its generator seeds when it is first asked for."""
         if place not in self._streams:
-            given = self.generator
-            if given is None or isinstance(given, torch.Generator):
-                self._streams = {index: np.random.default_rng(seed) for index, seed in enumerate(seeds(given, len(self)))}
+            generator = self.generator
+            if generator is None or isinstance(generator, torch.Generator):
+                self._streams = {index: np.random.default_rng(seed) for index, seed in enumerate(seeds(generator, len(self)))}
             else:
-                self._streams[place] = np.random.default_rng(seeds(given[place], 1)[0])
+                self._streams[place] = np.random.default_rng(seeds(generator[place], 1)[0])
         return self._streams[place]
 
     def replace_noise(self, steps: Tensor, rows: Tensor) -> None:

@@ -148,7 +148,7 @@ class Tick:
 
 # Everything of a tick that is indices.
 TICK_INDICES = tuple(
-    own.name for own in fields(Tick) if own.name not in ("iterations", "frontier", "published", "slots")
+    entry.name for entry in fields(Tick) if entry.name not in ("iterations", "frontier", "published", "slots")
 )
 
 
@@ -260,17 +260,17 @@ class BlockSchedule:
 
     def _sweep(self, tick: Tick) -> list[BoundaryState]:
         """Return the boundary states of iteration 0: x_{j+1} = G_j(x_j)."""
-        found = []
+        known = []
         for j in range(1, self.blocks + 1):
             if self._latest_iteration[j - 1] >= 0 and j not in self._known:
                 state = BoundaryState(0, j, self._latest_origin[j - 1], *self._allocate_pair())
                 tick.add(swept=j - 1, swept_x=state.x, swept_before=state.before)
-                found.append(state)
-        return found
+                known.append(state)
+        return known
 
     def _correct(self, tick: Tick) -> list[BoundaryState]:
         """Return the boundary states that follow from blocks that have ended."""
-        found, freed = [], []
+        known, freed = [], []
         for run in sorted(self._ended, key=lambda run: (run.p, run.j)):
             if run.frontier:
                 freed += [slot for slot in (run.coarse, run.prediction) if slot >= 0]
@@ -284,9 +284,9 @@ class BlockSchedule:
                 continue
             self._ended.remove(run)
             origin = run.j + 1 if run.frontier else self._latest_origin[run.j]
-            found.append(BoundaryState(run.p + 1, run.j + 1, origin, run.x, run.before))
+            known.append(BoundaryState(run.p + 1, run.j + 1, origin, run.x, run.before))
         self._free += freed
-        return found
+        return known
 
     def _iteration_runs(self, p: int) -> bool:
         """Return whether blocks of an iteration are still on their way, the frontier aside."""

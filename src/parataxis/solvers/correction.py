@@ -82,9 +82,9 @@ def _multistep(state_weight: Array, output_weight: Array, slopes: Array, steps: 
             if lag == 0:
                 weight = weight + state_weight[:, i]
             effect[:, row] += weight[:, None] * effect[:, row - lag - 1]
-    own = np.zeros((count, before + count))
-    own[:, before:] = np.eye(count)
-    return np.asarray(effect[:, before:] - own)
+    identity = np.zeros((count, before + count))
+    identity[:, before:] = np.eye(count)
+    return np.asarray(effect[:, before:] - identity)
 
 
 def _truncated(state_weight: Array, output_weight: Array, slopes: Array, order: int) -> Array:

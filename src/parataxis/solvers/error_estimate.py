@@ -67,10 +67,10 @@ def local_error(slope_errors: Array, growth: Array, moves: Array, safety: float)
     missed = logs(slope_errors[:, 1:] * np.minimum(moves[:, :-1], UNMEASURED)) - level[:, 1:]
     left = np.zeros_like(moves)
     local = safety * np.exp(level[:, 1:] + np.logaddexp.accumulate(missed, 1))
-    least = np.maximum(MIN_REMAINING * moves[:, 1:], MIN_BEHIND_A_MOVE * cap[:, 1:])
+    smallest = np.maximum(MIN_REMAINING * moves[:, 1:], MIN_BEHIND_A_MOVE * cap[:, 1:])
     # Where nothing has moved, nothing remains: logarithms would leave a trace.
     moved = np.logical_or.accumulate(moves > 0, 1)[:, 1:]
-    np.multiply(np.minimum(cap[:, 1:], np.maximum(local, least)), moved, out=left[:, 1:])
+    np.multiply(np.minimum(cap[:, 1:], np.maximum(local, smallest)), moved, out=left[:, 1:])
     return left
 
 
@@ -144,8 +144,8 @@ def choose_accepted(estimate: Estimate, tolerance: float, share: Array, fresh: A
         last: (S,) whether the window ends at the sample, or has no step to keep back.
     """
     allowed = tolerance / REPORTED
-    own = estimate.relative
-    fits = (own == 0) | ((own <= allowed) & ((estimate.planned <= allowed * share) | (own <= allowed / 2 * fresh)))
+    relative = estimate.relative
+    fits = (relative == 0) | ((relative <= allowed) & ((estimate.planned <= allowed * share) | (relative <= allowed / 2 * fresh)))
     fits[:, 0] = True
     count = np.minimum(np.logical_and.accumulate(fits, 1).sum(1), width)
     return np.where((count == width) & ~last, np.maximum(count - 1, 1), count)

@@ -118,9 +118,9 @@ def between_nodes(
         place = np.log(coefficients.alpha[:-1] / coefficients.sigma[:-1])
     by_output, by_state = np.zeros((samples, width, width)), np.zeros((samples, width, width))
     for s in range(samples):
-        at, every = np.flatnonzero(nodes[s]), np.flatnonzero(inside[s])
+        at, all_steps = np.flatnonzero(nodes[s]), np.flatnonzero(inside[s])
         by_output[s, at, at] = 1.0
-        between = np.setdiff1d(every, at)
+        between = np.setdiff1d(all_steps, at)
         if not len(between):
             continue
         after = np.searchsorted(at, between)

@@ -138,50 +138,50 @@ class _Cohorts:
     def query(self, batch: Batch, places: Indices | None = None) -> tuple[Query, list[_Order]]:
         """Return what is to be evaluated, of these places or of all, and whose rows these are."""
         width = np.zeros(len(batch), np.int64)
-        members = [own for own in self._members if places is None or np.isin(own.places, places).all()]
+        members = [cohort for cohort in self._members if places is None or np.isin(cohort.places, places).all()]
         if not members:
             nothing = np.zeros(0, np.int64)
             return Query(batch.start[:0], nothing, nothing, width), []
-        sample = np.concatenate([np.repeat(own.places, len(own.tick.steps)) for own in members])
-        step = np.concatenate([np.tile(own.tick.steps, len(own.places)) for own in members])
-        x = torch.cat([own.states() for own in members]) if len(members) > 1 else members[0].states()
-        for own in members:
-            width[own.places] = len(own.tick.steps)
+        sample = np.concatenate([np.repeat(cohort.places, len(cohort.tick.steps)) for cohort in members])
+        step = np.concatenate([np.tile(cohort.tick.steps, len(cohort.places)) for cohort in members])
+        x = torch.cat([cohort.states() for cohort in members]) if len(members) > 1 else members[0].states()
+        for cohort in members:
+            width[cohort.places] = len(cohort.tick.steps)
         place_of_row = np.argsort(sample, kind="stable")
-        row_of_place, found, first = np.argsort(place_of_row), [], 0
-        for own in members:
-            count = len(own.places) * len(own.tick.steps)
-            found.append(_Order(own, row_of_place[first : first + count]))
+        row_of_place, numbers, first = np.argsort(place_of_row), [], 0
+        for cohort in members:
+            count = len(cohort.places) * len(cohort.tick.steps)
+            numbers.append(_Order(cohort, row_of_place[first : first + count]))
             first += count
         if len(members) > 1:
             x, step, sample = x[torch.from_numpy(place_of_row).to(x.device)], step[place_of_row], sample[place_of_row]
-        return Query(x, step, sample, width), found
+        return Query(x, step, sample, width), numbers
 
     def advance(self, outputs: Tensor, order: Sequence[_Order]) -> None:
         """Do one tick of these cohorts."""
         for cohort, rows in order:
-            own = outputs if len(order) == 1 else outputs[torch.from_numpy(rows).to(outputs.device)]
-            cohort.advance(own.view(len(cohort.places), -1, outputs.shape[1]))
+            part = outputs if len(order) == 1 else outputs[torch.from_numpy(rows).to(outputs.device)]
+            cohort.advance(part.view(len(cohort.places), -1, outputs.shape[1]))
 
     def separate(self, places: Indices) -> None:
         """Give those of each cohort that are among these places, and those that are not, cohorts of their own."""
-        for own in list(self._members):
-            among = np.isin(own.places, places)
+        for cohort in list(self._members):
+            among = np.isin(cohort.places, places)
             if among.any() and not among.all():
-                self._members.append(own.part(np.flatnonzero(among)))
-                own.keep(np.flatnonzero(~among))
+                self._members.append(cohort.part(np.flatnonzero(among)))
+                cohort.keep(np.flatnonzero(~among))
 
     def drop_ended(self) -> None:
         """Drop the rows of samples that have ended."""
-        for own in self._members:
-            alive = own.batch.active[own.places] & ~own.batch.finished[own.places]
+        for cohort in self._members:
+            alive = cohort.batch.active[cohort.places] & ~cohort.batch.finished[cohort.places]
             if not alive.all():
-                own.keep(np.flatnonzero(alive))
-        self._members = [own for own in self._members if len(own.places)]
+                cohort.keep(np.flatnonzero(alive))
+        self._members = [cohort for cohort in self._members if len(cohort.places)]
 
     def estimate(self, place: int) -> Tensor:
         """Return (dim,) the present guess of a sample."""
-        return next(own.estimate(place) for own in self._members if place in own.places)
+        return next(cohort.estimate(place) for cohort in self._members if place in cohort.places)
 
 
 class _Rows:
@@ -246,10 +246,10 @@ class _StopTest:
         part.nonfinite_iterations = self.nonfinite_iterations[rows]
         return part
 
-    def compare(self, published: Publication, found: Array) -> None:
+    def compare(self, published: Publication, numbers: Array) -> None:
         """Take up the changes of boundaries that have been known before; see :meth:`_Cohort._changes`."""
         count = len(published.compared)
-        change, size = found[:, :count], found[:, count : 2 * count]
+        change, size = numbers[:, :count], numbers[:, count : 2 * count]
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.where(change == 0, 0.0, np.where(size > 0, change / size, np.inf))
         relative[np.isnan(relative)] = np.inf
@@ -257,7 +257,7 @@ class _StopTest:
             self.changes[boundary.j].append((boundary.p, by))
         if count and published.compared[-1].j == len(self.changes) - 1:
             if self.solver.rule == "srds":
-                self.error, self.moved = relative[:, -1], found[:, -1]
+                self.error, self.moved = relative[:, -1], numbers[:, -1]
             else:
                 self._estimate_error(*published.samples[-1])
 
@@ -364,11 +364,11 @@ class _Cohort:
         if published is not None:
             measured += self._changes(at, published)
             memory[at["into"]] = memory[at["source"]]
-        found = read(torch.cat(measured, 1))
-        self._check(np.isfinite(found[:, : len(tick.steps)]))
+        numbers = read(torch.cat(measured, 1))
+        self._check(np.isfinite(numbers[:, : len(tick.steps)]))
         if published is not None:
             self.published = published
-            self.test.compare(published, found[:, len(tick.steps) :])
+            self.test.compare(published, numbers[:, len(tick.steps) :])
             self._accept(published)
         self.ticks += 1
         following = next(self._schedule, None)
@@ -384,8 +384,8 @@ class _Cohort:
             arrays["noise"] = (self.places[:, None] * self.batch.problem.steps + steps).reshape(-1)
         if published is not None:
             arrays |= {"source": published.source, "into": published.into}
-            arrays["new"] = np.array([one.new for one in published.compared], np.int64)
-            arrays["last"] = np.array([one.last for one in published.compared], np.int64)
+            arrays["new"] = np.array([pair.new for pair in published.compared], np.int64)
+            arrays["last"] = np.array([pair.last for pair in published.compared], np.int64)
         flat = upload(np.concatenate(list(arrays.values())), self.memory.rows.device)
         stops = np.cumsum([len(array) for array in arrays.values()])[:-1]
         return dict(zip(arrays, flat.tensor_split(stops.tolist()), strict=True))

@@ -73,6 +73,6 @@ def noise_variance(coefficients: Coefficients) -> Array:
     assert coefficients.sigma is not None
     assert coefficients.scale is not None
     alpha, sigma = coefficients.alpha, coefficients.sigma
-    kept = sigma[1:] * alpha[:-1] / alpha[1:]
-    deviation = sigma[1:] / sigma[:-1] * np.sqrt(np.maximum(sigma[:-1] ** 2 - kept**2, 0))
+    frozen = sigma[1:] * alpha[:-1] / alpha[1:]
+    deviation = sigma[1:] / sigma[:-1] * np.sqrt(np.maximum(sigma[:-1] ** 2 - frozen**2, 0))
     return np.append(0.0, (deviation * coefficients.scale[1:]) ** 2)

@@ -65,9 +65,9 @@ class ReplayedWindow(Window):
         change = torch.where(inside[..., None], moved[:, 1:] - x[:, 1:], 0)
         # What the steps' own growth does not carry on stands for the residual.
         growth = torch.from_numpy(self.growth(slopes)).to(change)
-        rest = change.clone()
-        rest[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
-        changes, residuals = read(torch.stack([change.square().sum(2), rest.square().sum(2)])).reshape(2, *growth.shape)
+        remainder = change.clone()
+        remainder[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
+        changes, residuals = read(torch.stack([change.square().sum(2), remainder.square().sum(2)])).reshape(2, *growth.shape)
         self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
 
     @property

@@ -56,7 +56,7 @@ class _Loop:
         if extra:
             self.step = np.append(self.step, np.zeros(extra, np.int64))
             self.u, self.f, self.largest = (
-                torch.cat([one, one.new_zeros(extra, *one.shape[1:])]) for one in (self.u, self.f, self.largest)
+                torch.cat([values, values.new_zeros(extra, *values.shape[1:])]) for values in (self.u, self.f, self.largest)
             )
         for place in batch.added:
             self.step[place] = 0
@@ -102,13 +102,13 @@ class _Loop:
         self.largest.view(-1).index_copy_(0, index, norms)
         ends = self.step[places] == self.batch.problem.steps
         if outputs.device.type == "cpu":
-            found = norms
+            sizes = norms
         elif ends.any() or int(self.step[places].max()) % CHECK_EVERY == 0:
-            found = self.largest.view(-1)
+            sizes = self.largest.view(-1)
         else:
             return
-        if not bool(torch.isfinite(found).all()):
-            place, step = (int(one[0]) for one in np.nonzero(~np.isfinite(self.largest.cpu().numpy())))
+        if not bool(torch.isfinite(sizes).all()):
+            place, step = (int(values[0]) for values in np.nonzero(~np.isfinite(self.largest.cpu().numpy())))
             raise OutputError(
                 f"the network returned NaN or Inf at step {step} of {self.batch.problem.steps}, sample "
                 f"{self.batch.numbers[place]}, for an accepted input, so the sequential loop meets it too: check the "

@@ -181,9 +181,9 @@ class Proposals:
         batch, extra = self.batch, len(self.batch) - len(self.lo)
         if extra:
             more = np.zeros(extra, np.int64)
-            self.lo, self.hi, self._last_step = (np.append(one, more) for one in (self.lo, self.hi, self._last_step))
+            self.lo, self.hi, self._last_step = (np.append(values, more) for values in (self.lo, self.hi, self._last_step))
             self.x, self._last_x, self._last_f = (
-                torch.cat([one, one.new_zeros(extra, *one.shape[1:])]) for one in (self.x, self._last_x, self._last_f)
+                torch.cat([values, values.new_zeros(extra, *values.shape[1:])]) for values in (self.x, self._last_x, self._last_f)
             )
         for place in batch.added:
             self.lo[place], self.hi[place], self._last_step[place] = 0, 1, -1
@@ -225,7 +225,7 @@ class Proposals:
         With the prediction p u + q f in the place of the output, u' = (A - B p / q) u + B / q (p u + q f)_source + C z.
         """
         row = tested.row(source - tested.lo[:, None])
-        x, f = (one.flatten(0, 1).index_select(0, row.view(-1)).view(*step.shape, -1) for one in (tested.x, tested.f))
+        x, f = (values.flatten(0, 1).index_select(0, row.view(-1)).view(*step.shape, -1) for values in (tested.x, tested.f))
         weight = (self.local.output_weight[:, 0] / self.q)[step]
         factors = upload(np.stack([weight * self.p[source], weight * self.q[source]])[..., None], front)
         added = tested.noise(step).addcmul_(f, factors[1]).addcmul_(x, factors[0])
@@ -249,8 +249,8 @@ class Proposals:
         if local.x0_from_input is not None and local.x0_from_output is not None:
             return local.x0_from_input[step] * u + local.x0_from_output[step] * f
         noise = self.batch.noise
-        one = Recurrence(local, u[None], None if noise is None else noise[place, None])
-        return one.coarse_step(step, self.steps, u[None], f[None])[0]
+        values = Recurrence(local, u[None], None if noise is None else noise[place, None])
+        return values.coarse_step(step, self.steps, u[None], f[None])[0]
 
 
 class Tested:
@@ -286,11 +286,11 @@ class Tested:
         self._step = step
         self._renewed: Tensor | None = None
         norms = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
-        found = self._measure(outputs, norms)
-        if not np.isfinite(found).all():
-            found = self._measure(self._repair(outputs, np.isfinite(found)), norms)
+        numbers = self._measure(outputs, norms)
+        if not np.isfinite(numbers).all():
+            numbers = self._measure(self._repair(outputs, np.isfinite(numbers)), norms)
         self.finite = np.ones(inside.shape, bool)
-        self.finite[inside] = np.isfinite(found)
+        self.finite[inside] = np.isfinite(numbers)
         tested = self.finite[:, :-1] & inside[:, 1:] & np.isfinite(self._square) & np.isfinite(self._product)
         self.tests = np.argmin(np.append(tested, np.zeros((len(places), 1), bool), 1), 1)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -312,10 +312,10 @@ class Tested:
         # True step less proposal, which is m - mh = -C v; and true step less mean, which is C z.
         offset, added = self._stepped[:, :-1] - self.x[:, 1:], self._stepped[:, :-1] - self._means[:, :-1]
         inner = torch.stack([torch.linalg.vecdot(offset, offset), torch.linalg.vecdot(offset, added)])
-        found = read(torch.cat([norms, inner.view(-1)]))
+        numbers = read(torch.cat([norms, inner.view(-1)]))
         # _square is |C v|^2, _product is -<C z, C v>
-        self._square, self._product = found[len(norms) :].reshape(inner.shape).copy()
-        return found[: len(norms)]
+        self._square, self._product = numbers[len(norms) :].reshape(inner.shape).copy()
+        return numbers[: len(norms)]
 
     def _repair(self, outputs: Tensor, finite: Flags) -> Tensor:
         """Return outputs with the last finite one before it in the place of each that is not finite."""
@@ -417,17 +417,17 @@ def _accept(log_ratio: Array, uniforms: Array, tests: Indices) -> Indices:
 
 def _accept_block(ratios: Array, sizes: Array, uniforms: Array) -> tuple[int, float]:
     """Return how many proposals to accept of the block, and P behind them."""
-    kept = [0.0]  # log P
+    log_probabilities = [0.0]  # log P
     for ratio in ratios:
-        kept.append(min(0.0, kept[-1] + float(ratio)))
+        log_probabilities.append(min(0.0, log_probabilities[-1] + float(ratio)))
     for count in range(len(ratios), 0, -1):
-        chance = math.exp(kept[count])
+        chance = math.exp(log_probabilities[count])
         if count < len(ratios) and chance < 1:
             size = float(sizes[count])
             mass = _mass(_crossing(chance, size), chance, size)
             chance = mass / (mass + 1 - chance)
         if uniforms[count - 1] <= chance:
-            return count, math.exp(kept[count])
+            return count, math.exp(log_probabilities[count])
     return 0, 1.0
 
 

@@ -139,8 +139,8 @@ class WindowTensors:
         """Return where the rows of some samples lie in a tensor."""
         if name == "pairs":  # two halves, for one product of all
             half = self.rows()[name] // 2
-            own = (rows[:, None] * half + np.arange(half)).reshape(-1)
-            index = np.concatenate([own, self.count * half + own])
+            index_in_half = (rows[:, None] * half + np.arange(half)).reshape(-1)
+            index = np.concatenate([index_in_half, self.count * half + index_in_half])
         else:
             count = self.rows()[name]
             index = (rows[:, None] * count + np.arange(count)).reshape(-1)

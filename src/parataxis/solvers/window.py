@@ -76,18 +76,18 @@ class Tables:
         self.b_sum, self.rms = self.b.sum(1), padded(coefficients.rms, 1.0)
         self.b_inverse = np.divide(1.0, self.b_sum, out=np.zeros_like(self.b_sum), where=self.b_sum != 0)
         self.rms_ratio = self.rms[1:] / self.rms[:-1]
-        self.least = self.rms[steps] / self.rms[1:]
+        self.rms_of_sample = self.rms[steps] / self.rms[1:]
         self.predicts = coefficients.x0_from_input is not None and coefficients.x0_from_output is not None
         self.p = padded(coefficients.x0_from_input if self.predicts else np.zeros(steps))  # type: ignore[arg-type]
         self.q = padded(coefficients.x0_from_output if self.predicts else np.ones(steps), 1.0)  # type: ignore[arg-type]
         levels = (coefficients.alpha, coefficients.sigma, coefficients.scale)
-        self.alpha, self.sigma, self.scale = (None if one is None else padded(one, 1.0) for one in levels)
-        self.gaussian = self.predicts and all(one is not None for one in levels)
+        self.alpha, self.sigma, self.scale = (None if values is None else padded(values, 1.0) for values in levels)
+        self.gaussian = self.predicts and all(values is not None for values in levels)
         self.signal = None  # signal over size of every state: alpha where the schedule preserves variance
         self.reach = np.full(steps + more, REACH_UNKNOWN)
         if self.alpha is not None and self.sigma is not None:
             self.signal = np.maximum(self.alpha / np.hypot(self.alpha, self.sigma), SMALL)
-            self.reach = np.maximum(1.0, REACH * self.least / self.signal[1:])
+            self.reach = np.maximum(1.0, REACH * self.rms_of_sample / self.signal[1:])
         # The growth of a step for Gaussian data of variance v: mm_fixed + mm_slope v / (alpha_2 v + sigma_2).
         self.mm_fixed, self.mm_slope = np.ones(steps + more), np.zeros(steps + more)
         self.alpha_2, self.sigma_2 = np.ones(steps + more), np.ones(steps + more)
@@ -415,7 +415,7 @@ class Window:
             factors = extrapolation.between_nodes(
                 self.nodes(), self.inside, self.steps, self.problem.coefficients, self.tables
             )
-            by_output, by_state = (torch.from_numpy(own).to(outputs) for own in factors)
+            by_output, by_state = (torch.from_numpy(factor).to(outputs) for factor in factors)
             tensors.outputs.copy_(torch.bmm(by_output, tensors.outputs).baddbmm_(by_state, tensors.inputs))
 
     def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
@@ -566,7 +566,7 @@ class Window:
     def take_norms(self, changes: Array, residuals: Array, finite: Flags | None) -> None:
         """Take the norms (S, W) of the corrections and of the residuals."""
         if not np.isfinite(changes.sum() + residuals.sum()):
-            changes, residuals = (np.where(np.isfinite(one), one, np.inf) for one in (changes, residuals))
+            changes, residuals = (np.where(np.isfinite(values), values, np.inf) for values in (changes, residuals))
             broken = (np.isinf(changes) | np.isinf(residuals)) & self.inside
             broken[:, 0] = False
             # The first that overflowed; the state before it is the last to go on from.
@@ -706,8 +706,8 @@ class Window:
         if local.lags:
             return u
         noise = self.batch.noise
-        one = Recurrence(local, u[None], None if noise is None else noise[place, None])
-        return one.coarse_step(step, steps, u[None], f[None])[0]
+        values = Recurrence(local, u[None], None if noise is None else noise[place, None])
+        return values.coarse_step(step, steps, u[None], f[None])[0]
 
 
 NEVER = np.zeros(1, bool)  # of rounds on all steps
@@ -715,9 +715,9 @@ NEVER = np.zeros(1, bool)  # of rounds on all steps
 
 def split(flat: Array, shapes: Sequence[Sequence[int]]) -> list[Array]:
     """Return arrays of these shapes that lie one behind the other."""
-    found, first = [], 0
+    arrays, first = [], 0
     for shape in shapes:
         size = math.prod(shape)
-        found.append(flat[first : first + size].reshape(shape))
+        arrays.append(flat[first : first + size].reshape(shape))
         first += size
-    return found
+    return arrays

@@ -151,8 +151,8 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
     left = estimates.local_error(missed, local, window.moves, safety)
     gain = estimates.gain_to_sample(gamma, ~unknown, window.reach, at_end)
     carry = estimates.carried(window.error_carried, gamma)
-    found = Estimate(left, carry, gain, norm * np.sqrt(window.smallest_variance()), at_end)
+    estimate = Estimate(left, carry, gain, norm * np.sqrt(window.smallest_variance()), at_end)
     if window.strided:
-        for values in (found.relative, found.planned):
+        for values in (estimate.relative, estimate.planned):
             values[:, 1:] = np.where(window.coarse[:, None], np.inf, values[:, 1:])
-    return found
+    return estimate
