@@ -155,11 +155,17 @@ def sample(
         begun, batch = time.perf_counter(), noise if isinstance(noise, Tensor) else None
         with tqdm(total=None if batch is None else len(batch), disable=not progress) as bar:
             solutions_by_number = _gathered(running, bar)
-        if batch is not None and (left := [number for number in range(len(batch)) if number not in solutions_by_number]):
+        if batch is not None and (
+            left := [number for number in range(len(batch)) if number not in solutions_by_number]
+        ):
             solutions_by_number.update(zip(left, _not_started(batch[left], sampler, solver, tolerance), strict=True))
         if not solutions_by_number:
             raise ValueError("there is no sample to draw: the jobs are empty.")
-        return Solutions([solutions_by_number[number] for number in sorted(solutions_by_number)], running.rounds, time.perf_counter() - begun)
+        return Solutions(
+            [solutions_by_number[number] for number in sorted(solutions_by_number)],
+            running.rounds,
+            time.perf_counter() - begun,
+        )
     ranks = ranks_of(mesh)
     planned = None
     if isinstance(solver, str) and solver == "auto":

@@ -201,7 +201,7 @@ def test_what_parareal_refuses_is_said_with_the_reason():
             px.sample(problems.network("power law", name), noise, problems.sampler(name, 25), px.Parareal(**options))
     for options, message in [
         ({"pipelined": "no"}, "pipelined must be True or False, got 'no'"),
-        ({"blocks": 0}, "blocks must be an integer of at least 1, or None, got 0"),
+        ({"blocks": 0}, "blocks must be a whole number of at least 1, or None, got 0"),
         ({"width": 1.5}, "width must be"),
         ({"iterations": -1}, "iterations must be"),
         ({"coarse": "none"}, "coarse must be 'hop' or 'two-step'"),

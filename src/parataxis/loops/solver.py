@@ -158,14 +158,11 @@ class LoopSolver:
         """Take up a stage: it is solved by its recurrence if it has one."""
         self.refinement = Refinement()
         self.stages.append(progress)
-        structure, report = progress.structure, self.report
         single = self.runner.merger.single = getattr(self.solver, "window", None) == 1
-        self.refinement.replay_each_round = single or not structure.linear
-        report.reason = ""
-        if single:
-            report.reason = "the window is one step."
-        elif not structure.linear:
-            report.reason = "the loop is not linear in the denoiser's outputs."
+        linear = progress.structure.linear
+        self.refinement.replay_each_round = single or not linear
+        not_linear = "" if linear else "the loop is not linear in the denoiser's outputs."
+        self.report.reason = "the window is one step." if single else not_linear
         return Phase.SOLVE
 
     def plans(self) -> list[StagePlan]:
@@ -241,10 +238,7 @@ class LoopSolver:
             else torch.stack([structure.as_runs(states) for states in self.refinement.guess], 1)
         )
         margin = REPLAY_ESTIMATE_MARGIN if self.refinement.replay_each_round else ESTIMATE_MARGIN
-        tolerance, network = self.tolerance / margin, torch.finfo(structure.network_dtype)
-        if network.bits < 32:
-            # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
-            tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
+        tolerance, rounding = _solver_tolerance(self.tolerance / margin, structure)
         if ranks is not None:
             ranks.compare(
                 noise=equation.start,
@@ -253,7 +247,7 @@ class LoopSolver:
                 solver=self.solver,
                 mode=report.mode,
             )
-        runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=float(network.eps) / 2)
+        runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         for _ in drive(runs, evaluator):
             accepted = min(structure.steps if run.done else run.accepted for run in runs)
             self.loop.on_round(accepted, structure.steps)
@@ -317,6 +311,15 @@ class LoopSolver:
             del self.loop.structures[self.runner.key]
             self.report.reset(self.tolerance)
             return self.run()
+
+
+def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:
+    """Return the tolerance of a solver, and the unit roundoff of the network."""
+    network = torch.finfo(structure.network_dtype)
+    if network.bits < 32:
+        # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
+        tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
+    return tolerance, float(network.eps) / 2
 
 
 def _count_runs(report: Report, runs: Sequence[Run], samples: int) -> None:
