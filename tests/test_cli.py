@@ -90,7 +90,7 @@ def test_a_solver_exact_in_law_is_not_compared_sample_by_sample(capsys):
     arguments = ["sample", "--solver", "speculative", "--sampler", "ddpm", "--steps", "12", "--count", "2", "--compare"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "other samples than the sequential loop's, of exactly the same law" in printed
+    assert "other samples than the sequential loop's, of exactly the same distribution" in printed
     assert "relative error" not in printed
     assert main([*arguments, "--verification", "block", "--window", "4", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -104,7 +104,7 @@ def test_a_solver_exact_in_law_is_not_compared_sample_by_sample(capsys):
 
 def test_lists(capsys):
     assert main(["solvers"]) == 0
-    same_sample, same_law = capsys.readouterr().out.split("the same law, another sample:")
+    same_sample, same_law = capsys.readouterr().out.split("the same distribution, another sample:")
     assert "--window" in same_sample
     assert "--verification" not in same_sample
     assert "speculative" in same_law

@@ -359,7 +359,7 @@ def _print_table(figures: dict[str, Any]) -> None:
         ]
     print(f"{figures['samples']} samples of {figures['model']}: {figures['sampler']}, N = {figures['steps']}")
     if figures["exact_in_distribution"]:
-        print(f"{figures['solver']}: other samples than the sequential loop's, of exactly the same law")
+        print(f"{figures['solver']}: other samples than the sequential loop's, of exactly the same distribution")
     else:
         print(f"{figures['solver']}, tolerance {figures['tolerance']:g}")
     for name, sequential, parallel in rows:
@@ -415,7 +415,7 @@ def _figures(made: Plan) -> dict[str, Any]:
 
 def _solvers(arguments: Sequence[str]) -> None:
     _Parser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
-    for title, registry in (("the same sample:", SOLVERS), ("the same law, another sample:", EXACT_IN_DISTRIBUTION)):
+    for title, registry in (("the same sample:", SOLVERS), ("the same distribution, another sample:", EXACT_IN_DISTRIBUTION)):
         print(title)
         for name, solver in registry.items():
             fields = "  ".join(

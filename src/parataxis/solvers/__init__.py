@@ -32,7 +32,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "coarse_to_fine": CoarseToFine,
 }
 
-# Exact in law: a sample as good as the sequential one, but not the same.
+# A sample from the same distribution as the sequential one, but another sample.
 EXACT_IN_DISTRIBUTION: dict[str, type[Solver]] = {
     "speculative": Speculative,
 }
