@@ -14,13 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusion_policy import Plan, Policy, folder_of, load, plain_loop
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from simulator import Array, Simulator
 
-from policy import Plan, Policy, load, plain_loop
-
-HERE = Path(__file__).parent
 LONGEST = 250  # steps until an episode counts as failed; the experts take 40 to 110
 PLANS_PER_EPISODE = 1000  # more than there are: plan i of episode s has the noise of seed 1000 s + i
 
@@ -114,7 +112,7 @@ def record(policy: Policy, seed: int, folder: Path) -> None:
 def main() -> None:
     """Print the success rate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="a folder of weights/, such as reach-v3 or reach-v3-flow")
+    parser.add_argument("name", help="a folder, or one of weights/")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--batch", type=int, default=25, help="episodes side by side")
@@ -122,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "Constant")
     torch.set_grad_enabled(False)
-    folder = HERE / "weights" / arguments.name
+    folder = folder_of(arguments.name)
     policy = load(folder)
     if arguments.record:
         return record(policy, arguments.first, folder)
