@@ -52,9 +52,7 @@ def timed(plan: Plan, condition: Tensor, seed: int) -> tuple[Tensor, float]:
 def main() -> None:
     """Print seconds both ways, the speed-up and the largest deviation."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "name", nargs="?", default="button-press-topdown-v3", help="a folder, or one of weights/"
-    )
+    parser.add_argument("name", nargs="?", default="button-press-topdown-v3", help="a folder, or one of weights/")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--tolerance", type=float, default=1e-2)
     parser.add_argument("--plans", type=int, help="only the first ones of the episode")
