@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusion_policy import Plan, Policy, folder_of, load, plain_loop
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from simulator import Array, Simulator
 
-from policy import Plan, Policy, load, plain_loop
-
-HERE = Path(__file__).parent
 LONGEST = 250  # steps until an episode counts as failed; the experts take 40 to 110
 PLANS_PER_EPISODE = 1000  # more than there are: plan i of episode s has the noise of seed 1000 s + i
 
@@ -51,7 +50,6 @@ def roll_out(
     seeds: Sequence[int],
     plan: Plan,
     longest: int = LONGEST,
-    pictures: list | None = None,
 ) -> list[Episode]:
     """Return one episode for each seed; they go on side by side, and their plans are drawn in one batch.
 
@@ -61,7 +59,6 @@ def roll_out(
         seeds: Where things are, and the noise.
         plan: From conditions (B, C) and B generators to plans (B, horizon, action_dim).
         longest: Steps until an episode counts as failed.
-        pictures: Pictures of the first simulator are appended here, one a step.
     """
     episodes = [Episode(seed) for seed in seeds]
     for episode, simulator in zip(episodes, simulators, strict=True):
@@ -77,8 +74,6 @@ def roll_out(
             episode.plans.append(drawn)
             episode.seconds.append(seconds)
             for action in policy.actions(drawn):
-                if pictures is not None and simulator is simulators[0]:
-                    pictures.append(simulator.picture())
                 observation, episode.solved = simulator.step(action)
                 episode.observations.append(observation)
                 episode.actions.append(action)
@@ -88,25 +83,36 @@ def roll_out(
     return episodes
 
 
+def film_strip(task: str, episode: Episode, pictures: int = 6) -> NDArray[np.uint8]:
+    """Return pictures of an episode, from first to last step, side by side; its actions are taken once more."""
+    simulator, shown = Simulator(task, render=True), []
+    steps = np.linspace(0, len(episode.actions), pictures).round()
+    simulator.reset(episode.seed)
+    for step in range(len(episode.actions) + 1):
+        if step in steps:
+            shown.append(simulator.picture())
+        if step < len(episode.actions):
+            simulator.step(episode.actions[step])
+    return np.concatenate(shown, 1)
+
+
 def record(policy: Policy, seed: int, folder: Path) -> None:
     """Write an episode's observations (T + 1, 39) and the steps (P,) at which plans were drawn, and a film strip."""
     from PIL import Image
 
-    pictures: list = []
-    simulator = Simulator(policy.config.task, render=True)
-    (episode,) = roll_out(policy, [simulator], [seed], plain_loop(policy), pictures=pictures)
+    task = policy.config.task
+    (episode,) = roll_out(policy, [Simulator(task)], [seed], plain_loop(policy))
     steps = np.arange(len(episode.plans), dtype=np.int32) * policy.config.n_action_steps
     tensors = {"observations": np.array(episode.observations, np.float32), "plan_steps": steps}
-    save_file(tensors, folder / "episode.safetensors", {"task": policy.config.task, "seed": str(seed)})
-    shown = [pictures[i] for i in np.linspace(0, len(pictures) - 1, 6).round().astype(int)]
-    Image.fromarray(np.concatenate(shown, 1)).quantize(64).save(folder / "episode.png", optimize=True)
+    save_file(tensors, folder / "episode.safetensors", {"task": task, "seed": str(seed)})
+    Image.fromarray(film_strip(task, episode)).quantize(64).save(folder / "episode.png", optimize=True)
     print(f"recorded seed {seed}: {len(episode.actions)} steps, {len(steps)} plans, solved: {episode.solved}")
 
 
 def main() -> None:
     """Print the success rate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="a folder of weights/, such as reach-v3 or reach-v3-flow")
+    parser.add_argument("name", help="a folder, or one of weights/")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--batch", type=int, default=25, help="episodes side by side")
@@ -114,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "Constant")
     torch.set_grad_enabled(False)
-    folder = HERE / "weights" / arguments.name
+    folder = folder_of(arguments.name)
     policy = load(folder)
     if arguments.record:
         return record(policy, arguments.first, folder)

@@ -1,7 +1,8 @@
 """Train a policy on the demonstrations; no simulator is needed.
 
 Run it: ``python examples/policy/train.py reach-v3``. Stopped, it goes on where it was: its state is kept under
-``out/policy``. The weights, an exponential moving average, go to ``examples/policy/weights/<task>`` (``<task>-flow``).
+``out/policy``. The weights, an exponential moving average, go to ``examples/policy/weights/<task>`` (``<task>-flow``);
+those of other sizes than the shipped one go to ``out/policy/<task>-<size>``.
 """
 
 import argparse
@@ -11,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusion_policy import Config, Policy
 from network import SIZES, parameters
 from safetensors.torch import load_file
 from torch import Tensor
 
-from policy import Config, Policy
-
-HERE = Path(__file__).parent
+HERE, STATES = Path(__file__).parent, Path("out/policy")
 FLOW = {"noise_scheduler_type": "FlowMatchEuler", "prediction_type": "velocity", "clip_sample": False}
 KEEP_EVERY, PRINT_EVERY = 500, 250
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("task", help="such as reach-v3")
     parser.add_argument("--objective", choices=["ddpm", "flow"], default="ddpm")
     parser.add_argument("--size", choices=list(SIZES), default="0.5M")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
@@ -80,8 +80,9 @@ def main() -> None:
         training={name: getattr(arguments, name) for name in ("objective", "size", "steps", "batch", "rate")},
     )
     name = arguments.task + ("-flow" if arguments.objective == "flow" else "")
-    folder = arguments.out or HERE / "weights" / name
-    state_path = Path("out/policy") / f"{name}-{arguments.size}.pt"
+    shipped = HERE / "weights" / name
+    folder = arguments.out or (shipped if arguments.size == "0.5M" else STATES / f"{name}-{arguments.size}")
+    state_path = STATES / f"{name}-{arguments.size}.pt"
     state_path.parent.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)

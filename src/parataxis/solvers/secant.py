@@ -42,6 +42,8 @@ class Secant(Windowed):
 
     def slopes(self, window: Window, measured: Measured) -> Array:
         """Return secants, and slopes from the origin for steps that are new."""
+        if window.W == 1:  # the first state does not depend on a slope
+            return np.zeros_like(window.a)
         problem, pairs = window.problem, measured.pairs
         dx_dx, df_dx = pairs[..., 0, 0], pairs[..., 0, 1]
         rounding = (10 * problem.rounding * np.sqrt(problem.dim)) * window.rms

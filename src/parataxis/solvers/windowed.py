@@ -147,8 +147,7 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
     if not uniform:
         local, gamma = np.where(window.inside, local, 1.0), np.where(window.inside, gamma, 1.0)
         unknown = unknown & window.inside
-    safety = estimates.SLOPE_ERROR_SAFETY * (estimates.CLIPPED_SAFETY if problem.transformed else 1.0)
-    left = estimates.local_error(missed, local, window.moves, safety)
+    left = estimates.local_error(missed, local, window.moves, estimates.SLOPE_ERROR_SAFETY)
     gain = estimates.gain_to_sample(gamma, ~unknown, window.reach, at_end)
     carry = estimates.carried(window.error_carried, gamma)
     estimate = Estimate(left, carry, gain, norm * np.sqrt(window.smallest_variance()), at_end)

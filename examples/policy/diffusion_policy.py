@@ -119,6 +119,11 @@ class Policy:
         save_file(weights, folder / "model.safetensors")
 
 
+def folder_of(name: str) -> Path:
+    """Return where the policy lies: the folder of that path, or that of a shipped policy."""
+    return Path(name) if Path(name).is_dir() else Path(__file__).parent / "weights" / name
+
+
 def load(folder: Path) -> Policy:
     """Return the policy that :meth:`Policy.save` wrote, on the CPU."""
     config = Config(**json.loads((folder / "config.json").read_text()))
