@@ -23,6 +23,7 @@ ORDER = [
     "models",
     "plots",
     "planning",
+    "streaming",
     "sample",
     "loops",
     "pipelines",

@@ -203,11 +203,11 @@ def test_what_does_not_fit_is_named():
         px.sample(EXACT, iter(NOISE), sampler, solver)
     with pytest.raises(ValueError, match="solver='auto'"):
         px.sample(EXACT, NOISE, sampler, "auto", rows_per_round=8)
-    with pytest.raises(ValueError, match="admit none of guess"):
+    with pytest.raises(ValueError, match="cannot be combined with guess"):
         px.sample(EXACT, NOISE, sampler, solver, rows_per_round=8, stop=lambda run: True)
-    with pytest.raises(ValueError, match="jobs bring their own"):
+    with pytest.raises(ValueError, match="pass condition and generator with each job"):
         px.sample(EXACT, iter(NOISE), sampler, solver, rows_per_round=8, condition=torch.ones(COUNT))
-    with pytest.raises(ValueError, match="jobs bring their own"):
+    with pytest.raises(ValueError, match="pass condition and generator with each job"):
         px.sample(EXACT, iter(NOISE), sampler, solver, rows_per_round=8, generator=seeded(1))
     with pytest.raises(ValueError, match="jobs are empty"):
         px.sample(EXACT, [], sampler, solver, rows_per_round=8)

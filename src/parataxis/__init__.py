@@ -9,7 +9,7 @@ from .engine.solution import Solution, Solutions
 from .loops.report import Report
 from .parallel import parallel
 from .planning import Plan, plan
-from .sample import Job, numerical_floor, sample, stream
+from .sample import numerical_floor, sample
 from .samplers import SAMPLERS
 from .samplers.coefficients import Coefficients
 from .samplers.from_scheduler import from_scheduler
@@ -24,6 +24,7 @@ from .solvers.picard import Picard
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
 from .solvers.speculative import Speculative
+from .streaming import Job, stream
 from .trajectories import load_trajectory, save_trajectory
 
 __all__ = [

@@ -25,8 +25,9 @@ from . import models
 from .checks import is_finite
 from .engine.rows import OutputError
 from .engine.run import Run
+from .engine.solution import Solutions
 from .planning import Plan, plan
-from .sample import Solutions, sample
+from .sample import sample
 from .samplers import SAMPLERS, options
 from .samplers.sampler import Sampler
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
@@ -415,7 +416,10 @@ def _figures(made: Plan) -> dict[str, Any]:
 
 def _solvers(arguments: Sequence[str]) -> None:
     _Parser(prog="parataxis solvers", description="List the solvers.").parse_args(arguments)
-    for title, registry in (("the same sample:", SOLVERS), ("the same distribution, another sample:", EXACT_IN_DISTRIBUTION)):
+    for title, registry in (
+        ("the same sample:", SOLVERS),
+        ("the same distribution, another sample:", EXACT_IN_DISTRIBUTION),
+    ):
         print(title)
         for name, solver in registry.items():
             fields = "  ".join(
