@@ -136,7 +136,9 @@ def fit(chosen: list[dict[str, Any]]) -> tuple[RoundsCurve, list[float], str]:
 
     best = curve(min(np.arange(0.4, 1.41, 0.05), key=mismatch))
     off = [f"{' '.join(network)} {own:+.2f}" for network, own in zip(networks, levels - level, strict=True)]
-    said = f"{len(chosen)} runs, evaluations within {mismatch(best.acceptance):.0%}; ln R off the curve: {', '.join(off)}"
+    said = (
+        f"{len(chosen)} runs, evaluations within {mismatch(best.acceptance):.0%}; ln R off the curve: {', '.join(off)}"
+    )
     return best, [float(levels[i] - level) for i in trained], said
 
 

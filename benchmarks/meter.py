@@ -126,7 +126,8 @@ def measure(
         "rounds": rounds,
         "operations_a_round": meter.operations / rounds,
         "milliseconds_a_round": 1e3 * seconds / rounds,
-        "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0)) / (state * width),
+        "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0))
+        / (state * width),
     }
 
 

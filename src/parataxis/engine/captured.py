@@ -38,8 +38,8 @@ def cuda_graph(denoise: Callable[..., Tensor]) -> GraphedNetwork:
 
     Wrap a network once and hold on to the wrapper: captured rounds are kept in it, for every shape, window and sampler
     that it has met, and the first call of each takes as long as some rounds. What is replayed is what was captured:
-    after a change of the network's own settings, wrap it anew (weights may change in place). Elsewhere than on CUDA, and
-    where a round cannot be captured (the network waits for the device, a guess, a mesh, accelerated solvers), the
+    after a change of the network's own settings, wrap it anew (weights may change in place). Elsewhere than on CUDA,
+    and where a round cannot be captured (the network waits for the device, a guess, a mesh, accelerated solvers), the
     network is called as it is.
 
     Args:
@@ -108,9 +108,7 @@ class CapturedRounds:
         self.denoise, self.sampler, self.dtype, self.shape = denoise, sampler, dtype, group.shape
         batch, self.solver = group.batch, group.solver
         start, noise = batch.recurrence.start, batch.recurrence.noise
-        static = Recurrence(
-            batch.recurrence.coefficients, start.clone(), None if noise is None else noise.clone()
-        )
+        static = Recurrence(batch.recurrence.coefficients, start.clone(), None if noise is None else noise.clone())
         self.batch = Batch(batch.problem, static)
         assert isinstance(self.solver, Windowed)
         self.window = CapturedWindow(self.batch, self.solver.window)
@@ -135,7 +133,13 @@ class CapturedRounds:
                 mine.copy_(leaf.repeat_interleave(self.window.W, 0))
         state = self.batch
         state.problem = self.window.problem = batch.problem
-        state.accepted[:], state.error[:], state.finished[:], state.active[:], state.bounded[:] = 0, 0.0, False, True, True
+        state.accepted[:], state.error[:], state.finished[:], state.active[:], state.bounded[:] = (
+            0,
+            0.0,
+            False,
+            True,
+            True,
+        )
         state.results, state.numbers = {}, batch.numbers
         self.window.reset(self.window.rows)
         self.window.write_frame()
@@ -179,7 +183,7 @@ class CapturedRounds:
 
     def _capture(self) -> None:
         if self.batch.start.is_cuda:
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.no_grad(), torch.cuda.stream(stream):
                 for _ in range(WARM_UP):

@@ -36,7 +36,7 @@ class Pool:
         self._first: Run | None = None
 
     def add(self, number: int, recurrence: Recurrence, generator: torch.Generator | None = None) -> Run:
-        """Start a run for the one sample of a recurrence; ``generator`` seeds its random stream, if its solver draws."""
+        """Start a run for the one sample of a recurrence; ``generator`` seeds its random stream if the solver draws."""
         slot = self._free.pop() if self._free else self._slots
         self._slots = max(self._slots, slot + 1)
         first = self._first

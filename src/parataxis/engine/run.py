@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Indices
@@ -233,9 +232,7 @@ class Run:
         self.group.batch.copy_inputs(generator)
         self._name(number, slot)
 
-    def join(
-        self, number: int, slot: int, recurrence: Recurrence, generator: torch.Generator | None, room: int
-    ) -> Run:
+    def join(self, number: int, slot: int, recurrence: Recurrence, generator: torch.Generator | None, room: int) -> Run:
         """Start a run for one more sample in the same memory, which grows by doubling up to ``room`` places."""
         group = self.group
         batch = group.batch
@@ -263,7 +260,9 @@ class Run:
         self.history.append(entry)
         if batch.finished[self.place]:
             if batch.trajectory is not None and batch.accepted[self.place] == self.problem.steps:
-                self._trajectory = batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
+                self._trajectory = (
+                    batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
+                )
             self._end("converged" if batch.bounded[self.place] else UNCERTAIN, batch.results[self.place])
 
     def _end(self, reason: str, sample: Tensor) -> None:
@@ -414,7 +413,7 @@ def answer_shares(shares: Sequence[Share], outputs: Tensor) -> None:
     counts = [sum(rows for _, rows, _ in share.parts) for share in shares]
     group, steps = shares[0].group, np.concatenate([share.steps for share in shares])
     outputs = expect(outputs, (sum(counts), *group.shape), group.dtype, steps)
-    for share, part in zip(shares, outputs.split(counts), strict=True):
+    for share, part in zip(shares, torch.split(outputs, counts), strict=True):
         share.group.take(share, part)
 
 

@@ -26,7 +26,7 @@ Prediction = Literal["eps", "x0", "v", "flow", "edm"]
 
 @dataclass(frozen=True, eq=False)
 class OutputTransform:
-    """The transform of an output before it enters the recurrence: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
+    """Makes of an output what enters the recurrence: y = xhat + gain (clipped(xhat) - xhat), xhat = p u + q f.
 
     Attributes:
         x0_from_input: (N,) p.

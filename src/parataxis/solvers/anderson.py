@@ -106,7 +106,8 @@ class Anderson(Windowed):
         if batch.recurrence.replays:
             if self.order is not None:
                 raise ValueError(
-                    "order= truncates the correction, and a loop without a recurrence has none: choose Secant or Picard."
+                    "order= truncates the correction, and a loop without a recurrence has none: "
+                    "choose Secant or Picard."
                 )
             return _ReplayedAccelerated(batch, self.window, history=history)
         return _Accelerated(batch, self.window, history=history, order=self.order)
@@ -162,7 +163,7 @@ class Anderson(Windowed):
         return factors
 
     def _weights(self, gram: Array, valid: NDArray[np.bool_]) -> Array:
-        """Return gamma, (S, W, h), from the inner products of the corrections of the last rounds, (S, W, h + 1, h + 1)."""
+        """Return gamma (S, W, h) from the inner products of the last corrections, (S, W, h + 1, h + 1)."""
         size = valid.shape[2]
         difference = np.eye(size, size + 1) - np.eye(size, size + 1, 1)
         gram = np.where(np.isfinite(gram).all((2, 3), keepdims=True), gram, 0.0)

@@ -119,7 +119,7 @@ class Batch:
             self.recurrence.noise[place] = recurrence.noise[0]
         self._streams.pop(place, None)
         self.results.pop(place, None)
-        self.generator[place] = generator  # type: ignore[index, call-overload]  # a dict since copy_inputs
+        self.generator[place] = generator  # type: ignore[index]  # a dict since copy_inputs
         self.accepted[place], self.error[place] = 0, 0.0
         self.finished[place], self.active[place], self.bounded[place] = False, True, True
         if self.trajectory is not None:
@@ -138,7 +138,10 @@ class Batch:
         if self.trajectory is not None:
             offset = np.arange(states.shape[1])
             inside = offset < counts[:, None]
-            place, step = (np.broadcast_to(values, inside.shape)[inside] for values in (places[:, None], self.accepted[places][:, None] + 1 + offset))
+            place, step = (
+                np.broadcast_to(values, inside.shape)[inside]
+                for values in (places[:, None], self.accepted[places][:, None] + 1 + offset)
+            )
             index = torch.from_numpy(place * (self.problem.steps + 1) + step).to(states.device)
             rows = states.reshape(-1, states.shape[2])[torch.from_numpy(np.flatnonzero(inside)).to(states.device)]
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
@@ -158,7 +161,9 @@ class Batch:
         if place not in self._streams:
             generator = self.generator
             if generator is None or isinstance(generator, torch.Generator):
-                self._streams = {index: np.random.default_rng(seed) for index, seed in enumerate(seeds(generator, len(self)))}
+                self._streams = {
+                    index: np.random.default_rng(seed) for index, seed in enumerate(seeds(generator, len(self)))
+                }
             else:
                 self._streams[place] = np.random.default_rng(seeds(generator[place], 1)[0])
         return self._streams[place]

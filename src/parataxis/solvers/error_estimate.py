@@ -14,11 +14,12 @@ With c_j = |new - old| of the state behind step j, du its input's move since the
     at most           K_j = max(c_j, g_j K_{j-1}),      K_0 = c_0
     what remains      left_j = min(K_j, max(s P_j, 0.01 c_j, 0.001 K_j)),  left_0 = 0
     carried           E_j = E gamma_0 .. gamma_j,       gamma = max(1, G)
-    to the sample     gain_j = gamma_{j+1} .. gamma_{h-1} times what may happen from state h on, where nothing is measured
+    to the sample     gain_j = gamma_{j+1} .. gamma_{h-1} times what may happen from state h on, where nothing is
+    measured
 
-The first state comes from an accepted input and has no local error. Measured on six trained networks (docs/research.md):
-the local error is P within a factor of 0.9 to 1.3 in the median, and the growth behind a state is 0.7 to 1.7 times the
-product of gamma, while average slopes say up to 590 times too little.
+The first state comes from an accepted input and has no local error. Measured on six trained networks
+(docs/research.md): the local error is P within a factor of 0.9 to 1.3 in the median, and the growth behind a state is
+0.7 to 1.7 times the product of gamma, while average slopes say up to 590 times too little.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ MIN_REMAINING = 0.01  # of the move itself: rounding of the network is not in P
 MIN_BEHIND_A_MOVE = 1e-3  # of the largest move that can have reached a state: 0 only where nothing moved at all
 PLANNED = 2.5  # times the estimate, so that growth found later changes the report instead of being missed
 REPORTED = 3.0  # times the estimate: 99 % of 512 runs of third-party networks then stayed below it
-REACH = 4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
+REACH = (
+    4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
+)
 REACH_UNKNOWN = 16.0  # in its place where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
 UNMEASURED = 1e100  # a slope error that has not been measured: the whole move may remain
@@ -129,7 +132,9 @@ class Estimate:
                 values[np.isnan(values)] = np.inf  # of an overflow nothing is known
 
 
-def choose_accepted(estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags) -> Indices:
+def choose_accepted(
+    estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags
+) -> Indices:
     """Return (S,) how many states to accept: the longest prefix whose estimated error fits in the tolerance's share.
 
     The last step stays for another evaluation, which measures the error of its slope, unless it ends the loop.
@@ -144,7 +149,9 @@ def choose_accepted(estimate: Estimate, tolerance: float, share: Array, fresh: A
     """
     allowed = tolerance / REPORTED
     relative = estimate.relative
-    fits = (relative == 0) | ((relative <= allowed) & ((estimate.planned <= allowed * share) | (relative <= allowed / 2 * fresh)))
+    fits = (relative == 0) | (
+        (relative <= allowed) & ((estimate.planned <= allowed * share) | (relative <= allowed / 2 * fresh))
+    )
     fits[:, 0] = True
     count = np.minimum(np.logical_and.accumulate(fits, 1).sum(1), width)
     return np.where((count == width) & ~last, np.maximum(count - 1, 1), count)

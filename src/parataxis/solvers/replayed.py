@@ -50,7 +50,7 @@ class ReplayedTensors(WindowTensors):
 class ReplayedWindow(Window):
     """Windows whose trajectory follows by a pass of the loop."""
 
-    tensors_type = ReplayedTensors
+    tensors_type: type[WindowTensors] = ReplayedTensors
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Run one pass of the loop with these slopes; the norms are those of what it gives."""
@@ -67,7 +67,9 @@ class ReplayedWindow(Window):
         growth = torch.from_numpy(self.growth(slopes)).to(change)
         remainder = change.clone()
         remainder[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
-        changes, residuals = read(torch.stack([change.square().sum(2), remainder.square().sum(2)])).reshape(2, *growth.shape)
+        changes, residuals = read(torch.stack([change.square().sum(2), remainder.square().sum(2)])).reshape(
+            2, *growth.shape
+        )
         self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
 
     @property
@@ -83,7 +85,9 @@ class ReplayedWindow(Window):
         if entry == "copy" or self.batch.guess is not None or not entering.any():
             return
         rows = np.flatnonzero(entering > 0)
-        self._loop.note_slopes(self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None])
+        self._loop.note_slopes(
+            self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None]
+        )
         self._loop.run_pass(int((hi + entering)[rows].max()))
         x = self.tensors.x
         for row in rows:

@@ -56,7 +56,8 @@ class _Loop:
         if extra:
             self.step = np.append(self.step, np.zeros(extra, np.int64))
             self.u, self.f, self.largest = (
-                torch.cat([values, values.new_zeros(extra, *values.shape[1:])]) for values in (self.u, self.f, self.largest)
+                torch.cat([values, values.new_zeros(extra, *values.shape[1:])])
+                for values in (self.u, self.f, self.largest)
             )
         for place in batch.added:
             self.step[place] = 0

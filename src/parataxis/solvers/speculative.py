@@ -181,9 +181,12 @@ class Proposals:
         batch, extra = self.batch, len(self.batch) - len(self.lo)
         if extra:
             more = np.zeros(extra, np.int64)
-            self.lo, self.hi, self._last_step = (np.append(values, more) for values in (self.lo, self.hi, self._last_step))
+            self.lo, self.hi, self._last_step = (
+                np.append(values, more) for values in (self.lo, self.hi, self._last_step)
+            )
             self.x, self._last_x, self._last_f = (
-                torch.cat([values, values.new_zeros(extra, *values.shape[1:])]) for values in (self.x, self._last_x, self._last_f)
+                torch.cat([values, values.new_zeros(extra, *values.shape[1:])])
+                for values in (self.x, self._last_x, self._last_f)
             )
         for place in batch.added:
             self.lo[place], self.hi[place], self._last_step[place] = 0, 1, -1
@@ -225,7 +228,9 @@ class Proposals:
         With the prediction p u + q f in the place of the output, u' = (A - B p / q) u + B / q (p u + q f)_source + C z.
         """
         row = tested.row(source - tested.lo[:, None])
-        x, f = (values.flatten(0, 1).index_select(0, row.view(-1)).view(*step.shape, -1) for values in (tested.x, tested.f))
+        x, f = (
+            values.flatten(0, 1).index_select(0, row.view(-1)).view(*step.shape, -1) for values in (tested.x, tested.f)
+        )
         weight = (self.local.output_weight[:, 0] / self.q)[step]
         factors = upload(np.stack([weight * self.p[source], weight * self.q[source]])[..., None], front)
         added = tested.noise(step).addcmul_(f, factors[1]).addcmul_(x, factors[0])

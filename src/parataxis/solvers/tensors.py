@@ -92,7 +92,15 @@ class WindowTensors:
     def indices(self) -> dict[str, int]:
         """Return how many indices of each kind the host sends."""
         width, lags = self.width, self.lags
-        indices = {"step": width, "noise": width, "last_x": 1, "last_f": 1, "size_x": 1, "before_x": width, "before_f": width}
+        indices = {
+            "step": width,
+            "noise": width,
+            "last_x": 1,
+            "last_f": 1,
+            "size_x": 1,
+            "before_x": width,
+            "before_f": width,
+        }
         indices |= {"shift": width + 1, "history": lags}
         indices |= {"tail_moved": 2, "tail_f": 1, "tail_history": lags, "tail_noise": width + 1}
         return {name: size * self.count for name, size in indices.items()}
@@ -149,8 +157,11 @@ class WindowTensors:
     # -- measure --------------------------------------------------------------------------------------------------
 
     def measure(self, *, pairs: bool) -> list[Tensor]:
-        """Return (S, W, W) the Gram matrix of the residuals, (S, W, 2, 2) the products of (dx, df), (S,) the norm of
-        the data prediction, and the products of corrections, of accelerated methods; empty where there are none.
+        """Return what a round measures; empty where there is nothing.
+
+        Returns:
+            (S, W, W) the Gram matrix of the residuals, (S, W, 2, 2) the products of (dx, df), (S,) the norm of the data
+            prediction, and the products of corrections, of accelerated methods.
         """
         sent, noise, step, r = self.pack.tensors, self.batch.noise_rows, self.step, self.r
         self.moved_first.copy_(self.first)

@@ -184,7 +184,20 @@ class Window:
 
     tensors_type: type[WindowTensors] = WindowTensors
     always_enters = False  # whether the factors of entering states are written in every round
-    STATES = ("lo", "error_used", "variance", "rounds", "error_carried", "variances", "known", "spans", "evaluated_until", "reached", "last_step", "last_evaluated")
+    STATES = (
+        "lo",
+        "error_used",
+        "variance",
+        "rounds",
+        "error_carried",
+        "variances",
+        "known",
+        "spans",
+        "evaluated_until",
+        "reached",
+        "last_step",
+        "last_evaluated",
+    )
 
     def __init__(
         self,
@@ -388,7 +401,9 @@ class Window:
             gram, _, size, corrections, _ = self._measure(outputs, pairs=False)
         return self.take_measured(gram, pairs, size, corrections, flags)
 
-    def take_measured(self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None) -> Measured:
+    def take_measured(
+        self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None
+    ) -> Measured:
         """Take what the device has measured; ``size`` (S,) is the norm of the data prediction."""
         self._note_size(size)
         return Measured(gram, pairs, finite, corrections)
@@ -438,7 +453,7 @@ class Window:
         outputs = outputs.index_select(0, torch.from_numpy(nearest).to(outputs.device))
         flags = np.ones((len(self.places), self.W), bool)
         flags[chosen] = finite
-        for row in np.flatnonzero(self.coarse) if self.strided else ():
+        for row in np.flatnonzero(self.coarse).tolist() if self.strided else ():
             at, inside = np.flatnonzero(chosen[row]), np.arange(self.width[row])
             flags[row, inside] = np.interp(inside, at, flags[row, at]) == 1
         return flags, outputs
@@ -531,7 +546,10 @@ class Window:
         at = np.maximum(count - 1, 0)
         carried, reported = estimate.accepted[self.rows, at], estimate.reported[self.rows, at]
         if not self.uniform:
-            carried, reported = np.where(count > 0, carried, self.error_carried), np.where(count > 0, reported, self.error_used)
+            carried, reported = (
+                np.where(count > 0, carried, self.error_carried),
+                np.where(count > 0, reported, self.error_used),
+            )
         self.error_carried, self.error_used = carried, reported
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
@@ -567,12 +585,12 @@ class Window:
         """Take the norms (S, W) of the corrections and of the residuals."""
         if not np.isfinite(changes.sum() + residuals.sum()):
             changes, residuals = (np.where(np.isfinite(values), values, np.inf) for values in (changes, residuals))
-            broken = (np.isinf(changes) | np.isinf(residuals)) & self.inside
+            broken = np.asarray((np.isinf(changes) | np.isinf(residuals)) & self.inside)
             broken[:, 0] = False
             # The first that overflowed; the state before it is the last to go on from.
             self.overflow = bool(broken.any())
             self.overflowed = np.where(broken.any(1), np.argmax(broken, 1), 0)
-            lost = broken.any(1)[:, None] & (self.offset[:-1] >= self.overflowed[:, None])
+            lost = broken.any(1, keepdims=True) & (self.offset[:-1] >= self.overflowed[:, None])
             changes, residuals = np.where(lost, np.inf, changes), np.where(lost, np.inf, residuals)
         if finite is not None:
             changes, residuals = np.where(finite, changes, np.inf), np.where(finite, residuals, np.inf)

@@ -71,7 +71,7 @@ class Windowed:
         passed = self.passed(window)
         problem = window.problem
         if passed is None:
-            last = (window.hi == problem.steps) | (window.width == 0) if window.W > 2 else np.True_
+            last = (window.hi == problem.steps) | (window.width == 0) | (window.W <= 2)
             share, fresh = window.shares()
             count = estimates.choose_accepted(estimate, problem.tolerance, share, fresh, window.width, last)
         else:
@@ -141,8 +141,12 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
     # New steps take the largest that is known of the steps before them.
     largest = np.fmax.reduce(known[:, :3, : 2 * W], axis=2)[..., None]
     unknown = np.isnan(growth)
-    missed = np.where(np.isnan(slope_errors), np.where(largest[:, 0] > 0, largest[:, 0], estimates.UNMEASURED), slope_errors)
-    local = np.fmax(np.where(unknown, largest[:, 2] * gaussian, growth), np.maximum(gaussian, np.abs(window.growth(window.slopes))))
+    missed = np.where(
+        np.isnan(slope_errors), np.where(largest[:, 0] > 0, largest[:, 0], estimates.UNMEASURED), slope_errors
+    )
+    local = np.fmax(
+        np.where(unknown, largest[:, 2] * gaussian, growth), np.maximum(gaussian, np.abs(window.growth(window.slopes)))
+    )
     gamma = np.fmax(np.where(unknown, largest[:, 1], growth), 1.0)
     if not uniform:
         local, gamma = np.where(window.inside, local, 1.0), np.where(window.inside, gamma, 1.0)
