@@ -238,7 +238,7 @@ def test_a_loop_that_listens_inside_its_models_call_runs_sequentially_and_says_s
             x = denoised + after * (x - last) / sigma
         return x
 
-    with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*listens inside"):
+    with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*hooks into"):
         expected, x, run = both(euler_cfg_pp, listened, extra_args={"model_options": {}})
     assert torch.equal(x, expected)
     assert run.report.mode == "sequential"
@@ -385,7 +385,7 @@ def test_a_model_that_looks_at_its_first_row_and_names_no_boundary_runs_sequenti
     expected = euler(loud, noise(), SIGMAS)
     for most in (40, 20):
         loud.sigmas.clear()
-        with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*one sigma only"):
+        with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*read only the first timestep"):
             x = run(loud, noise(), SIGMAS, disable=True)
         assert torch.equal(x, expected)
         assert len(loud.sigmas) <= most

@@ -204,7 +204,7 @@ def test_what_is_known_of_one_model_is_not_taken_for_another_of_its_class():
     x = run(rowwise, state(), SIGMAS, disable=True)
     assert problems.relative(x, other(rowwise, state(), SIGMAS)) <= 1e-2
     calls = run.report.calls
-    with pytest.warns(RuntimeWarning, match="merged calls .* give other results than single ones"):
+    with pytest.warns(RuntimeWarning, match="batching calls .* changes its outputs"):
         x = run(mixing, state(), SIGMAS, disable=True)
     assert torch.equal(x, other(mixing, state(), SIGMAS))
     run(rowwise, state(), SIGMAS, disable=True)

@@ -342,7 +342,7 @@ def test_what_is_read_is_what_is_written(cls, options, written):
     scheduler.set_timesteps(20)
     spacing = {"spacing": "trailing"} if cls is diffusers.DPMSolverMultistepScheduler else {}
     read, own = px.from_scheduler(scheduler), written(px.vp(), 20, **spacing)
-    for field in ("decay", "weight", "noise", "alpha", "sigma", "scale", "x0_from_input", "x0_from_output"):
+    for field in ("state_weight", "output_weight", "noise_std", "alpha", "sigma", "scale", "x0_from_input", "x0_from_output"):
         ours, theirs = getattr(read.coefficients, field), getattr(own.coefficients, field)
         assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max()), field
     assert np.allclose(read.times, own.times, atol=1e-3)
@@ -446,9 +446,9 @@ def test_any_object_with_timesteps_and_a_step_can_be_read():
         (plain(lambda f, x, g: x + 0.1 * f + 0.01), "step 0 is not linear"),
         (plain(lambda f, x, g: x + 0.1 * f.roll(1, -1)), "step 0"),
         (plain(lambda f, x, g: x + f / 0), "step 0 of 5 makes NaN or Inf"),
-        (plain(lambda f, x, g: x[..., :2]), "does not return a state"),
+        (plain(lambda f, x, g: x[..., :2]), "does not return a floating-point state"),
         (plain(lambda f, x, g: x + torch.rand(x.shape, generator=g)), "draws with rand"),
-        (plain(lambda f, x, g: x + torch.randn(x.shape)), "not from a generator"),
+        (plain(lambda f, x, g: x + torch.randn(x.shape)), "not from the generator"),
         (plain(lambda f, x, g: x + torch.randn(1, generator=g)), r"noise of shape \(1,\)"),
         (plain(lambda f, x, g: x.undefined), "raised AttributeError"),
         (
