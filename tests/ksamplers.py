@@ -9,6 +9,7 @@ import torch
 
 import parataxis as px
 import problems
+from parataxis import kdiffusion
 
 SIGMAS = torch.from_numpy(px.karras(0.03, 14.0).grid(14).sigma)  # (15,), the last is 0
 
@@ -150,3 +151,32 @@ def model(x, sigma, shift=None):
 
 def state(dtype=torch.float64):
     return 14.0 * problems.noise(3, dtype, shape=(4, 4))
+
+
+SIGMAS_20 = torch.from_numpy(px.karras(0.03, 14.0).grid(20).sigma).float()
+
+
+SAMPLERS = {loop.__name__: loop for loop in (euler, euler_ancestral, heun, dpmpp_2m, dpmpp_sde)}
+
+
+SHAPE = (4, 4)
+
+
+def relative(x, y):
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
+
+
+def noise():
+    return state(torch.float32)
+
+
+def both(
+    loop, model=model, sigmas=SIGMAS_20, extra_args=None, solver=None, *, tolerance=1e-2, boundaries=(), **options
+):
+    """Return the sequential sample, the parallel one, and the parallel function."""
+    run = kdiffusion.parallel(loop, solver, tolerance=tolerance, boundaries=boundaries)
+    torch.manual_seed(3)
+    expected = loop(model, noise(), sigmas, extra_args, disable=True, **options)
+    torch.manual_seed(3)
+    return expected, run(model, noise(), sigmas, extra_args, disable=True, **options), run

@@ -1,10 +1,9 @@
-"""Any sampler function of k-diffusion's signature in parallel, and the ComfyUI nodes, on what ComfyUI documents."""
+"""The ComfyUI nodes, on what ComfyUI documents."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
-import itertools
 import logging
 import sys
 import types
@@ -14,252 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import parataxis as px
-from ksamplers import dpmpp_2m, dpmpp_sde, euler, euler_ancestral, heun, model, state
+from ksamplers import (
+    SAMPLERS,
+    SHAPE,
+    SIGMAS_20,
+    both,
+    dpmpp_2m,
+    dpmpp_sde,
+    euler,
+    model,
+    noise,
+    relative,
+)
 from parataxis import kdiffusion
-
-SIGMAS = torch.from_numpy(px.karras(0.03, 14.0).grid(20).sigma).float()
-LOOPS = {loop.__name__: loop for loop in (euler, euler_ancestral, heun, dpmpp_2m, dpmpp_sde)}
-SHAPE = (4, 4)
-
-
-def relative(x, y):
-    x, y = x.double().flatten(1), y.double().flatten(1)
-    return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
-
-
-def noise():
-    return state(torch.float32)
-
-
-def both(loop, model=model, sigmas=SIGMAS, extra_args=None, solver=None, *, tolerance=1e-2, boundaries=(), **options):
-    """Return the sequential sample, the parallel one, and the parallel function."""
-    run = kdiffusion.parallel(loop, solver, tolerance=tolerance, boundaries=boundaries)
-    torch.manual_seed(3)
-    expected = loop(model, noise(), sigmas, extra_args, disable=True, **options)
-    torch.manual_seed(3)
-    return expected, run(model, noise(), sigmas, extra_args, disable=True, **options), run
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_any_sampler_function_gives_its_own_sample_in_fewer_rounds(name):
-    expected, x, run = both(LOOPS[name])
-    assert relative(x, expected) <= 1e-2
-    assert run.report.mode == "recurrence"
-    assert run.report.converged
-    assert run.report.rounds < 0.8 * run.report.steps
-    assert x.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_with_tolerance_zero_the_sample_is_the_functions_own(name):
-    expected, x, run = both(LOOPS[name], tolerance=0)
-    assert relative(x, expected) <= 1e-5
-    assert run.report.peak_width == 8
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_window_of_one_is_the_function_to_the_bit(name):
-    expected, x, run = both(LOOPS[name], sigmas=SIGMAS[6:], solver=px.Secant(window=1))
-    assert torch.equal(x, expected)
-    assert run.report.rounds == run.report.steps > 8
-
-
-def test_options_of_the_function_go_through():
-    for loop, options in [(euler, {"s_churn": 6.0, "s_noise": 1.1}), (dpmpp_sde, {"eta": 0.5, "r": 0.4})]:
-        expected, x, run = both(loop, tolerance=1e-4, **options)
-        assert relative(x, expected) <= 1e-4
-        assert run.report.mode == "recurrence"
-    assert run.__name__ == "dpmpp_sde"
-
-
-def test_the_callback_is_called_once_a_step_in_order_with_that_steps_states():
-    for loop in (heun, dpmpp_sde):
-        theirs, ours = [], []
-        both_options = {"extra_args": {}, "disable": True}
-        torch.manual_seed(3)
-        loop(model, noise(), SIGMAS, callback=theirs.append, **both_options)
-        torch.manual_seed(3)
-        run = kdiffusion.parallel(loop, tolerance=1e-4)
-        run(model, noise(), SIGMAS, callback=ours.append, **both_options)
-        assert [told["i"] for told in ours] == list(range(20))
-        assert run.report.rounds < run.report.steps
-        for told, expected in zip(ours, theirs, strict=True):
-            assert told["sigma"] == expected["sigma"]
-            assert relative(told["x"], expected["x"]) <= 1e-3
-            assert relative(told["denoised"], expected["denoised"]) <= 1e-2
-
-
-def test_what_a_callback_or_a_round_raises_ends_the_sampling():
-    def interrupt(told):
-        if told["i"] == 3:
-            raise InterruptedError
-
-    run = kdiffusion.parallel(euler)
-    with pytest.raises(InterruptedError):
-        run(model, noise(), SIGMAS, callback=interrupt, disable=True)
-    rounds = []
-
-    def count(settled, levels):
-        rounds.append((settled, levels))
-        if len(rounds) == 3:
-            raise InterruptedError
-
-    run = kdiffusion.parallel(euler, on_round=count)
-    with pytest.raises(InterruptedError):
-        run(model, noise(), SIGMAS, disable=True)
-    assert [levels for _, levels in rounds] == [20] * 3
-    assert run(model, noise(), SIGMAS, disable=True).isfinite().all()
-    assert rounds[-1] == (20, 20)
-
-
-def test_noise_of_a_seed_and_of_a_sampler_with_a_state_is_the_loops_own():
-    def forward(x, sigma, seed):
-        return model(x, sigma)
-
-    expected, x, _ = both(dpmpp_sde, forward, extra_args={"seed": 5}, tolerance=1e-4)
-    assert relative(x, expected) <= 1e-4
-    drawn = [torch.randn(3, *SHAPE) for _ in range(40)]
-    asked = []
-
-    def sampler():
-        prepared = iter(drawn)
-
-        def draw(sigma, after):
-            asked.append((float(sigma), float(after)))
-            return next(prepared)
-
-        return draw
-
-    expected = dpmpp_sde(model, noise(), SIGMAS, noise_sampler=sampler())
-    order, asked[:] = list(asked), []
-    run = kdiffusion.parallel(dpmpp_sde, tolerance=1e-4)
-    x = run(model, noise(), SIGMAS, disable=True, noise_sampler=sampler())
-    assert relative(x, expected) <= 1e-4
-    assert asked == order
-
-
-def test_generators_are_left_where_the_loop_leaves_them():
-    def sampler(generator):
-        return lambda sigma, after: torch.randn(3, *SHAPE, generator=generator) + 0.1 * torch.randn(3, *SHAPE)
-
-    ends = []
-    for function in (euler_ancestral, kdiffusion.parallel(euler_ancestral, tolerance=1e-4)):
-        generator = torch.Generator().manual_seed(4)
-        torch.manual_seed(3)
-        x = function(model, noise(), SIGMAS, disable=True, noise_sampler=sampler(generator))
-        ends.append((x, torch.randn(4), torch.randn(4, generator=generator)))
-    assert relative(ends[1][0], ends[0][0]) <= 1e-4
-    assert torch.equal(ends[0][1], ends[1][1])
-    assert torch.equal(ends[0][2], ends[1][2])
-
-
-def test_the_loop_reads_and_writes_the_models_own_attributes():
-    class Wrapper:
-        def __init__(self):
-            self.inner_model = SimpleNamespace(model_sampling=SimpleNamespace(shift=0.5))
-            self.last = None
-
-        def __call__(self, x, sigma):
-            return model(x, sigma, torch.full((len(x),), self.inner_model.model_sampling.shift))
-
-    def loop(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        x = euler(model, x + model.inner_model.model_sampling.shift, sigmas, extra_args, callback, disable)
-        model.last = len(sigmas)
-        return x
-
-    wrapper = Wrapper()
-    expected, x, run = both(loop, wrapper)
-    assert relative(x, expected) <= 1e-2
-    assert run.report.mode == "recurrence"
-    assert wrapper.last == len(SIGMAS)
-
-
-def test_models_that_are_modules_keep_their_own_calls():
-    class Module(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = torch.nn.Linear(2, 2)
-
-        def forward(self, x, sigma):
-            assert len(list(self.parameters())) == 2
-            return model(x, sigma)
-
-    net = Module().requires_grad_(False)
-    before = set(net.__dict__)
-    for _ in range(2):
-        expected, x, run = both(euler, net)
-        assert relative(x, expected) <= 1e-2
-        assert run(net, noise(), SIGMAS, disable=True).shape == x.shape
-        assert run.report.mode == "recurrence"
-    assert set(net.__dict__) == before
-
-
-def test_what_is_known_of_a_model_is_kept_for_the_next_call_of_the_same_form():
-    rows = []
-
-    def counted(x, sigma, shift=None, unused=None):
-        rows.append(len(x))
-        return model(x, sigma, shift)
-
-    expected, _, run = both(dpmpp_2m, counted)
-    first = run.report.calls
-    assert relative(run(counted, noise(), SIGMAS, disable=True), expected) <= 1e-2
-    assert run.report.calls == run.report.rounds + 1 < first  # one to see that the model is still merged rightly
-    other = torch.cat([SIGMAS[:10], SIGMAS[10:] * 0.9])
-    again = run(counted, noise(), other, disable=True)
-    assert relative(again, dpmpp_2m(counted, noise(), other)) <= 1e-2
-    shift = torch.tensor([0.0, 1.0, -2.0])
-    shifted = run(counted, noise(), SIGMAS, {"shift": shift}, disable=True)
-    assert relative(shifted, dpmpp_2m(counted, noise(), SIGMAS, {"shift": shift})) <= 1e-2
-    for i in range(20):
-        run(counted, noise(), SIGMAS[9:], {"unused": torch.zeros(i)}, disable=True)
-    assert len(run._loops) == 16
-
-
-def test_a_loop_that_listens_inside_its_models_call_runs_sequentially_and_says_so():
-    def listened(x, sigma, model_options):
-        denoised = model(x, sigma)
-        for heard in model_options.get("sampler_post_cfg_function", []):
-            denoised = heard({"denoised": denoised, "uncond_denoised": 0.9 * denoised})
-        return denoised
-
-    def euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        last = None
-
-        def hear(args):
-            nonlocal last
-            last = args["uncond_denoised"]
-            return args["denoised"]
-
-        options = {**extra_args["model_options"], "sampler_post_cfg_function": [hear]}
-        for sigma, after in itertools.pairwise(sigmas):
-            denoised = model(x, sigma * x.new_ones(len(x)), model_options=options)
-            x = denoised + after * (x - last) / sigma
-        return x
-
-    with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*hooks into"):
-        expected, x, run = both(euler_cfg_pp, listened, extra_args={"model_options": {}})
-    assert torch.equal(x, expected)
-    assert run.report.mode == "sequential"
-
-
-def test_sampling_under_inference_mode_is_the_same():
-    with torch.inference_mode():
-        for loop in (euler_ancestral, dpmpp_2m):
-            expected, x, run = both(loop)
-            assert relative(x, expected) <= 1e-2
-            assert run.report.mode == "recurrence"
-
-
-def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match="k-diffusion's signature, got 3"):
-        kdiffusion.parallel(3)
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        kdiffusion.parallel(euler, tolerance=-1)
-
-
-# --- ComfyUI, as documented: conditionings chosen by the first row's sigma, masks, SAMPLER objects ------------------
 
 
 class Base(torch.nn.Module):
@@ -352,15 +118,15 @@ class KSampler:
 
 def guider(**more):
     """Two prompts that take turns, one over all steps, and a negative one."""
-    here = float(SIGMAS[9]) + 0.01
+    here = float(SIGMAS_20[9]) + 0.01
     return Guider(
         positive=[
             {"shift": torch.tensor([1.0]), "timestep_start": 999999999.9, "timestep_end": here},
             {"shift": torch.tensor([-1.0]), "timestep_start": here, "timestep_end": 0.0, **more},
             {"shift": torch.tensor([0.3])},
         ],
-        negative=[{"shift": torch.tensor([0.0]), "timestep_end": float(SIGMAS[13]), "timestep_start": 999999999.9}]
-        + [{"shift": torch.tensor([0.1]), "timestep_start": float(SIGMAS[13])}],
+        negative=[{"shift": torch.tensor([0.0]), "timestep_end": float(SIGMAS_20[13]), "timestep_start": 999999999.9}]
+        + [{"shift": torch.tensor([0.1]), "timestep_start": float(SIGMAS_20[13])}],
     )
 
 
@@ -370,7 +136,7 @@ def sides(sigmas, boundaries):
 
 def test_steps_on_different_sides_of_a_boundary_never_share_a_call():
     loud = guider()
-    boundaries = [float(SIGMAS[9]) + 0.01, float(SIGMAS[13])]
+    boundaries = [float(SIGMAS_20[9]) + 0.01, float(SIGMAS_20[13])]
     for loop in (euler, dpmpp_2m, dpmpp_sde):
         expected, x, run = both(loop, loud, tolerance=0, boundaries=lambda model, extra_args: boundaries)
         assert relative(x, expected) <= 1e-5
@@ -382,11 +148,11 @@ def test_steps_on_different_sides_of_a_boundary_never_share_a_call():
 def test_a_model_that_looks_at_its_first_row_and_names_no_boundary_runs_sequentially_and_says_so():
     loud = guider()
     run = kdiffusion.parallel(euler)
-    expected = euler(loud, noise(), SIGMAS)
+    expected = euler(loud, noise(), SIGMAS_20)
     for most in (40, 20):
         loud.sigmas.clear()
         with pytest.warns(RuntimeWarning, match=r"runs sequentially: .*read only the first timestep"):
-            x = run(loud, noise(), SIGMAS, disable=True)
+            x = run(loud, noise(), SIGMAS_20, disable=True)
         assert torch.equal(x, expected)
         assert len(loud.sigmas) <= most
 
@@ -494,7 +260,7 @@ def drawn(sampler, guide, callback=None, mask=None, options=None):
     extra_args = {"model_options": options or {}, "seed": 3}
     clean = torch.linspace(-1, 1, 48).view(3, *SHAPE)
     torch.manual_seed(3)
-    return sampler.sample(guide, SIGMAS, extra_args, callback, noise() / 14, clean, mask)
+    return sampler.sample(guide, SIGMAS_20, extra_args, callback, noise() / 14, clean, mask)
 
 
 def wrapped(nodes, sampler, window=8, tolerance=0.0):
@@ -502,9 +268,9 @@ def wrapped(nodes, sampler, window=8, tolerance=0.0):
     return node().execute(sampler, window=window, tolerance=tolerance, solver="secant")[0]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(package, name, caplog):
-    control = Control(float(SIGMAS[2]), float(SIGMAS[5]), Control(float(SIGMAS[11]), float(SIGMAS[16])))
+    control = Control(float(SIGMAS_20[2]), float(SIGMAS_20[5]), Control(float(SIGMAS_20[11]), float(SIGMAS_20[16])))
 
     def skipping(sigma_start, sigma_end):
         def change(args):
@@ -513,10 +279,10 @@ def test_a_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(
 
         return change
 
-    options = {"sampler_post_cfg_function": [skipping(float(SIGMAS[6]), float(SIGMAS[7]) - 0.01)]}
+    options = {"sampler_post_cfg_function": [skipping(float(SIGMAS_20[6]), float(SIGMAS_20[7]) - 0.01)]}
     mask = torch.ones(3, *SHAPE)
     mask[0, :2], mask[2, :, 1] = 0, 0.5
-    sampler = KSampler(LOOPS[name])
+    sampler = KSampler(SAMPLERS[name])
     told, expected_told, guide = [], [], guider(control=control)
     expected = drawn(sampler, guider(control=control), lambda *one: expected_told.append(one), mask, options)
     parallel = wrapped(package(), sampler)

@@ -219,4 +219,4 @@ def test_nan_of_a_model_is_said_by_its_step_and_forgotten():
     for _ in range(2):
         with pytest.raises(px.OutputError, match=r"returned NaN or Inf at step \d+ of 14"):
             run(broken, state(), SIGMAS, disable=True)
-    assert not run._loops
+    assert not run.loops

@@ -379,6 +379,7 @@ class Parallel:
         boundaries: Noise levels at which the model changes.
         on_round: Called after every round.
         report: How the latest call went.
+        loops: What is kept from call to call, by the form of model and arguments.
     """
 
     def __init__(
@@ -394,7 +395,7 @@ class Parallel:
         self.sampler, self.solver, self.tolerance = sampler, solver, tolerance
         self.boundaries, self.on_round = boundaries, on_round
         self.report = Report()
-        self._loops: dict[Any, Loop] = {}
+        self.loops: dict[Any, Loop] = {}
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -436,7 +437,7 @@ class Parallel:
         try:
             return solve_loop(loop, (proxy, x, sigmas), keywords, self.solver, self.tolerance, self.report)
         except OutputError:
-            self._loops = {form: known for form, known in self._loops.items() if known is not loop}
+            self.loops = {form: known for form, known in self.loops.items() if known is not loop}
             raise
         finally:
             if bar is not None:
@@ -449,12 +450,12 @@ class Parallel:
         reached = [value for value in reachable(model, extra_args) if type(value) not in plain]
         networks: list[Any] = [value for value in reached if isinstance(value, nn.Module)] or [model]
         form = (*map(_identity, networks), *map(_feature, reached))
-        loop = self._loops.pop(form, None)
+        loop = self.loops.pop(form, None)
         if loop is None:
             loop = Loop(self._run, (_Network(),), calls_back=_has_callback)
-        self._loops[form] = loop
-        if len(self._loops) > FORMS:
-            del self._loops[next(iter(self._loops))]
+        self.loops[form] = loop
+        if len(self.loops) > FORMS:
+            del self.loops[next(iter(self.loops))]
         return loop
 
     def _run(self, args: tuple[Any, ...], keywords: dict[str, Any], quiet: bool) -> Tensor:
