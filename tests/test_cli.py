@@ -62,7 +62,8 @@ def test_options_of_solver_and_sampler_are_flags(capsys):
     assert "CoarseToFine(inner=Picard(window=None" in json.loads(capsys.readouterr().out)["solver"]
 
 
-def test_a_plan_is_printed(capsys):
+def test_plan_is_printed(capsys):
+    """A plan is printed."""
     arguments = ["plan", "--steps", "20", "--count", "2", "--sampler", "ddpm", "--clip", "1", "--devices", "4"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -86,7 +87,8 @@ def test_auto_samples_by_a_plan(capsys):
     assert figures["converged"]
 
 
-def test_a_solver_exact_in_law_is_not_compared_sample_by_sample(capsys):
+def test_solver_exact_in_distribution_is_not_compared_sample_by_sample(capsys):
+    """A solver exact in law is not compared sample by sample."""
     arguments = ["sample", "--solver", "speculative", "--sampler", "ddpm", "--steps", "12", "--count", "2", "--compare"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -168,7 +170,8 @@ def test_what_is_wrong_with_a_plan_is_said_in_one_line(arguments, message, capsy
     assert errors.count("\n") == 1
 
 
-def test_an_unknown_command_or_flag_is_refused(capsys):
+def test_unknown_command_or_flag_raises(capsys):
+    """An unknown command or flag is refused."""
     with pytest.raises(SystemExit):  # the options of a solver are chosen with it
         main(["sample", "--solver", "auto", "--window", "8"])
     assert "unrecognized arguments: --window 8" in capsys.readouterr().err
@@ -190,7 +193,8 @@ def test_an_unknown_command_or_flag_is_refused(capsys):
         (["--steps", "a"], "argument --steps: invalid int value: 'a'"),
     ],
 )
-def test_a_flag_that_cannot_be_read_is_said_in_one_line(arguments, message, capsys):
+def test_flag_that_cannot_be_read_is_said_in_one_line(arguments, message, capsys):
+    """A flag that cannot be read is said in one line."""
     with pytest.raises(SystemExit) as ended:
         main(["sample", *arguments])
     assert ended.value.code == 2
@@ -201,7 +205,8 @@ def test_a_flag_that_cannot_be_read_is_said_in_one_line(arguments, message, caps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_a_device_that_is_not_there_is_said_in_one_line(capsys):
+def test_device_that_is_not_there_is_said_in_one_line(capsys):
+    """A device that is not there is said in one line."""
     for command in ("sample", "plan"):
         assert main([command, "--steps", "10", "--device", "cuda"]) == 2
         errors = capsys.readouterr().err
@@ -209,7 +214,8 @@ def test_a_device_that_is_not_there_is_said_in_one_line(capsys):
         assert errors.count("\n") == 1
 
 
-def test_a_reader_that_stops_early_is_no_error(monkeypatch):
+def test_reader_that_stops_early_is_no_error(monkeypatch):
+    """A reader that stops early is no error."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as closed:

@@ -145,7 +145,8 @@ def test_steps_on_different_sides_of_a_boundary_never_share_a_call():
             assert len(sides(sigmas, boundaries)) == 1
 
 
-def test_a_model_that_looks_at_its_first_row_and_names_no_boundary_runs_sequentially_and_says_so():
+def test_model_that_looks_at_its_first_row():
+    """A model that looks at its first row and names no boundary runs sequentially and says so."""
     loud = guider()
     run = kdiffusion.parallel(euler)
     expected = euler(loud, noise(), SIGMAS_20)
@@ -245,7 +246,8 @@ def test_without_the_new_api_the_old_one_is_there(package, monkeypatch):
     assert not hasattr(nodes, "comfy_entrypoint")
 
 
-def test_the_defaults_of_the_inputs_are_what_the_node_takes(package):
+def test_defaults_of_the_inputs_are_what_the_node_takes(package):
+    """The defaults of the inputs are what the node takes."""
     nodes = package()
     (old,) = nodes.NODE_CLASS_MAPPINGS.values()
     inputs = old.INPUT_TYPES()["required"]
@@ -269,7 +271,8 @@ def wrapped(nodes, sampler, window=8, tolerance=0.0):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(package, name, caplog):
+def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(package, name, caplog):
+    """A wrapped sampler with ranges and a mask samples what the sampler does."""
     control = Control(float(SIGMAS_20[2]), float(SIGMAS_20[5]), Control(float(SIGMAS_20[11]), float(SIGMAS_20[16])))
 
     def skipping(sigma_start, sigma_end):
@@ -295,7 +298,8 @@ def test_a_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(
     assert parallel.sampler_function.report.peak_rows > 3
 
 
-def test_a_ranged_sampler_takes_fewer_rounds(package):
+def test_ranged_sampler_takes_fewer_rounds(package):
+    """A ranged sampler takes fewer rounds."""
     sampler = wrapped(package(), KSampler(dpmpp_2m), tolerance=1e-2)
     expected = drawn(KSampler(dpmpp_2m), guider())
     assert relative(drawn(sampler, guider()), expected) <= 1e-2
@@ -340,7 +344,8 @@ def test_progress_is_shown_and_an_interrupt_ends_the_rounds(package):
     assert len(guide.sigmas) <= 4
 
 
-def test_a_wrapped_sampler_is_not_wrapped_twice_and_others_are_refused(package):
+def test_wrapped_sampler_is_not_wrapped_twice_and_others_raise(package):
+    """A wrapped sampler is not wrapped twice and others are refused."""
     nodes = package()
     twice = wrapped(nodes, wrapped(nodes, KSampler(euler)))
     assert twice.sampler_function.sequential is euler

@@ -49,7 +49,8 @@ def told(name, option, *checks):
 
 
 @pytest.mark.parametrize(("name", "option"), cover())
-def test_an_option_of_a_pipeline_passes_every_check_in_float32_but_for_what_the_page_says(name, option):
+def test_option_of_a_pipeline_passes_every_check_in_float32_but_for_what_the_page_says(name, option):
+    """An option of a pipeline passes every check in float32 but for what the page says."""
     rows = pipelines.attempt(name, option, torch.float32)
     assert [row["check"] for row in rows] == ["window 1", "tolerance 0", "default"]
     assert rows[0].get("error") == "0.0e+00"
@@ -57,19 +58,22 @@ def test_an_option_of_a_pipeline_passes_every_check_in_float32_but_for_what_the_
 
 
 @pytest.mark.parametrize("name", zoo.PIPELINES)
-def test_a_pipeline_ends_within_its_floor_in_bfloat16_but_for_what_the_page_says(name):
+def test_pipeline_ends_within_its_floor_in_bfloat16_but_for_what_the_page_says(name):
+    """A pipeline ends within its floor in bfloat16 but for what the page says."""
     rows = pipelines.attempt(name, "plain", torch.bfloat16)
     assert rows[0]["mode"] == told(name, "plain", "bfloat16")[0]["mode"]
     assert short(rows) == short(told(name, "plain", "bfloat16"))
 
 
-def test_the_cover_has_every_pipeline_and_every_option():
+def test_cover_has_every_pipeline_and_every_option():
+    """The cover has every pipeline and every option."""
     pairs = cover()
     assert {name for name, _ in pairs} == set(zoo.PIPELINES)
     assert {option for _, option in pairs} == {option for name in zoo.PIPELINES for option, _ in zoo.variants(name)}
 
 
-def test_the_page_shows_the_table():
+def test_page_shows_the_table():
+    """The page shows the table."""
     rows = pipelines.rows()
     assert pipelines.PAGE.read_text() == pipelines.page(rows.values())
     assert {key[:2] for key in rows} <= {(name, option) for name in zoo.PIPELINES for option, _ in zoo.variants(name)}

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_runs(path, capsys, monkeypatch, tmp_path):
+def test_example_runs(path, capsys, monkeypatch, tmp_path):
+    """An example runs."""
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
@@ -21,7 +22,8 @@ def test_an_example_runs(path, capsys, monkeypatch, tmp_path):
         assert float(names["error"].max()) <= 1e-2
 
 
-def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
+def test_python_of_the_readme_runs(monkeypatch, tmp_path):
+    """The python of the readme runs."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
@@ -29,7 +31,8 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_readme_names_targets_and_pictures_that_exist():
+def test_readme_names_targets_and_pictures_that_exist():
+    """The readme names targets and pictures that exist."""
     text = (ROOT / "README.md").read_text()
     targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
     assert {"sample", "test"} <= set(targets)

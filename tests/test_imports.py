@@ -109,7 +109,8 @@ def test_public_names_are_there():
         assert getattr(parataxis, name) is not None
 
 
-def test_the_package_shows_its_public_names_only():
+def test_package_shows_its_public_names_only():
+    """The package shows its public names only."""
     assert set(dir(parataxis)) == {*parataxis.__all__, "__version__"}
 
 

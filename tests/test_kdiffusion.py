@@ -28,7 +28,8 @@ CASES = [
 @pytest.mark.parametrize(
     ("parallel", "loop", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )
-def test_the_sample_is_the_loops_with_its_noise(parallel, loop, options, sigmas):
+def test_sample_is_the_loops_with_its_noise(parallel, loop, options, sigmas):
+    """The sample is the loops with its noise."""
     torch.manual_seed(2)
     expected = loop(model, state(), sigmas, **options)
     for solver, tolerance, bound in [
@@ -47,7 +48,8 @@ def test_the_sample_is_the_loops_with_its_noise(parallel, loop, options, sigmas)
 @pytest.mark.parametrize(
     ("parallel", "loop", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )
-def test_the_callback_is_told_each_step_once_in_order(parallel, loop, options, solver):
+def test_callback_is_told_each_step_once_in_order(parallel, loop, options, solver):
+    """The callback is told each step once in order."""
     theirs, ours = [], []
     torch.manual_seed(2)
     loop(model, state(), SIGMAS, callback=theirs.append, **options)
@@ -61,7 +63,8 @@ def test_the_callback_is_told_each_step_once_in_order(parallel, loop, options, s
         assert problems.relative(told["denoised"], expected["denoised"]) <= 1e-2
 
 
-def test_an_exception_in_the_callback_ends_the_loop_when_its_step_is_settled():
+def test_exception_in_the_callback_ends_the_loop_when_its_step_is_settled():
+    """An exception in the callback ends the loop when its step is settled."""
     seen = []
 
     def interrupt(told):
@@ -89,7 +92,9 @@ def test_extra_args_follow_their_samples():
     assert problems.relative(x, expected) <= 1e-6
 
 
-def test_a_noise_sampler_is_asked_in_the_loops_order():
+def test_noise_sampler_is_asked_in_the_loops_order():
+    """A noise sampler is asked in the loops order."""
+
     def sampler(log):
         generator = torch.Generator().manual_seed(4)
 
@@ -108,7 +113,8 @@ def test_a_noise_sampler_is_asked_in_the_loops_order():
     assert problems.relative(x, expected) <= 1e-10
 
 
-def test_the_rounds_are_fewer_and_half_precision_stays():
+def test_rounds_are_fewer_and_half_precision_stays():
+    """The rounds are fewer and half precision stays."""
     calls = []
 
     def counted(x, sigma):
@@ -123,7 +129,8 @@ def test_the_rounds_are_fewer_and_half_precision_stays():
 
 
 @pytest.mark.parametrize("sigmas", [SIGMAS.flip(0), SIGMAS[:1], SIGMAS[None], torch.tensor([1.0, 0.0, -1.0])])
-def test_noise_levels_that_do_not_fall_are_refused(sigmas):
+def test_noise_levels_that_do_not_fall_raise(sigmas):
+    """Noise levels that do not fall are refused."""
     with pytest.raises(ValueError, match="falling noise levels"):
         kdiffusion.sample_euler(model, state(), sigmas, disable=True)
 
@@ -169,7 +176,8 @@ def test_calls_are_bounded_and_halved_when_memory_runs_out():
         assert max(rows) == options.get("max_rows", max(rows))
 
 
-def test_the_callback_is_told_outputs_that_the_models_next_call_writes_over():
+def test_callback_is_told_outputs_that_the_models_next_call_writes_over():
+    """The callback is told outputs that the models next call writes over."""
     memory, told = {}, {}
 
     def replayed(x, sigma):

@@ -44,7 +44,8 @@ def test_with_tolerance_zero_the_sample_is_the_functions_own(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_window_of_one_is_the_function_to_the_bit(name):
+def test_window_of_one_is_the_function_to_the_bit(name):
+    """A window of one is the function to the bit."""
     expected, x, run = both(SAMPLERS[name], sigmas=SIGMAS_20[6:], solver=px.Secant(window=1))
     assert torch.equal(x, expected)
     assert run.report.rounds == run.report.steps > 8
@@ -58,7 +59,8 @@ def test_options_of_the_function_go_through():
     assert run.__name__ == "dpmpp_sde"
 
 
-def test_the_callback_is_called_once_a_step_in_order_with_that_steps_states():
+def test_callback_is_called_once_a_step_in_order_with_that_steps_states():
+    """The callback is called once a step in order with that steps states."""
     for loop in (heun, dpmpp_sde):
         theirs, ours = [], []
         both_options = {"extra_args": {}, "disable": True}
@@ -139,7 +141,9 @@ def test_generators_are_left_where_the_loop_leaves_them():
     assert torch.equal(ends[0][2], ends[1][2])
 
 
-def test_the_loop_reads_and_writes_the_models_own_attributes():
+def test_loop_reads_and_writes_the_models_own_attributes():
+    """The loop reads and writes the models own attributes."""
+
     class Wrapper:
         def __init__(self):
             self.inner_model = SimpleNamespace(model_sampling=SimpleNamespace(shift=0.5))
@@ -202,7 +206,9 @@ def test_what_is_known_of_a_model_is_kept_for_the_next_call_of_the_same_form():
     assert len(run.loops) == 16
 
 
-def test_a_loop_that_listens_inside_its_models_call_runs_sequentially_and_says_so():
+def test_loop_that_listens_inside_its_models_call_runs_sequentially():
+    """A loop that listens inside its models call runs sequentially and says so."""
+
     def listened(x, sigma, model_options):
         denoised = model(x, sigma)
         for heard in model_options.get("sampler_post_cfg_function", []):

@@ -18,7 +18,8 @@ NAMES = models.available()
 VARIANTS = problems.variants()
 
 
-def test_the_promised_models_ship():
+def test_promised_models_ship():
+    """The promised models ship."""
     assert {"digits", "digits-flow", "digits-unconditional"} <= set(NAMES)
 
 
@@ -54,7 +55,8 @@ def sequential(name, sampler):
 
 @pytest.mark.parametrize("solver", [solver for solver in VARIANTS if getattr(solver, "window", 0) != 1], ids=repr)
 @pytest.mark.parametrize(("name", "sampler"), CASES)
-def test_the_laws_hold_on_trained_networks(name, sampler, solver):
+def test_laws_hold_on_trained_networks(name, sampler, solver):
+    """The laws hold on trained networks."""
     if not problems.works(solver, sampler):
         pytest.skip("not supported: see docs/supported.md")
     expected = sequential(name, sampler)
@@ -67,7 +69,8 @@ def test_the_laws_hold_on_trained_networks(name, sampler, solver):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_small_and_says_what_it_is(name):
+def test_model_is_small_and_says_what_it_is(name):
+    """A model is small and says what it is."""
     model = models.load(name)
     weights = model.folder / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 5_000_000
@@ -82,7 +85,8 @@ def test_a_model_is_small_and_says_what_it_is(name):
     assert counter.get_total_flops() <= 150e6
 
 
-def test_the_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified():
+def test_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified():
+    """The unconditional model is a pipeline that diffusers opens unmodified."""
     import diffusers
 
     with warnings.catch_warnings():
@@ -94,12 +98,14 @@ def test_the_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified()
     assert [image.size for image in images] == [(28, 28)] * 2
 
 
-def test_an_unknown_model_is_named_with_the_list():
+def test_unknown_model_is_named_with_the_list():
+    """An unknown model is named with the list."""
     with pytest.raises(ValueError, match=r"no model 'digit': choose one of digits, digits-flow"):
         models.load("digit")
 
 
-def test_a_damaged_weight_file_is_said_to_be_one(tmp_path):
+def test_damaged_weight_file_is_said_to_be_one(tmp_path):
+    """A damaged weight file is said to be one."""
     folder = tmp_path / "broken"
     shutil.copytree(models.FOLDER / "digits", folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -111,7 +117,8 @@ def test_a_damaged_weight_file_is_said_to_be_one(tmp_path):
         models.load(folder)
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_missing_extra_is_named(monkeypatch):
+    """A missing extra is named."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'parataxis\[models\]'"):
         models.load("digits")
@@ -122,7 +129,8 @@ def test_a_missing_extra_is_named(monkeypatch):
         plots.image_grid(torch.zeros(1, 1, 4, 4))
 
 
-def test_a_sampler_that_the_schedule_does_not_admit_is_refused():
+def test_sampler_that_the_schedule_does_not_admit_raises():
+    """A sampler that the schedule does not admit is refused."""
     with pytest.raises(ValueError, match="variance-preserving schedule, which flow_euler is not for"):
         models.load("digits").sampler("flow_euler", 10)
     with pytest.raises(ValueError, match="flow-matching schedule, which ddim is not for: choose one of flow_euler"):

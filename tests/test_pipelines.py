@@ -187,7 +187,8 @@ def relative(x, y):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_an_unmodified_pipeline_gives_the_sequential_picture(name):
+def test_unmodified_pipeline_gives_the_sequential_picture(name):
+    """An unmodified pipeline gives the sequential picture."""
     _, call, mode = PIPELINES[name]
     pipe = made(name)
     expected = call(pipe)
@@ -226,7 +227,8 @@ def test_half_precision_pipelines_end_within_their_own_floor(name):
     assert run.report.mode == "recurrence"
 
 
-def test_within_the_context_the_pipeline_itself_is_parallel_and_after_it_is_what_it_was():
+def test_within_the_context_the_pipeline_itself_is_parallel():
+    """Within the context the pipeline itself is parallel and after it is what it was."""
     pipe = made("stable diffusion")
     expected = picture(pipe)  # a first call makes attributes of the pipeline's own
     kind, attributes = type(pipe), dict(pipe.__dict__)
@@ -249,7 +251,8 @@ def test_within_the_context_the_pipeline_itself_is_parallel_and_after_it_is_what
     assert torch.equal(picture(pipe), expected)
 
 
-def test_the_decoder_and_callbacks_run_once_and_errors_of_callbacks_leave_nothing_behind():
+def test_decoder_and_callbacks_run_once():
+    """The decoder and callbacks run once and errors of callbacks leave nothing behind."""
     pipe = made("stable diffusion")
     expected, seen, decoded = picture(pipe), [], []
     hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda module, args: decoded.append(1))
@@ -279,7 +282,8 @@ def test_the_decoder_and_callbacks_run_once_and_errors_of_callbacks_leave_nothin
     assert torch.equal(picture(pipe), expected)
 
 
-def test_a_callback_that_changes_what_the_loop_does_runs_in_every_pass():
+def test_callback_that_changes_what_the_loop_does_runs_in_every_pass():
+    """A callback that changes what the loop does runs in every pass."""
     pipe = made("stable diffusion")
 
     def shift(pipe, step, time, values):
@@ -292,7 +296,8 @@ def test_a_callback_that_changes_what_the_loop_does_runs_in_every_pass():
         assert "callback changes what the loop does" in run.report.reason
 
 
-def test_a_callback_may_end_the_loop():
+def test_callback_may_end_the_loop():
+    """A callback may end the loop."""
     pipe = made("stable diffusion")
 
     def stop(pipe, step, time, values):
@@ -333,7 +338,8 @@ def test_two_pipelines_that_share_a_denoiser_do_not_disturb_each_other():
         assert second.steps == 16
 
 
-def test_a_parallel_call_from_a_callback_of_another_is_refused_and_leaves_nothing_behind():
+def test_parallel_call_from_a_callback_of_another_raises():
+    """A parallel call from a callback of another is refused and leaves nothing behind."""
     pipe = made("stable diffusion")
     expected = picture(pipe)
 
@@ -346,7 +352,8 @@ def test_a_parallel_call_from_a_callback_of_another_is_refused_and_leaves_nothin
     assert torch.equal(picture(pipe), expected)
 
 
-def test_a_copy_of_an_enabled_pipeline_runs_its_own_network():
+def test_copy_of_an_enabled_pipeline_runs_its_own_network():
+    """A copy of an enabled pipeline runs its own network."""
     pipe, other = made("stable diffusion"), stable_diffusion()
     for value in other.unet.parameters():
         value.data.mul_(0.9)
@@ -383,7 +390,8 @@ def test_rows_of_one_sample_that_the_pipeline_mixes_stay_together():
     assert run.report.rounds < 0.75 * run.report.steps
 
 
-def test_a_scheduler_whose_first_step_is_infinite_is_refused():
+def test_scheduler_whose_first_step_is_infinite_raises():
+    """A scheduler whose first step is infinite is refused."""
     scheduler = df.DDIMScheduler(
         clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1
     )
@@ -396,7 +404,8 @@ def test_a_scheduler_whose_first_step_is_infinite_is_refused():
     assert not result.isfinite().all()
 
 
-def test_caches_of_the_denoiser_are_refused():
+def test_caches_of_the_denoiser_raise():
+    """Caches of the denoiser are refused."""
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     pipe = stable_diffusion_3()
@@ -433,7 +442,8 @@ def test_denoisers_that_no_name_gives_away_are_asked_for():
     ("scheduler", "steps", "most"),
     [(df.DDIMScheduler, 16, 12), (df.DDIMScheduler, 100, 50), (df.DDPMScheduler, 100, 28)],
 )
-def test_the_loop_of_a_robot_policy_runs_unchanged(scheduler, steps, most):
+def test_loop_of_a_robot_policy_runs_unchanged(scheduler, steps, most):
+    """The loop of a robot policy runs unchanged."""
     net, clipped = Net(), scheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=True)
     clipped.set_timesteps(steps)
 
@@ -460,7 +470,8 @@ def test_the_loop_of_a_robot_policy_runs_unchanged(scheduler, steps, most):
         (df.DDPMScheduler, True, 0.40),
     ],
 )
-def test_the_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, clip, most):
+def test_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, clip, most):
+    """The shipped model runs in parallel through its own pipeline."""
     pipe = df.DiffusionPipeline.from_pretrained(FOLDER / "digits-unconditional", low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     kind = df.DDIMPipeline if scheduler is df.DDIMScheduler else df.DDPMPipeline
@@ -478,7 +489,8 @@ def test_the_shipped_model_runs_in_parallel_through_its_own_pipeline(scheduler, 
     assert run.report.rounds <= most * 50, run.report
 
 
-def test_the_first_lines_of_the_documentation_run(capsys):
+def test_first_lines_of_the_documentation_run(capsys):
+    """The first lines of the documentation run."""
     text = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(code, {})

@@ -65,7 +65,8 @@ def measure(denoise, most=64):
     return px.latency(lambda own: denoise(own.x, own.step + 500), rows, max_rows=most)
 
 
-def test_the_rows_that_cost_as_much_as_one_are_found(costing):
+def test_rows_that_cost_as_much_as_one_are_found(costing):
+    """The rows that cost as much as one are found."""
     for free in (1, 4, 8, 32):
         assert measure(costing(lambda rows, free=free: bent(rows, free))).batch_headroom == pytest.approx(free)
     assert measure(costing(lambda rows: 0.01)).batch_headroom == pytest.approx(64)
@@ -103,7 +104,8 @@ def test_planning_makes_few_calls_and_no_larger_ones_than_can_matter(costing):
     assert every.seconds == pytest.approx(known.seconds)
 
 
-def test_a_network_that_returns_no_output_is_not_planned_for():
+def test_network_that_returns_no_output_is_not_planned_for():
+    """A network that returns no output is not planned for."""
     noise, sampler = problems.noise(2), problems.sampler(ODE, 20)
     for broken, message in (
         (lambda x, t: x[:1, :3], r"returned the shape \(1, 3\), expected that of its input, \(1, 16\)"),
@@ -122,7 +124,8 @@ def test_planning_with_buckets_makes_no_other_calls(costing):
     assert set(denoise.calls) <= {4, 8, 16}
 
 
-def test_a_disturbed_measurement_does_not_lift_what_costs_more():
+def test_disturbed_measurement_does_not_lift_what_costs_more():
+    """A disturbed measurement does not lift what costs more."""
     known = px.Latency((1, 2, 4, 8), (1.0, 3.0, 1.2, 2.0))
     assert known.seconds([1, 2, 3, 4, 8]) == pytest.approx([1.0, 1.2, 1.2, 1.2, 2.0])
     assert px.Latency((1, 2), (4.0, 3.0)).batch_headroom == 2
@@ -170,7 +173,8 @@ def test_once_its_rounds_are_known_a_solve_takes_as_long_as_planned(costing, tau
     assert plan.speedup.median == pytest.approx(50 * tau(count) / plan.seconds)
 
 
-def test_a_network_whose_batch_is_not_free_is_left_to_the_loop(costing):
+def test_network_whose_batch_is_not_free_is_left_to_the_loop(costing):
+    """A network whose batch is not free is left to the loop."""
     plan = px.plan(costing(linear), problems.noise(1), problems.sampler(ODE, 50))
     assert plan.solver == px.Sequential()
     assert plan.reason == "the network's batch is not free: 8 rows cost 8.0 x one row"
@@ -187,7 +191,8 @@ def test_few_steps_are_left_to_the_loop(costing):
     assert "rounds were measured for N from" in plan.setting
 
 
-def test_a_network_cheaper_than_the_solver_is_left_to_the_loop():
+def test_network_cheaper_than_the_solver_is_left_to_the_loop():
+    """A network cheaper than the solver is left to the loop."""
     plan = px.plan(lambda x, t: x, problems.noise(1), problems.sampler(ODE, 100))
     assert plan.solver == px.Sequential()
     assert plan.reason.startswith("the solver's own work, ")
@@ -251,7 +256,8 @@ def test_rounds_of_earlier_solves_are_expected_again(costing):
         assert rounds(measured=useless) == first
 
 
-def test_a_plan_prints_as_a_table(costing):
+def test_plan_prints_as_a_table(costing):
+    """A plan prints as a table."""
     plan = px.plan(costing(bent), problems.noise(1), problems.sampler(ODE, 50))
     lines = str(plan).splitlines()
     assert lines[0] == "ddim, N = 50, 1 sample, tolerance 0.01, cpu"
@@ -366,7 +372,8 @@ def test_rounds_are_foreseen(solver, name, window):
     assert 0.4 <= statistics.median(one.rounds for one in result) / expected <= 1.25
 
 
-def test_a_sleeping_network_takes_as_long_as_planned():
+def test_sleeping_network_takes_as_long_as_planned():
+    """A sleeping network takes as long as planned."""
     exact, sampler, noise = problems.network("power law", ODE), problems.sampler(ODE, 40), problems.noise(1)
 
     def sleeping(x, t):

@@ -20,7 +20,8 @@ def setting(count=3, points=25, name="ddim"):
     return problems.network("power law", name), problems.noise(count), problems.sampler(name, points)
 
 
-def test_a_callable_of_ten_lines_is_enough():
+def test_callable_of_ten_lines_is_enough():
+    """A callable of ten lines is enough."""
     network, noise, sampler = setting()
     result = px.sample(network, noise, sampler, px.Picard(), tolerance=1e-6)
     assert result.x.shape == noise.shape
@@ -30,7 +31,8 @@ def test_a_callable_of_ten_lines_is_enough():
     assert len(result[0].history) == result[0].rounds
 
 
-def test_a_round_of_the_batch_is_one_call_of_the_network():
+def test_round_of_the_batch_is_one_call_of_the_network():
+    """A round of the batch is one call of the network."""
     network, noise, sampler = setting(5)
     calls = []
 
@@ -124,7 +126,8 @@ def test_stop_ends_a_run_early_with_its_estimate():
     assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) < 0.5
 
 
-def test_a_multistep_table_without_data_predictions_has_an_estimate_too():
+def test_multistep_table_without_data_predictions_has_an_estimate_too():
+    """A multistep table without data predictions has an estimate too."""
     network, noise, sampler = setting(2, 25, "dpmpp_2m")
     table = sampler.recurrence(noise)
     blind = px.Recurrence(dataclasses.replace(table.coefficients, x0_from_input=None, x0_from_output=None), table.start)
@@ -156,7 +159,8 @@ def test_interrupting_returns_the_last_estimate():
     assert bool(torch.isfinite(result.x).all())
 
 
-def test_a_trajectory_is_a_guess_that_saves_rounds():
+def test_trajectory_is_a_guess_that_saves_rounds():
+    """A trajectory is a guess that saves rounds."""
     for name in px.SAMPLERS:
         network, noise, sampler = setting(2, 50, name)
         options = {"tolerance": 1e-6}
@@ -202,7 +206,8 @@ def test_states_are_kept_in_float32_for_a_network_in_half_precision():
     assert problems.relative(result.x, expected) <= 2e-2
 
 
-def test_progress_counts_settled_levels(capsys):
+def test_progress_counts_accepted_levels(capsys):
+    """Progress counts settled levels."""
     network, noise, sampler = setting(2)
     px.sample(network, noise, sampler, px.Picard(window=8), progress=True)
     assert "50/50" in capsys.readouterr().err
@@ -266,7 +271,8 @@ def test_what_is_no_generator_is_said(generator):
             call()
 
 
-def test_a_network_that_cannot_be_called_is_told_from_one_that_fails():
+def test_network_that_cannot_be_called_is_told_from_one_that_fails():
+    """A network that cannot be called is told from one that fails."""
     _, noise, sampler = setting()
 
     class Net(torch.nn.Module):
@@ -288,7 +294,8 @@ def test_a_network_that_cannot_be_called_is_told_from_one_that_fails():
             px.sample(None, noise, sampler, px.Picard(), **options)
 
 
-def test_a_condition_may_be_a_named_tuple_with_leaves_that_all_samples_share():
+def test_condition_may_be_a_named_tuple_with_leaves_that_all_samples_share():
+    """A condition may be a named tuple with leaves that all samples share."""
     _, noise, sampler = setting()
     Told = collections.namedtuple("Told", ["shift", "scale"])
 
@@ -324,7 +331,8 @@ def test_runs_of_several_calls_are_not_driven_together():
         next(px.drive(runs, lambda rows: rows.x))
 
 
-def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
+def test_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
+    """A table without alpha and sigma is solved or refused by name."""
     sampler = px.samplers.ddim(steps=20)
     _, weight = sampler.coefficients.dense()
     noise = problems.noise(1)
@@ -341,7 +349,8 @@ def test_a_table_without_alpha_and_sigma_is_solved_or_refused_by_name():
         assert problems.relative(run.solution.x[None], expected) <= 1e-8
 
 
-def test_the_rule_that_ended_a_run_is_named():
+def test_rule_that_ended_a_run_is_named():
+    """The rule that ended a run is named."""
     network, noise, sampler = setting(2, 50)
     for stop, name in [
         (px.stopping.rounds(3), "rounds(limit=3)"),
@@ -369,7 +378,8 @@ def test_one_rule_serves_many_solves_and_forgets_them():
         assert not (rule._last if isinstance(rule, px.stopping.error_below) else rule._seen)
 
 
-def test_a_settled_preview_is_close_to_the_sample():
+def test_accepted_preview_is_close_to_the_sample():
+    """A settled preview is close to the sample."""
     network, noise, sampler = setting(4, 100)
     expected = px.sample(network, noise, sampler, px.Sequential()).x
     early = px.sample(network, noise, sampler, px.Anderson(), tolerance=1e-9, stop=px.stopping.preview_settled())
@@ -440,7 +450,8 @@ def test_what_is_no_sampler_is_said(sampler):
         px.sample(network, noise, sampler, px.Picard())
 
 
-def test_the_floor_is_what_the_network_makes_of_its_batch_and_no_tolerance_goes_below_it():
+def test_floor_is_what_the_network_makes_of_its_batch():
+    """The floor is what the network makes of its batch and no tolerance goes below it."""
     sampler, noise = problems.sampler("ddpm", 20), problems.noise(2)
     network = problems.network("power law", "ddpm")
 

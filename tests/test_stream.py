@@ -49,7 +49,8 @@ def test_64_samples_through_8_rows_are_those_of_one_batch_and_rounds_are_full(so
     assert found.evaluations <= ROWS * found.rounds <= 1.05 * found.evaluations + ROWS * STEPS / 2
 
 
-def test_a_stream_asks_for_jobs_when_there_is_room_and_yields_samples_as_they_are_finished():
+def test_stream_asks_for_jobs_when_there_is_room():
+    """A stream asks for jobs when there is room and yields samples as they are finished."""
     sampler, network, asked = px.SAMPLERS["ddpm"](steps=STEPS), Counted(), []
 
     def jobs():
@@ -89,7 +90,8 @@ def test_sample_takes_an_iterator_and_returns_its_samples_in_order():
     assert found.converged
 
 
-def test_law_exact_solvers_stream_with_a_random_stream_for_each_sample():
+def test_exact_solvers_stream_with_a_random_stream_for_each_sample():
+    """Law exact solvers stream with a random stream for each sample."""
     sampler, solver = px.SAMPLERS["ddpm"](steps=STEPS), px.Speculative(window=8)
     jobs = [px.Job(NOISE[0], None, seeded(number % 3)) for number in range(6)]
     found = px.sample(EXACT, jobs, sampler, solver, rows_per_round=ROWS)
@@ -135,7 +137,8 @@ def test_many_samples_share_one_memory_that_grows():
     torch.testing.assert_close(streamed.x, batch.x, rtol=1e-4, atol=1e-5)
 
 
-def test_the_noise_of_a_sample_with_its_own_generator_is_drawn_when_it_begins():
+def test_noise_of_a_sample_with_its_own_generator_is_drawn_when_it_begins():
+    """The noise of a sample with its own generator is drawn when it begins."""
     generators = [seeded(number) for number in range(COUNT)]
 
     def interrupted(u, t):
@@ -148,7 +151,8 @@ def test_the_noise_of_a_sample_with_its_own_generator_is_drawn_when_it_begins():
     assert drawn == [True] * ROWS + [False] * (COUNT - ROWS)
 
 
-def test_a_stream_that_has_ended_is_gone_with_its_memory():
+def test_stream_that_has_ended_is_gone_with_its_memory():
+    """A stream that has ended is gone with its memory."""
     gc.collect()
     gc.disable()
     try:
@@ -167,7 +171,8 @@ def test_a_stream_that_has_ended_is_gone_with_its_memory():
         gc.enable()
 
 
-def test_an_output_that_is_not_finite_is_named_by_its_job():
+def test_output_that_is_not_finite_is_named_by_its_job():
+    """An output that is not finite is named by its job."""
     network = Counted()
 
     def broken(u, t):

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept conte
 
 
 @pytest.mark.parametrize("name", zoo.PIPELINES)
-def test_a_pipeline_gives_the_same_bits_twice_and_its_networks_matter(name):
+def test_pipeline_gives_the_same_bits_twice_and_its_networks_matter(name):
+    """A pipeline gives the same bits twice and its networks matter."""
     x = zoo.run(*zoo.make(name))
     same, calls = zoo.watched(name, "plain", 1.0)
     assert torch.equal(x, same)
@@ -41,7 +42,8 @@ def test_every_option_changes_the_sample_but_for_those_that_only_look(name):
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "z_image", "dit"])
-def test_a_batch_holds_different_samples_and_a_list_of_generators_draws_each_from_its_own(name):
+def test_batch_holds_different_samples(name):
+    """A batch holds different samples and a list of generators draws each from its own."""
     three = zoo.run(*zoo.make(name, "three prompts"))
     listed = zoo.run(*zoo.make(name, "generator list"))
     assert len(three) == len(listed) == 3
@@ -67,7 +69,8 @@ def test_both_experts_are_called():
     assert called == sorted(called)
 
 
-def test_a_text_runs_through_the_text_encoder():
+def test_text_runs_through_the_text_encoder():
+    """A text runs through the text encoder."""
     pipe, call = zoo.make("stable_diffusion", "text")
     lengths = []
     pipe.text_encoder.register_forward_hook(lambda net, told, out: lengths.append(out[0].shape[1]))
@@ -89,7 +92,8 @@ def test_weights_are_the_same_in_every_dtype_up_to_rounding(dtype, near):
     assert zoo.change(x, zoo.run(*zoo.make("stable_diffusion_3", "given latents"))) < near
 
 
-def test_a_build_and_a_run_leave_the_random_state_alone():
+def test_build_and_a_run_leave_the_random_state_alone():
+    """A build and a run leave the random state alone."""
     before = torch.get_rng_state()
     zoo.run(*zoo.make("flux", "no generator"))
     assert torch.equal(before, torch.get_rng_state())

@@ -98,9 +98,9 @@ def _hooks(cond: dict[str, Any]) -> list[Any]:
     return getattr(cond.get("hooks"), "hooks", [])
 
 
-def _progress(settled: int, count: int) -> None:
+def _progress(accepted: int, steps: int) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
-    comfy.utils.ProgressBar(count).update_absolute(settled, count)
+    comfy.utils.ProgressBar(steps).update_absolute(accepted, steps)
 
 
 class ParallelSampler:

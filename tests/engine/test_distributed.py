@@ -74,7 +74,8 @@ def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path)
     assert all(sorted(own) == [5, 5, 6] for own in whole)
 
 
-def test_a_pipeline_on_three_ranks_has_identical_bits_and_the_result_of_one_process(tmp_path):
+def test_pipeline_on_three_ranks_has_identical_bits(tmp_path):
+    """A pipeline on three ranks has identical bits and the result of one process."""
     found = finished("pipeline", tmp_path, 3)
     pipe, call = zoo.make("stable_diffusion_3")
     report = pipelines.enable(pipe, px.Secant(window=6), tolerance=1e-4)
@@ -111,7 +112,8 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert found["afterwards"] == "no error"
 
 
-def test_an_interrupted_rank_returns_its_estimates_and_the_others_end_at_once(tmp_path):
+def test_interrupted_rank_returns_its_estimates_and_the_others_end_at_once(tmp_path):
+    """An interrupted rank returns its estimates and the others end at once."""
     found = finished("interrupted", tmp_path, 2)
     for name in ("network", "between", "stream"):
         assert found[1][name] == ["interrupted"] * 2
@@ -121,14 +123,16 @@ def test_an_interrupted_rank_returns_its_estimates_and_the_others_end_at_once(tm
     assert all(one["seconds"] < 30 for one in found)
 
 
-def test_the_network_may_be_sharded_along_another_dimension_of_the_mesh(tmp_path):
+def test_network_may_be_sharded_along_another_dimension_of_the_mesh(tmp_path):
+    """The network may be sharded along another dimension of the mesh."""
     found = finished("tensors", tmp_path, 4)
     assert all(torch.equal(one["x"], found[0]["x"]) for one in found)
     assert near(found[0]["x"], ranks.draw(None).x)
 
 
 @pytest.mark.parametrize("case", ["killed", "hanging"])
-def test_a_rank_that_is_lost_ends_the_others_with_its_name(case, tmp_path):
+def test_rank_that_is_lost_ends_the_others_with_its_name(case, tmp_path):
+    """A rank that is lost ends the others with its name."""
     processes = started(case, tmp_path, 3)
     try:
         errors = {rank: processes[rank].communicate(timeout=120)[1] for rank in (0, 2)}

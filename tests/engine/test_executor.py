@@ -47,7 +47,8 @@ def cudnn():
 
 
 @pytest.mark.parametrize("fail", [cuda, cpu, python, cudnn])
-def test_a_call_that_runs_out_of_memory_is_halved_and_the_limit_kept(fail):
+def test_call_that_runs_out_of_memory_is_halved_and_the_limit_kept(fail):
+    """A call that runs out of memory is halved and the limit kept."""
     network = Memory(5, fail)
     execute = Executor(lambda own: network(own.x))
     asked = rows(100)
@@ -58,7 +59,8 @@ def test_a_call_that_runs_out_of_memory_is_halved_and_the_limit_kept(fail):
     assert set(network.sizes) == {3, 1}
 
 
-def test_a_solve_backs_off_without_changing_its_result():
+def test_solve_backs_off_without_changing_its_result():
+    """A solve backs off without changing its result."""
     noise, sampler = problems.noise(3), px.samplers.ddpm(steps=40)
     for solver in (px.Picard(), px.Secant(window=16)):
         free, tight = Memory(10**9, cuda), Memory(7, cuda)
@@ -80,7 +82,9 @@ def test_without_memory_for_one_row_it_is_said():
     assert network.failed == 2
 
 
-def test_an_error_that_is_not_about_memory_is_left_alone():
+def test_error_that_is_not_about_memory_is_left_alone():
+    """An error that is not about memory is left alone."""
+
     def broken(own):
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -127,14 +131,16 @@ def test_outputs_may_lie_in_memory_that_the_next_call_writes_to(limits):
     assert torch.equal(Executor(replayed, **limits)(asked), torch.tanh(asked.x))
 
 
-def test_an_output_of_another_form_is_refused_and_not_spread_over_the_rows_of_a_call():
+def test_output_of_another_form_raises_and_not_spread_over_the_rows_of_a_call():
+    """An output of another form is refused and not spread over the rows of a call."""
     with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected that of its input, \(2, 3\)"):
         Executor(lambda own: own.x[:1], max_rows=2)(rows(4))
     with pytest.raises(px.OutputError, match=r"returned the shape \(1, 3\), expected that of its input, \(4, 3\)"):
         Executor(lambda own: own.x[:1], buckets=(4,))(rows(1))
 
 
-def test_the_clock_waits_for_the_device_of_the_rows(monkeypatch):
+def test_clock_waits_for_the_device_of_the_rows(monkeypatch):
+    """The clock waits for the device of the rows."""
     waited = []
     monkeypatch.setattr(torch.cpu, "synchronize", waited.append)
     seconds_of(lambda: waited.append("call"), torch.device("cpu", 1))
@@ -160,7 +166,8 @@ def test_limits_are_at_least_one(option, value):
         Executor(lambda own: own.x, **{option: value})
 
 
-def test_buckets_that_are_all_larger_than_the_limit_are_refused():
+def test_buckets_that_are_all_larger_than_the_limit_raise():
+    """Buckets that are all larger than the limit are refused."""
     with pytest.raises(ValueError, match=r"smallest of buckets=\(4, 8\) must be at most max_rows=3"):
         Executor(lambda own: own.x, max_rows=3, buckets=(4, 8))
 

@@ -79,7 +79,8 @@ READS += [
 
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize(("solver", "name", "reads"), READS, ids=str)
-def test_the_host_waits_for_the_device_once_a_round(solver, name, reads, count):
+def test_host_waits_for_the_device_once_a_round(solver, name, reads, count):
+    """The host waits for the device once a round."""
     sampler, rounds = px.SAMPLERS[name](steps=30), []
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
     table = sampler.recurrence(problems.noise(count), problems.generators(count))

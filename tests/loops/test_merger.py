@@ -20,7 +20,9 @@ from parataxis.loops.batch import Merging
 from parataxis.parallel import parallel
 
 
-def test_rounds_are_merged_calls_and_memory_that_runs_out_makes_them_smaller():
+def test_out_of_memory_halves_batches():
+    """Rounds are merged calls and memory that runs out makes them smaller."""
+
     class Small(Net):
         def forward(self, x, t, condition=None):
             if len(x) > 12:
@@ -39,7 +41,9 @@ def test_rounds_are_merged_calls_and_memory_that_runs_out_makes_them_smaller():
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")])
 @pytest.mark.parametrize("room", [4, 6, 8, 16])
-def test_memory_that_runs_out_when_layouts_are_tried_leaves_smaller_calls_or_the_loop_itself(room, error):
+def test_out_of_memory_while_layouts_are_tried(room, error):
+    """Memory that runs out when layouts are tried leaves smaller calls or the loop itself."""
+
     class Small(Net):
         def forward(self, x, t, condition=None):
             if len(x) > room:
@@ -63,7 +67,9 @@ def test_memory_that_runs_out_when_layouts_are_tried_leaves_smaller_calls_or_the
             assert run.report.peak_rows == room
 
 
-def test_a_layout_is_not_given_up_for_ever_because_memory_ran_out():
+def test_layout_is_tried_again_after_out_of_memory():
+    """A layout is not given up for ever because memory ran out."""
+
     class Small(Net):
         room = 2
 
@@ -83,7 +89,9 @@ def test_a_layout_is_not_given_up_for_ever_because_memory_ran_out():
     assert run.report.mode == "recurrence"
 
 
-def test_no_memory_for_the_loop_itself_is_an_error():
+def test_out_of_memory_for_single_calls_raises():
+    """No memory for the loop itself is an error."""
+
     class None_(Net):
         def forward(self, x, t, condition=None):
             raise torch.OutOfMemoryError("no room")
@@ -92,7 +100,9 @@ def test_no_memory_for_the_loop_itself_is_an_error():
         parallel(ddim, denoisers=[net := None_()])(net)
 
 
-def test_rows_that_look_at_their_partner_of_the_same_sample_stay_partners():
+def test_guidance_rows_stay_together():
+    """Rows that look at their partner of the same sample stay partners."""
+
     class Perturbed(Net):
         def forward(self, x, t, condition=None):
             first, second = super().forward(x, t, condition).chunk(2)
@@ -103,7 +113,9 @@ def test_rows_that_look_at_their_partner_of_the_same_sample_stay_partners():
     assert run.report.peak_rows == 3 * 2 * 8
 
 
-def test_rows_that_look_at_other_samples_are_never_torn_apart():
+def test_rows_that_read_other_samples_stay_together():
+    """Rows that look at other samples are never torn apart."""
+
     class Mixing(Net):
         def forward(self, x, t, condition=None):
             output = super().forward(x, t, condition)
@@ -169,7 +181,8 @@ UNMERGED = {
 
 
 @pytest.mark.parametrize("name", UNMERGED)
-def test_a_loop_whose_calls_cannot_be_merged_runs_sequentially_and_says_why(name):
+def test_calls_that_cannot_be_batched_run_sequentially(name):
+    """A loop whose calls cannot be merged runs sequentially and says why."""
     make, loop, reason = UNMERGED[name]
     net = make()
     torch.manual_seed(0)
@@ -184,7 +197,8 @@ def test_a_loop_whose_calls_cannot_be_merged_runs_sequentially_and_says_why(name
         assert len(net.rows) - before <= most
 
 
-def test_what_is_returned_may_be_overwritten_by_the_next_call():
+def test_outputs_may_be_overwritten_by_the_next_call():
+    """What is returned may be overwritten by the next call."""
     buffers = {}
 
     class Static(Net):
@@ -202,7 +216,9 @@ def test_what_is_returned_may_be_overwritten_by_the_next_call():
         assert run.report.calls == run.report.rounds + 1
 
 
-def test_a_network_that_changes_between_calls_is_found_out_by_one_call_more():
+def test_changed_network_is_detected_by_one_more_call():
+    """A network that changes between calls is found out by one call more."""
+
     class Changing(Mixing):
         mixing = False
         within = False
@@ -275,7 +291,9 @@ def test_times_keep_the_bits_of_double_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_users_default_device_does_not_matter(dtype):
+def test_users_default_device_does_not_matter(dtype):
+    """The users default device does not matter."""
+
     class Scaling(nn.Module):
         def forward(self, x, t):
             return (0.7 * x + torch.tanh(x.roll(1, 1))) * (1 - t / 2000)
@@ -324,7 +342,9 @@ def test_condition_channels_and_tokens_beside_the_state_are_no_part_of_it():
         assert run.report.peak_rows == 16
 
 
-def test_networks_that_compute_in_fewer_bits_than_they_are_given_are_merged():
+def test_networks_with_fewer_bits_than_their_input_are_batched():
+    """Networks that compute in fewer bits than they are given are merged."""
+
     class Rough(Net):
         """Like a float16 network in float32 clothes: batches of another size round another way."""
 

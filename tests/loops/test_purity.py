@@ -95,7 +95,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_solved_in_parallel_runs_sequentially_and_says_why(name):
+def test_unsupported_loops_run_sequentially(name):
+    """What cannot be solved in parallel runs sequentially and says why."""
     make, loop, reason = REFUSED[name]
     net = make()
     torch.manual_seed(0)
@@ -179,7 +180,8 @@ class Hidden(Noisy):
 
 
 @pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
-def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was_in(make):
+def test_stateful_network_runs_sequentially_from_its_state(make):
+    """A network that keeps state runs sequentially from the state that it was in."""
     torch.manual_seed(0)
     expected = ddim(make())
     run = parallel(ddim, denoisers=[net := make()])
@@ -188,7 +190,8 @@ def test_a_network_that_keeps_state_runs_sequentially_from_the_state_that_it_was
         assert torch.equal(run(net), expected)
 
 
-def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentially():
+def test_attributes_set_by_the_loop_are_restored_before_it_runs_sequentially():
+    """What a loop has set on its network is put back before it runs sequentially."""
     net = Net()
     net.activation = torch.tanh
 
@@ -203,12 +206,15 @@ def test_what_a_loop_has_set_on_its_network_is_put_back_before_it_runs_sequentia
     assert net.activation is torch.tanh
 
 
-def test_a_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
+def test_network_that_answers_the_same_input_in_different_ways_runs_sequentially():
+    """A network that answers the same input in different ways runs sequentially."""
     with pytest.warns(RuntimeWarning, match="answers the same input in different ways"):
         parallel(ddim, denoisers=[net := Hidden()])(net)
 
 
-def test_large_tensors_that_a_network_has_written_to_are_told_of():
+def test_large_tensors_written_by_the_network_are_warned_about():
+    """Large tensors that a network has written to are told of."""
+
     class Adding(Net):
         def __init__(self):
             super().__init__()
@@ -237,7 +243,8 @@ def test_tables_that_fill_in_on_the_first_call_are_no_state():
     assert run.report.mode == "recurrence"
 
 
-def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
+def test_generators_of_other_devices_are_restored(monkeypatch):
+    """Generators of other devices are seen and put back."""
     device = torch.Generator()  # stands for a device's own
     monkeypatch.setattr(torch.cuda, "default_generators", (device,))
 
@@ -267,7 +274,9 @@ def test_generators_of_other_devices_are_seen_and_put_back(monkeypatch):
         parallel(ddim, denoisers=[encoder])(encoder)
 
 
-def test_a_network_put_in_training_mode_later_is_tried_again():
+def test_network_put_in_training_mode_later_is_tried_again():
+    """A network put in training mode later is tried again."""
+
     class Dropout(Net):
         def forward(self, x, t):
             return torch.dropout(super().forward(x, t), 0.1, self.training)
@@ -281,7 +290,9 @@ def test_a_network_put_in_training_mode_later_is_tried_again():
         run(net)
 
 
-def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
+def test_loop_that_ends_when_its_network_says_so_runs_sequentially():
+    """A loop that ends when its network says so runs sequentially."""
+
     def loop(net):
         x = torch.randn(2, DIM)
         for t, a, s, b, r in steps(20):
@@ -303,7 +314,9 @@ def test_a_loop_that_ends_when_its_network_says_so_runs_sequentially():
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_a_loop_whose_network_makes_it_longer_says_so(large):
+def test_loop_whose_network_makes_it_longer_says_so(large):
+    """A loop whose network makes it longer says so."""
+
     def loop(net):
         x, i = torch.randn(2, DIM), 0
         while i < 40:
@@ -318,7 +331,8 @@ def test_a_loop_whose_network_makes_it_longer_says_so(large):
             run(net)
 
 
-def test_a_loop_that_does_not_call_its_denoiser_says_so():
+def test_loop_that_does_not_call_its_denoiser_says_so():
+    """A loop that does not call its denoiser says so."""
     net, other = Net(), nn.Linear(2, 2)
     torch.manual_seed(0)
     expected = ddim(net)

@@ -27,7 +27,8 @@ from parataxis.loops.runner import LoopRunner
 from parataxis.parallel import parallel
 
 
-def test_the_random_state_afterwards_is_that_of_the_sequential_loop():
+def test_random_state_afterwards_is_that_of_the_sequential_loop():
+    """The random state afterwards is that of the sequential loop."""
     net = Net()
     hidden = torch.Generator()
     numbers, dice = np.random.default_rng(0), random.Random(0)
@@ -65,7 +66,8 @@ def test_the_random_state_afterwards_is_that_of_the_sequential_loop():
         assert run.report.mode == "recurrence"
 
 
-def test_the_one_module_that_a_function_can_see_is_its_denoiser():
+def test_one_module_that_a_function_can_see_is_its_denoiser():
+    """The one module that a function can see is its denoiser."""
     net = Net()
     torch.manual_seed(0)
     expected = ddim(net)
@@ -111,7 +113,9 @@ def test_containers_that_the_network_empties_are_full_at_every_evaluation():
     assert run.report.peak_rows > 2
 
 
-def test_what_the_loop_sets_on_its_network_holds_for_all_evaluations_and_is_put_back():
+def test_attributes_set_by_the_loop_hold_for_all_evaluations():
+    """What the loop sets on its network holds for all evaluations and is put back."""
+
     class Modal(Net):
         def __init__(self):
             super().__init__()
@@ -153,7 +157,8 @@ def test_other_modules_run_once_before_the_loop_and_once_after_it():
     assert decoder.rows == [2]
 
 
-def test_a_module_along_the_way_that_does_not_depend_on_outputs_is_remembered():
+def test_module_that_does_not_depend_on_outputs_is_memoized():
+    """A module along the way that does not depend on outputs is remembered."""
     net, encoder = Net(), Net()
 
     def loop():
@@ -172,7 +177,9 @@ def test_a_module_along_the_way_that_does_not_depend_on_outputs_is_remembered():
     assert run.report.rounds < 20
 
 
-def test_a_network_that_feeds_another_runs_in_front_of_it():
+def test_network_that_feeds_another_runs_in_front_of_it():
+    """A network that feeds another runs in front of it."""
+
     class Control(Net):
         def forward(self, x, t):
             return [super().forward(x, t), torch.tanh(x)]
@@ -257,7 +264,9 @@ def test_states_of_few_elements_are_recorded_more_often():
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_the_default_device_is_not_where_the_library_draws():
+def test_default_device_is_not_where_the_library_draws():
+    """The default device is not where the library draws."""
+
     class Plain(nn.Module):
         def forward(self, x):
             return 0.7 * x + torch.tanh(x.roll(1, 1))
@@ -301,7 +310,8 @@ def test_errors_of_the_loop_pass_through_and_leave_nothing_behind():
     assert relative(run(net, False), expected) <= 1e-2
 
 
-def test_one_parallel_loop_within_another_is_refused():
+def test_parallel_loop_within_another_raises():
+    """One parallel loop within another is refused."""
     net = Net()
     inner = parallel(ddim, denoisers=[net])
     with pytest.raises(RuntimeError, match="loops that share modules"):
@@ -334,7 +344,8 @@ def test_another_thread_calls_the_network_itself():
     assert torch.equal(found[0], expected)
 
 
-def test_a_second_thread_with_the_same_module_is_refused_and_no_stub_stays():
+def test_second_thread_with_the_same_module_raises():
+    """A second thread with the same module is refused and no stub stays."""
     net, encoder, errors = Net(), Net(), []
 
     def beside(run):
@@ -365,7 +376,8 @@ def test_a_second_thread_with_the_same_module_is_refused_and_no_stub_stays():
     assert not any("_compiled_call_impl" in one.__dict__ for one in (net, other, encoder))
 
 
-def test_a_shared_denoiser_serves_another_loop_between_calls():
+def test_shared_denoiser_serves_another_loop_between_calls():
+    """A shared denoiser serves another loop between calls."""
     net = Net()
     torch.manual_seed(0)
     expected = ddim(net)
@@ -376,7 +388,8 @@ def test_a_shared_denoiser_serves_another_loop_between_calls():
 
 
 @pytest.mark.parametrize("name", ["ddim", "clipped", "a loop that is refused"])
-def test_what_a_call_holds_is_let_go_without_the_garbage_collector(name):
+def test_runner_is_freed_without_the_garbage_collector(name):
+    """What a call holds is let go without the garbage collector."""
     loop = LOOPS.get(name, with_gradients)
     run = parallel(loop, denoisers=[net := Net()])
 

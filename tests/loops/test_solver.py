@@ -24,7 +24,8 @@ from parataxis.parallel import parallel
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_through_the_stub(name):
+def test_window_one_is_the_sequential_loop_to_the_bit(name):
+    """Window one is the sequential loop to the bit and every output came through the stub."""
     net = Net()
     expected, result, run = both(LOOPS[name], net, px.Secant(window=1))
     report = run.report
@@ -40,8 +41,9 @@ def test_window_one_is_the_sequential_loop_to_the_bit_and_every_output_came_thro
     assert run.loop.layouts == {}
 
 
-def test_a_sample_that_is_scaled_at_the_end_is_as_exact_as_one_that_is_not():
+def test_sample_that_is_scaled_at_the_end_is_as_exact_as_one_that_is_not():
     # A decoder wants latents of another size; the tolerance is relative to whatever it is given.
+    """A sample that is scaled at the end is as exact as one that is not."""
     one, scaled = (both(lambda net, scale=scale: scale * guided_loop(net), Net()) for scale in (1.0, 8.0))
     assert scaled[2].report.rounds == one[2].report.rounds
     assert relative(*scaled[:2]) <= 1.01 * relative(*one[:2]) + 1e-6
@@ -61,7 +63,8 @@ def test_with_tolerance_zero_the_result_is_sequential(name):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_the_default_tolerance_is_certified(name):
+def test_default_tolerance_is_kept(name):
+    """The default tolerance is certified."""
     expected, result, run = both(LOOPS[name], Net())
     assert run.report.converged
     assert run.report.error_estimate <= 1e-2
@@ -95,7 +98,8 @@ def jittered(net, seed):
 
 
 @pytest.mark.parametrize("grown", [0.1, 0.3, 1.0])
-def test_the_floor_is_what_rounding_makes_of_the_loop_itself(grown):
+def test_floor_is_what_rounding_makes_of_the_loop_itself(grown):
+    """The floor is what rounding makes of the loop itself."""
     net = Net()
 
     def loop(net):
@@ -111,7 +115,8 @@ def test_the_floor_is_what_rounding_makes_of_the_loop_itself(grown):
     assert min(moved) / 2.5 <= run.report.floor <= 2.5 * max(moved)
 
 
-def test_the_loop_itself_runs_five_times_at_first_and_twice_from_the_second_call_on():
+def test_loop_itself_runs_five_times_at_first_and_twice_from_the_second_call_on():
+    """The loop itself runs five times at first and twice from the second call on."""
     net = Net()
     run = parallel(lambda net: ddim(net, predict=guided), denoisers=[net])
     for seed, passes in ((0, 5), (1, 2), (2, 2)):
@@ -123,7 +128,8 @@ def test_the_loop_itself_runs_five_times_at_first_and_twice_from_the_second_call
         assert run.report.mode == "recurrence"
 
 
-def test_a_loop_whose_coefficients_changed_behind_its_arguments_is_still_right():
+def test_loop_whose_coefficients_changed_behind_its_arguments_is_still_right():
+    """A loop whose coefficients changed behind its arguments is still right."""
     net, scale = Net(), [3.0]
 
     def loop(net):
@@ -143,7 +149,9 @@ def test_a_loop_whose_coefficients_changed_behind_its_arguments_is_still_right()
         assert run.report.converged
 
 
-def test_learned_variances_are_held_where_they_are_dropped_and_replayed_where_they_are_used():
+def test_learned_variances_are_replayed_where_they_are_used():
+    """Learned variances are held where they are dropped and replayed where they are used."""
+
     def dropped(net, x, t):
         return net(x, t)[:, :DIM]
 
@@ -159,7 +167,9 @@ def test_learned_variances_are_held_where_they_are_dropped_and_replayed_where_th
         assert relative(result, expected) <= 1e-3
 
 
-def test_two_live_inputs_are_solved_together():
+def test_two_state_inputs_are_solved_together():
+    """Two live inputs are solved together."""
+
     class Pair(Net):
         def forward(self, x, y, t):
             one, two = super().forward(x, t), super().forward(y, t)
@@ -177,7 +187,9 @@ def test_two_live_inputs_are_solved_together():
     assert run.report.rounds < 20
 
 
-def test_a_mask_over_the_state_is_replayed():
+def test_mask_over_the_state_is_replayed():
+    """A mask over the state is replayed."""
+
     def loop(net):
         known, mask = torch.linspace(-1, 1, DIM), (torch.arange(DIM) < DIM // 2).float()
         x = torch.randn(2, DIM)
@@ -192,7 +204,8 @@ def test_a_mask_over_the_state_is_replayed():
     assert run.report.mode == "replay"
 
 
-def test_a_second_stage_of_another_shape_follows_the_first():
+def test_second_stage_of_another_shape_follows_the_first():
+    """A second stage of another shape follows the first."""
     first, second = Net(), Net(2 * DIM)
 
     def loop(first, second):
@@ -213,7 +226,9 @@ def test_a_second_stage_of_another_shape_follows_the_first():
         assert run.report.rounds < 32
 
 
-def test_nothing_is_claimed_below_a_floor_above_the_tolerance():
+def test_error_estimate_is_at_least_a_floor_above_the_tolerance():
+    """Nothing is claimed below a floor above the tolerance."""
+
     class Rough(Net):
         """Its output depends on what lies below the rounding of its input."""
 
@@ -225,7 +240,8 @@ def test_nothing_is_claimed_below_a_floor_above_the_tolerance():
     assert "moves the result by more than the tolerance" in str(run.report)
 
 
-def test_a_loop_remembers_its_latest_calls_only():
+def test_loop_remembers_its_latest_calls_only():
+    """A loop remembers its latest calls only."""
     run = parallel(lambda net, seed: ddim(net, count=9), denoisers=[net := Net()])
     for seed in range(20):
         run(net, seed)
@@ -236,7 +252,8 @@ def test_a_loop_remembers_its_latest_calls_only():
     assert run.report.passes == 5
 
 
-def test_a_loop_of_more_steps_every_time_runs_sequentially():
+def test_loop_of_more_steps_every_time_runs_sequentially():
+    """A loop of more steps every time runs sequentially."""
     counts = itertools.count(20)
     run = parallel(lambda net: ddim(net, count=next(counts)), denoisers=[net := Net()])
     with pytest.warns(RuntimeWarning, match="number or the form of the denoiser's calls depends on"):
@@ -254,7 +271,8 @@ def test_short_loops_run_sequentially_and_say_so():
     assert run.report.mode == "sequential"
 
 
-def test_solvers_that_need_an_equation_say_so_of_a_loop_without_one():
+def test_solvers_that_need_a_recurrence_raise_without_one():
+    """Solvers that need an equation say so of a loop without one."""
     for solver, message in ((px.Parareal(), "needs a loop that is linear"), (px.Anderson(order=3), "truncates")):
         with pytest.raises(ValueError, match=message):
             parallel(LOOPS["clipped"], solver, denoisers=[net := Net()])(net)
@@ -285,7 +303,8 @@ def test_wrong_options_are_named():
             parallel(ddim, denoisers=wrong)
 
 
-def test_a_result_without_the_gradients_that_the_loop_itself_has_is_told_of():
+def test_result_without_gradients_is_warned_about():
+    """A result without the gradients that the loop itself has is told of."""
     net = Net().requires_grad_()
     assert ddim(net).requires_grad
     run = parallel(ddim, denoisers=[net])

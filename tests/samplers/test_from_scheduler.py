@@ -212,7 +212,8 @@ def draw(dtype):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options):
+def test_scheduler_is_its_own_loop_or_raises_with_the_reason(name, options):
+    """A scheduler is its own loop or is refused with the reason."""
     sampler = attempt(name, options)
     if sampler is None:
         with pytest.raises((ValueError, NotImplementedError)):
@@ -251,7 +252,8 @@ def test_a_scheduler_is_its_own_loop_or_is_refused_with_the_reason(name, options
     assert solved.converged
 
 
-def test_the_page_is_what_reading_says():
+def test_page_is_what_reading_says():
+    """The page is what reading says."""
     made = re.search(r"diffusers ([\d.]+):", PAGE.read_text()).group(1)
     if made != diffusers.__version__:
         pytest.skip(f"the page is of diffusers {made}; the tests above hold for {diffusers.__version__} as well")
@@ -369,7 +371,8 @@ def test_one_or_two_steps_are_read(name, steps):
     assert problems.relative(result.x, expected) <= 1e-6
 
 
-def test_a_thousand_steps_are_read():
+def test_thousand_steps_are_read():
+    """A thousand steps are read."""
     scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
     scheduler.set_timesteps(1000)
 
@@ -390,7 +393,8 @@ def test_a_thousand_steps_are_read():
 @pytest.mark.parametrize(
     "name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"]
 )
-def test_a_loop_that_starts_in_the_middle_is_read(name):
+def test_loop_that_starts_in_the_middle_is_read(name):
+    """A loop that starts in the middle is read."""
     scheduler, _ = make(name, {})
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(4)  # as pipelines do that start from an image
@@ -468,12 +472,14 @@ def test_any_object_with_timesteps_and_a_step_can_be_read():
         (plain(lambda f, x, g: x + f, step_index=3), "has taken 3 steps already"),
     ],
 )
-def test_what_is_not_a_table_is_refused_with_the_reason(scheduler, message):
+def test_what_is_not_a_table_raises_with_the_reason(scheduler, message):
+    """What is not a table is refused with the reason."""
     with pytest.raises(ValueError, match=message):
         px.from_scheduler(scheduler)
 
 
-def test_an_option_out_of_range_is_among_what_is_to_blame():
+def test_option_out_of_range_is_among_what_is_to_blame():
+    """An option out of range is among what is to blame."""
     scheduler, _ = make("DDIMScheduler", {"clip_sample": False})
     with pytest.raises(ValueError, match=r"NaN or Inf of finite outputs, with eta=5.0, prediction_type='epsilon'"):
         px.from_scheduler(scheduler, eta=5.0)
@@ -495,7 +501,8 @@ def test_what_is_no_scheduler_or_no_option_is_named():
         px.from_scheduler(Plain(), eta=1.0)
 
 
-def test_the_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
+def test_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
+    """The growth behind a window is not trusted where outputs are clipped."""
     rounds = []
     for clip in (False, True):
         scheduler = diffusers.DDIMScheduler(clip_sample=clip, clip_sample_range=100.0)  # never reached

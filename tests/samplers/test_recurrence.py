@@ -51,7 +51,8 @@ def test_dense_form_is_the_same_loop(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dense_table_has_the_local_form_it_came_from(name):
+def test_dense_table_has_the_local_form_it_came_from(name):
+    """A dense table has the local form it came from."""
     sampler, recurrence, _, outputs, _ = made(name)
     _, weight = sampler.coefficients.dense()
     again = Recurrence.from_dense(weight, recurrence.base())
@@ -78,7 +79,8 @@ def test_gain_is_the_effect_of_each_output_on_the_sample(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "flow_euler"])
-def test_coarse_step_of_one_step_is_the_step_and_with_a_constant_prediction_all_steps(name):
+def test_coarse_step_of_one_step_is_the_step(name):
+    """Coarse step of one step is the step and with a constant prediction all steps."""
     sampler, recurrence, states, outputs, _ = made(name)
     stepped = recurrence.step(states[None], outputs[None])[0]
     for i in (0, 4, sampler.steps - 1):

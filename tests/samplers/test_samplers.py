@@ -178,8 +178,9 @@ def test_clipping_and_thresholding_are_diffusers(name, clipping):
     compare(scheduler, sampler, 1e-10, stochastic=name != "ddim", **kwargs)
 
 
-def test_an_output_that_carries_a_clipped_and_an_unclipped_prediction_is_no_data_prediction():
+def test_output_that_carries_a_clipped():
     # Solvers measure the size of the data with it: with a gain of 4 they would accept errors 4 times too large.
+    """An output that carries a clipped and an unclipped prediction is no data prediction."""
     both, one = (px.samplers.ddim(px.vp(), STEPS, clip=1.0, clipped_eps=clipped) for clipped in (False, True))
     assert both.transform.gain.max() > 4
     assert both.coefficients.x0_from_input is None

@@ -63,8 +63,9 @@ def test_triangular_acceleration_beats_the_others_on_stochastic_samplers():
         assert triangular < rounds(px.Anderson(acceleration=other, **RESIDUAL), "ddpm", 100)
 
 
-def test_a_relative_ridge_does_not_fade_with_the_residual():
+def test_relative_ridge_does_not_fade_with_the_residual():
     # An absolute ridge turns into no acceleration once the differences are small against it.
+    """A relative ridge does not fade with the residual."""
     relative = rounds(px.Anderson(), "ddpm", 100, tolerance=1e-8)
     absolute = rounds(px.Anderson(ridge=1e-3, absolute=True), "ddpm", 100, tolerance=1e-8)
     assert relative <= absolute

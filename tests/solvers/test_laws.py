@@ -74,7 +74,8 @@ def test_every_query_lies_on_the_loop_within_the_width(solver, name):
 
 
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
-def test_the_same_inputs_give_the_same_bits(solver, name):
+def test_same_inputs_give_the_same_bits(solver, name):
+    """The same inputs give the same bits."""
     first, second = (problems.solve("power law", name, 25, solver, tolerance=1e-3) for _ in range(2))
     assert torch.equal(first.x, second.x)
     assert [one.history for one in first] == [one.history for one in second]
@@ -96,7 +97,8 @@ FACTOR, ROUNDING = 1.0, 1e-12
 @pytest.mark.parametrize("points", [25, 100])
 @pytest.mark.parametrize(("solver", "name"), WIDE, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem, solver, name, points):
+def test_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem, solver, name, points):
+    """The error falls with the tolerance and stays below its estimate."""
     expected = problems.reference(problem, name, points, count=4)
     worst = []
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-6):
@@ -111,7 +113,8 @@ def test_the_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem
 
 
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
-def test_a_sample_alone_is_the_sample_in_a_batch(solver, name):
+def test_sample_alone_is_the_sample_in_a_batch(solver, name):
+    """A sample alone is the sample in a batch."""
     together = problems.solve("power law", name, 25, solver, count=5, tolerance=1e-3)
     for index in range(5):
         alone = px.sample(
@@ -129,7 +132,8 @@ def test_a_sample_alone_is_the_sample_in_a_batch(solver, name):
 
 @pytest.mark.parametrize("solver", VARIANTS, ids=identify)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value):
+def test_network_that_breaks_at_a_accepted_input_is_named_by_step(solver, value):
+    """A network that breaks at a settled input is named by step."""
     good = problems.network("power law", "ddim")
     time = float(problems.sampler("ddim", 25).times[17])
 
@@ -144,7 +148,8 @@ def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value
 
 @pytest.mark.parametrize("value", [float("nan"), 1e200])
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=identify)
-def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(solver, name, value):
+def test_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(solver, name, value):
+    """A network that breaks on wrong guesses only never converges wrongly."""
     good = problems.network("power law", name)
     times = problems.sampler(name, 25).network_times(torch.float64)
     kept = px.sample(
@@ -175,7 +180,8 @@ def test_a_network_that_breaks_on_wrong_guesses_only_never_converges_wrongly(sol
 
 
 @pytest.mark.parametrize("solver", VARIANTS, ids=identify)
-def test_a_wrong_shape_type_or_dtype_is_named(solver):
+def test_wrong_shape_type_or_dtype_is_named(solver):
+    """A wrong shape type or dtype is named."""
     sampler, noise = problems.sampler("ddim", 10), problems.noise(1)
     for broken, message in [
         (

@@ -59,7 +59,8 @@ def error(x, y):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_same_error_takes_no_more_rounds_and_evaluations_than_paradigms_needs(parts, name):
+def test_same_error_takes_no_more_rounds_and_evaluations_than_paradigms_needs(parts, name):
+    """The same error takes no more rounds and evaluations than paradigms needs."""
     plain, theirs = both(parts, name)
     expected = draw(parts, plain)
     ours = px.parallel(plain, px.Secant(window=WINDOW))
@@ -74,7 +75,8 @@ def test_the_same_error_takes_no_more_rounds_and_evaluations_than_paradigms_need
     assert ours.report.evaluations <= evaluations
 
 
-def test_a_callback_sees_every_step_in_order_where_paradigms_crashes(parts):
+def test_callback_sees_every_step_in_order_where_paradigms_crashes(parts):
+    """A callback sees every step in order where paradigms crashes."""
     plain, theirs = both(parts, "DDIM")
     with pytest.raises(IndexError):
         paradigms(parts, theirs, 0.1, callback=lambda step, time, latents: None)
@@ -96,7 +98,8 @@ def test_a_callback_sees_every_step_in_order_where_paradigms_crashes(parts):
     [("DDIM", {"set_alpha_to_one": False}), ("DDPM", {"timestep_spacing": "linspace"})],
     ids=["the last alpha is not one", "times that are not evenly spaced"],
 )
-def test_the_scheduler_steps_as_it_does_alone_where_paradigms_steps_otherwise(parts, name, config):
+def test_scheduler_steps_as_it_does_alone_where_paradigms_steps_otherwise(parts, name, config):
+    """The scheduler steps as it does alone where paradigms steps otherwise."""
     plain, theirs = both(parts, name, **config)
     expected = draw(parts, plain)
     sample, _ = paradigms(parts, theirs, 1e-5)

@@ -137,7 +137,8 @@ def test_every_admitted_sampler_ends_at_its_own_sequential_sample(name, coarse, 
         assert result.rounds <= points
 
 
-def test_the_published_stop_test_takes_the_published_ticks():
+def test_published_stop_test_takes_the_published_ticks():
+    """The published stop test takes the published ticks."""
     for steps, expected in ((25, 20), (100, 43)):
         result = ticks(steps, 8, blocks=math.isqrt(steps), rule="srds")
         assert abs(np.mean([one.rounds for one in result]) - expected) <= 6
@@ -154,12 +155,14 @@ def test_the_published_stop_test_takes_the_published_ticks():
         assert best <= most
 
 
-def test_the_noise_of_the_block_makes_the_coarse_step_good_for_stochastic_samplers():
+def test_noise_of_the_block_makes_the_coarse_step_good_for_stochastic_samplers():
+    """The noise of the block makes the coarse step good for stochastic samplers."""
     result = ticks(100, 4, name="ddpm", blocks=10)
     assert np.mean([one.rounds for one in result]) <= 55
 
 
-def test_a_guess_replaces_the_first_sweep():
+def test_guess_replaces_the_first_sweep():
+    """A guess replaces the first sweep."""
     sampler = px.samplers.ddim(steps=49)
     network = mixture(32, 6).network(px.vp())
     noise = problems.noise(2, shape=(32,))
@@ -171,7 +174,8 @@ def test_a_guess_replaces_the_first_sweep():
     assert px.sample(network, noise, sampler, px.Parareal(), keep_trajectory=True).trajectory is None
 
 
-def test_an_early_end_returns_what_is_known_of_the_sample():
+def test_early_end_returns_what_is_known_of_the_sample():
+    """An early end returns what is known of the sample."""
     sampler, network = px.samplers.ddim(steps=50), mixture(64, 10, power=0.0).network(px.vp())
     noise = problems.noise(2, shape=(64,))
     expected = px.sample(network, noise, sampler, px.Sequential()).x
@@ -191,7 +195,8 @@ def test_an_early_end_returns_what_is_known_of_the_sample():
         assert errors[-1] <= 0.05
 
 
-def test_what_parareal_refuses_is_said_with_the_reason():
+def test_what_parareal_refuses_raises():
+    """What parareal refuses is said with the reason."""
     noise = problems.noise(1)
     for name, options, message in [
         ("heun", {}, "one-step sampler, or one earlier output that is a data prediction"),

@@ -47,7 +47,8 @@ def paradigms(network, noise, sampler, drawn, window, threshold):
 
 @pytest.mark.parametrize("window", [1, 10, 64])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_the_published_rule_is_the_published_loop(name, window):
+def test_published_rule_is_the_published_loop(name, window):
+    """The published rule is the published loop."""
     sampler = px.SAMPLERS[name](px.vp(), 50)
     network = mixture(32, 6).network(px.vp())
     noise = problems.noise(3, shape=(32,))
@@ -79,8 +80,9 @@ def test_2m_keeps_its_history_across_window_edges():
         assert problems.relative(result.x, sequential) <= 1e-7
 
 
-def test_a_change_of_zero_passes_where_the_variance_is_zero():
+def test_change_of_zero_passes_where_the_variance_is_zero():
     # v_N = 0: 0 <= 0 must pass, so the last state costs no extra round once it stands still.
+    """A change of zero passes where the variance is zero."""
     sampler = px.samplers.ddim(steps=20)
 
     def constant(x, t):
@@ -104,7 +106,8 @@ def test_no_spacing_or_training_length_is_hard_wired(spacing):
     assert problems.relative(runs[1], runs[0]) <= 1e-10
 
 
-def test_the_last_level_is_the_sampler_s_own():
+def test_last_level_is_the_sampler_s_own():
+    """The last level is the sampler s own."""
     for final in ("zero", "first"):
         sampler = px.samplers.ddim(steps=20, final=final)
         assert sampler.coefficients.sigma[-1] == (0.0 if final == "zero" else px.vp().alpha_sigma(np.zeros(1))[1][0])

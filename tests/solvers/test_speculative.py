@@ -23,7 +23,8 @@ SHORT = [solver for solver in VARIANTS if solver.window == 4]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("solver", VARIANTS, ids=repr)
-def test_a_round_settles_a_state_so_n_rounds_are_enough(solver, name):
+def test_round_settles_a_state_so_n_rounds_are_enough(solver, name):
+    """A round settles a state so n rounds are enough."""
     for points in (2, 3, 25):
         for one in problems.solve("data set", name, points, solver, count=3):
             assert one.converged
@@ -69,7 +70,8 @@ def test_every_query_lies_on_the_loop_within_the_width(solver, name):
 
 
 @pytest.mark.parametrize("solver", VARIANTS, ids=repr)
-def test_the_same_inputs_give_the_same_bits(solver):
+def test_same_inputs_give_the_same_bits(solver):
+    """The same inputs give the same bits."""
     first, second = (problems.solve("power law", "ddpm", 25, solver, keep_trajectory=True) for _ in range(2))
     assert torch.equal(first.trajectory, second.trajectory)
     assert [one.history for one in first] == [one.history for one in second]
@@ -89,7 +91,8 @@ def test_the_same_inputs_give_the_same_bits(solver):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("solver", VARIANTS, ids=repr)
-def test_a_sample_alone_is_the_sample_in_a_batch(solver, name):
+def test_sample_alone_is_the_sample_in_a_batch(solver, name):
+    """A sample alone is the sample in a batch."""
     batch = problems.solve("data set", name, 25, solver, count=4)
     for index in range(4):
         alone = px.sample(
@@ -115,7 +118,8 @@ def test_window_one_is_the_sequential_loop(solver):
         assert problems.relative(result.x, expected.x) <= 1e-12
 
 
-def test_solvers_that_are_not_exact_in_law_draw_nothing_but_the_noise():
+def test_solvers_that_are_not_exact_in_distribution_draw_nothing_but_the_noise():
+    """Solvers that are not exact in law draw nothing but the noise."""
     network, noise, sampler = problems.network("power law", "ddpm"), problems.noise(2), problems.sampler("ddpm", 25)
     first, second = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     px.sample(network, noise, sampler, px.Picard(), generator=first)
@@ -154,7 +158,8 @@ def test_rows_are_limited_and_progress_is_shown(capsys):
 
 @pytest.mark.parametrize("solver", VARIANTS, ids=repr)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value):
+def test_network_that_breaks_at_a_accepted_input_is_named_by_step(solver, value):
+    """A network that breaks at a settled input is named by step."""
     good, sampler = problems.network("power law", "ddpm"), problems.sampler("ddpm", 25)
     time = float(sampler.times[17])
 
@@ -167,7 +172,8 @@ def test_a_network_that_breaks_at_a_settled_input_is_named_by_step(solver, value
         px.sample(broken, problems.noise(2), sampler, solver, generator=problems.generators(2))
 
 
-def test_what_it_cannot_do_is_refused_with_the_reason():
+def test_what_it_cannot_do_raises_with_the_reason():
+    """What it cannot do is refused with the reason."""
     network, noise = problems.network("power law", "ddpm"), problems.noise(1)
     for name in ("ddim", "euler", "flow_euler", "heun", "dpmpp_2m"):
         with pytest.raises(ValueError, match="does not support this sampler: no step of this sampler adds noise"):
@@ -268,7 +274,8 @@ def whiteness(case, trajectory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("solver", DRAWN, ids=repr)
-def test_the_law_is_that_of_the_sequential_loop(solver, case):
+def test_law_is_that_of_the_sequential_loop(solver, case):
+    """The law is that of the sequential loop."""
     drawn, expected = draw(case, solver, 7), sequential(case)
     pair = [3, 6]
     assert energy(drawn[:, -1], expected[:, -1], 499) > 0.05
@@ -277,7 +284,8 @@ def test_the_law_is_that_of_the_sequential_loop(solver, case):
 
 
 @pytest.mark.parametrize("solver", SHORT, ids=repr)
-def test_the_law_holds_where_the_network_breaks_on_proposals(solver):
+def test_law_holds_where_the_network_breaks_on_proposals(solver):
+    """The law holds where the network breaks on proposals."""
     sampler, network = CASES["chain"]
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
@@ -316,7 +324,8 @@ def test_accepting_everything_is_found_out(case, monkeypatch):
     assert min(whiteness(case, drawn)) < 1e-3
 
 
-def test_the_noise_along_v_has_the_density_it_is_drawn_from():
+def test_noise_along_v_has_the_density_it_is_drawn_from():
+    """The noise along v has the density it is drawn from."""
     for chance, size in ((1.0, 0.1), (1.0, 2.5), (0.3, 0.7), (0.9999, 1e-3), (1.0, 1e-6), (1e-3, 3.0)):
         high = speculative._crossing(chance, size)
         assert math.isclose(chance * math.exp(-((high + size) ** 2) / 2), math.exp(-(high**2) / 2), rel_tol=1e-9)

@@ -68,7 +68,8 @@ def page():
     return "\n".join(lines)
 
 
-def test_the_page_is_what_the_solvers_say():
+def test_page_is_what_the_solvers_say():
+    """The page is what the solvers say."""
     assert PAGE.read_text() == page()
 
 
