@@ -7,8 +7,8 @@ A run that ends by its tolerance takes, with N steps and a window of W steps (at
     ln rounds = c0 + c1 x + c2 x^2 + c3 t + c4 x t + c5 n,   x = ln(W / N), t = log10(100 tolerance), n = ln(N / 100)
 
 and N (k / rounds)^g steps are accepted after k of them. A window that covers a given share of the trajectory needs a
-given number of rounds, whatever N is, once the steps are short: hence W / N, and a small c5. One curve for each solver and
-kind of sampler (``ode``: steps add no noise; ``sde``: they do). The slopes c1..c5 are common to all networks and
+given number of rounds, whatever N is, once the steps are short: hence W / N, and a small c5. One curve for each solver
+and kind of sampler (``ode``: steps add no noise; ``sde``: they do). The slopes c1..c5 are common to all networks and
 samplers, with the same weight each; c0 is that of the trained networks, as exact mixtures are easier. What networks
 differ by is taken from the trained ones, too few for one solver alone: one number for all curves.
 
