@@ -1,1 +1,1 @@
-"""The engine: carries out what solvers ask, in few calls of the network."""
+"""The engine: evaluates what solvers query, in few calls of the network, for all samples at once."""
