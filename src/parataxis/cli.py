@@ -285,28 +285,7 @@ def _sample(arguments: Sequence[str]) -> None:
         )
 
     result = solve(solver, trace=flags.trace is not None)
-    figures: dict[str, Any] = {
-        "model": model.name,
-        "sampler": sampler.name,
-        "solver": repr(result[0].solver),
-        "steps": sampler.steps,
-        "samples": flags.count,
-        "exact_in_distribution": flags.solver in EXACT_IN_DISTRIBUTION,
-        "tolerance": None if flags.solver in EXACT_IN_DISTRIBUTION else flags.tolerance,
-        "rounds": result.rounds,
-        "evaluations": _median([solution.evaluations for solution in result]),
-        "nfe_ratio": _median([solution.nfe_ratio for solution in result]),
-        "peak_width": max(solution.peak_width for solution in result),
-        "rows_per_step": 1 if flags.guidance == 1 else 2,
-        "converged": result.converged,
-        # None while it is not known, as JSON has no infinity
-        "error_estimate": max(solution.error_estimate for solution in result) if result.converged else None,
-        "relative_error": None,
-        "relative_error_worst": None,
-        "seconds": result.seconds,
-        "sequential_seconds": None,
-        "plan": None if result.plan is None else _figures(result.plan),
-    }
+    figures = _sample_figures(model, sampler, result, flags)
     if flags.compare:
         reference = solve(Sequential(), trace=False)
         figures["sequential_seconds"] = reference.seconds
@@ -334,6 +313,35 @@ def _sample(arguments: Sequence[str]) -> None:
             print(f"wrote {path}")
     if not result.converged:
         raise _Wrong(f"not every sample was finished ({result[0].reason}): what was written is the last estimate.")
+
+
+def _sample_figures(
+    model: models.Model, sampler: Sampler, result: Solutions, flags: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what is printed of a batch; errors to the sequential loop are filled in later."""
+    exact = flags.solver in EXACT_IN_DISTRIBUTION
+    return {
+        "model": model.name,
+        "sampler": sampler.name,
+        "solver": repr(result[0].solver),
+        "steps": sampler.steps,
+        "samples": flags.count,
+        "exact_in_distribution": exact,
+        "tolerance": None if exact else flags.tolerance,
+        "rounds": result.rounds,
+        "evaluations": _median([solution.evaluations for solution in result]),
+        "nfe_ratio": _median([solution.nfe_ratio for solution in result]),
+        "peak_width": max(solution.peak_width for solution in result),
+        "rows_per_step": 1 if flags.guidance == 1 else 2,
+        "converged": result.converged,
+        # None while it is not known, as JSON has no infinity
+        "error_estimate": max(solution.error_estimate for solution in result) if result.converged else None,
+        "relative_error": None,
+        "relative_error_worst": None,
+        "seconds": result.seconds,
+        "sequential_seconds": None,
+        "plan": None if result.plan is None else _figures(result.plan),
+    }
 
 
 def _median(values: Sequence[float]) -> float:
