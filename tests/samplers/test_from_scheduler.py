@@ -342,7 +342,16 @@ def test_what_is_read_is_what_is_written(cls, options, written):
     scheduler.set_timesteps(20)
     spacing = {"spacing": "trailing"} if cls is diffusers.DPMSolverMultistepScheduler else {}
     read, own = px.from_scheduler(scheduler), written(px.vp(), 20, **spacing)
-    for field in ("state_weight", "output_weight", "noise_std", "alpha", "sigma", "scale", "x0_from_input", "x0_from_output"):
+    for field in (
+        "state_weight",
+        "output_weight",
+        "noise_std",
+        "alpha",
+        "sigma",
+        "scale",
+        "x0_from_input",
+        "x0_from_output",
+    ):
         ours, theirs = getattr(read.coefficients, field), getattr(own.coefficients, field)
         assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max()), field
     assert np.allclose(read.times, own.times, atol=1e-3)
