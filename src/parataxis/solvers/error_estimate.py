@@ -43,6 +43,7 @@ REACH = (
 )
 REACH_UNKNOWN = 16.0  # in its place where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
+TELLING = 0.3  # of the largest move by which the growth of a step was measured: smaller ones measure rounding
 UNMEASURED = 1e100  # a slope error that has not been measured: the whole move may remain
 TINY = 1e-300
 

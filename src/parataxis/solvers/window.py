@@ -175,9 +175,9 @@ class Window:
         variance: (S,) mean square of the data prediction.
         error_used: (S,) error of the sample that has been accepted.
         error_carried: (S,) absolute error of the accepted state of each window.
-        known: (S, 4, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
-            largest growth that was measured, and that over the growth for Gaussian data. Of the steps lo .. lo + W - 1
-            their slopes, in the first W entries of the last row.
+        known: (S, 5, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
+            largest growth that was measured, and that over the growth for Gaussian data; their slopes, in the first W
+            entries; and the largest move, over the expected rms, by which growth was measured.
         slopes: (S, W) of the last round, or NaN.
         moves, residuals: (S, W) norms of the corrections and of the residuals of this round.
     """
@@ -244,7 +244,7 @@ class Window:
         self.variance, self.variances = np.ones(count), np.full((count, 3), np.inf)
         self.rounds = np.zeros(count, np.int64)
         # What is known of states and steps moves with the windows: one array, shifted once.
-        self.known = np.full((count, 4, 2 * width), np.nan)
+        self.known = np.full((count, 5, 2 * width), np.nan)
         self._name_known()
         self.spans = np.zeros((count, 2, self.history - 1))  # lo and hi of the rounds that are kept, the latest first
         self.evaluated_until = np.zeros(count, np.int64)

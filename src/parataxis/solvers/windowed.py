@@ -135,7 +135,11 @@ def estimate_errors(window: Window, measured: Measured) -> Estimate:
     near &= np.isfinite(grown) & np.isfinite(missed)
     known = window.known
     known[:, 0, W : 2 * W] = np.where(near, missed, known[:, 0, W : 2 * W])
-    known[:, 1, W : 2 * W] = np.where(near, np.fmax(grown, known[:, 1, W : 2 * W]), known[:, 1, W : 2 * W])
+    # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of growth.
+    size = moved / window.rms
+    telling = near & ~(size < estimates.TELLING * known[:, 4, W : 2 * W])
+    known[:, 1, W : 2 * W] = np.where(telling, np.fmax(grown, known[:, 1, W : 2 * W]), known[:, 1, W : 2 * W])
+    known[:, 4, W : 2 * W] = np.where(telling, np.fmax(size, known[:, 4, W : 2 * W]), known[:, 4, W : 2 * W])
     known[:, 2, W : 2 * W] = known[:, 1, W : 2 * W] / np.maximum(gaussian, SMALL)
     slope_errors, growth = known[:, 0, W : 2 * W], known[:, 1, W : 2 * W]
     # New steps take the largest that is known of the steps before them.
