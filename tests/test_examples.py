@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import problems
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -47,3 +49,15 @@ def test_nothing_is_left_out_of_the_version():
     import parataxis
 
     assert parataxis.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m", "flow_euler"])
+def test_own_solver_keeps_the_laws(name):
+    """The solver of the example is exact at tolerance 0, takes at most N rounds, and keeps its tolerance."""
+    solver = runpy.run_path(str(ROOT / "examples" / "own_solver.py"))["HalfSecant"]()
+    expected = problems.reference("power law", name, 25)
+    exact = problems.solve("power law", name, 25, solver, tolerance=0)
+    assert problems.relative(exact.x, expected) <= 1e-10
+    assert exact.rounds <= 25
+    loose = problems.solve("power law", name, 25, solver, tolerance=1e-2)
+    assert problems.relative(loose.x, expected) <= 1e-2

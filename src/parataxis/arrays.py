@@ -7,6 +7,7 @@ in one block of host memory, so that they cross to the device in one copy.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
-def upload(values: Array | Indices | Tensor, like: Tensor | torch.device) -> Tensor:
+def upload(values: NDArray[Any] | Tensor, like: Tensor | torch.device) -> Tensor:
     """Return numbers of the host on the device of ``like``, in its dtype if it is a tensor, without waiting for it."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     device, dtype = (like.device, like.dtype) if isinstance(like, Tensor) else (like, tensor.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices
+from ..arrays import Indices, upload
 from ..checks import check_generators, check_solver, check_tolerance, check_whole
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
@@ -77,7 +77,7 @@ class Group:
         query = self.ask()
         x, step, sample = query.x, query.step, query.sample
         if rows is not None:
-            x, step, sample = x.index_select(0, torch.from_numpy(rows).to(x.device)), step[rows], sample[rows]
+            x, step, sample = x.index_select(0, upload(rows, x.device)), step[rows], sample[rows]
         x = x.view(-1, *self.shape).to(self.dtype)
         return EvalBatch(x, torch.from_numpy(step), torch.from_numpy(self.slots[sample]))
 
@@ -88,7 +88,7 @@ class Group:
         if self.sampler is not None and self.sampler.transform is not None:
             x, step = query.x, query.step
             if share.rows is not None:
-                x, step = x.index_select(0, torch.from_numpy(share.rows).to(x.device)), step[share.rows]
+                x, step = x.index_select(0, upload(share.rows, x.device)), step[share.rows]
             outputs = self.sampler.transform(torch.from_numpy(step), x.view(outputs.shape), outputs)
         outputs = outputs.reshape(len(outputs), -1)
         if share.rows is None and not self.partial:

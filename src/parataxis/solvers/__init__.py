@@ -10,17 +10,22 @@ from .picard import Picard
 from .secant import Secant
 from .sequential import Sequential
 from .speculative import Speculative
+from .window import Measured, Window
+from .windowed import Windowed
 
 __all__ = [
     "EXACT_IN_DISTRIBUTION",
     "SOLVERS",
     "Anderson",
     "CoarseToFine",
+    "Measured",
     "Parareal",
     "Picard",
     "Secant",
     "Sequential",
     "Speculative",
+    "Window",
+    "Windowed",
 ]
 
 SOLVERS: dict[str, type[Solver]] = {

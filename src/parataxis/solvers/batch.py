@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices
+from ..arrays import Array, Indices, upload
 from ..checks import OutputError
 from ..samplers.recurrence import Recurrence
 from .base import Problem
@@ -142,8 +142,8 @@ class Batch:
                 np.broadcast_to(values, inside.shape)[inside]
                 for values in (places[:, None], self.accepted[places][:, None] + 1 + offset)
             )
-            index = torch.from_numpy(place * (self.problem.steps + 1) + step).to(states.device)
-            rows = states.reshape(-1, states.shape[2])[torch.from_numpy(np.flatnonzero(inside)).to(states.device)]
+            index = upload(place * (self.problem.steps + 1) + step, states.device)
+            rows = states.reshape(-1, states.shape[2])[upload(np.flatnonzero(inside), states.device)]
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
         self.accepted[places] += counts
         self.error[places] = error

@@ -154,13 +154,13 @@ class _Cohorts:
             numbers.append(_Order(cohort, row_of_place[first : first + count]))
             first += count
         if len(members) > 1:
-            x, step, sample = x[torch.from_numpy(place_of_row).to(x.device)], step[place_of_row], sample[place_of_row]
+            x, step, sample = x[upload(place_of_row, x.device)], step[place_of_row], sample[place_of_row]
         return Query(x, step, sample, width), numbers
 
     def advance(self, outputs: Tensor, order: Sequence[_Order]) -> None:
         """Do one tick of these cohorts."""
         for cohort, rows in order:
-            part = outputs if len(order) == 1 else outputs[torch.from_numpy(rows).to(outputs.device)]
+            part = outputs if len(order) == 1 else outputs[upload(rows, outputs.device)]
             cohort.advance(part.view(len(cohort.places), -1, outputs.shape[1]))
 
     def separate(self, places: Indices) -> None:
@@ -309,7 +309,7 @@ class _Cohort:
             self.memory[noise_slots] = folded_noise(local, self.bounds, batch.noise)
         slots = np.array([state.x for state in schedule.initial])
         levels = np.array([self.bounds[state.j] for state in schedule.initial])
-        states = like[:, None] if batch.guess is None else batch.guess[:, torch.from_numpy(levels).to(like.device)]
+        states = like[:, None] if batch.guess is None else batch.guess[:, upload(levels, like.device)]
         self.memory[upload(slots, like.device)] = states
         self.memory[upload(self.published.into, like.device)] = self.memory[upload(self.published.source, like.device)]
         batch.accept(self.places, np.zeros(len(batch), np.int64), like[:, None], self.test.error)
@@ -331,7 +331,7 @@ class _Cohort:
 
     def keep(self, rows: Indices) -> None:
         """Go on with these of the samples only."""
-        self.memory = self.memory.of(torch.from_numpy(rows).to(self.memory.rows.device))
+        self.memory = self.memory.of(upload(rows, self.memory.rows.device))
         self.places, self.test = self.places[rows], self.test.of(rows)
 
     def part(self, rows: Indices) -> _Cohort:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, read
+from ..arrays import Array, Indices, read, upload
 from .tensors import WindowTensors
 from .window import Measured, Window
 
@@ -61,10 +61,10 @@ class ReplayedWindow(Window):
         for row in np.flatnonzero(self.width):
             states = loop.states(int(self.places[row]), int(self.lo[row]) + 1, int(self.hi[row]))
             moved[row, 1 : 1 + self.width[row]] = states.to(moved)
-        inside = torch.from_numpy(self.inside).to(moved.device)
+        inside = upload(self.inside, moved.device)
         change = torch.where(inside[..., None], moved[:, 1:] - x[:, 1:], 0)
         # What the steps' own growth does not carry on stands for the residual.
-        growth = torch.from_numpy(self.growth(slopes)).to(change)
+        growth = upload(self.growth(slopes), change)
         remainder = change.clone()
         remainder[:, 1:] -= growth[:, 1:, None] * change[:, :-1]
         changes, residuals = read(torch.stack([change.square().sum(2), remainder.square().sum(2)])).reshape(

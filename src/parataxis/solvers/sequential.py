@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices
+from ..arrays import Indices, upload
 from ..checks import OutputError
 from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
@@ -41,8 +41,8 @@ class _Loop:
     def __init__(self, batch: Batch) -> None:
         local, start = batch.problem.coefficients, batch.start
         self.batch, self.lags = batch, local.lags
-        self.a = torch.from_numpy(local.state_weight).to(start)[:, None, None]
-        self.b = torch.from_numpy(local.output_weight.T.copy()).to(start)[..., None, None]
+        self.a = upload(local.state_weight, start)[:, None, None]
+        self.b = upload(local.output_weight.T.copy(), start)[..., None, None]
         self.step = np.zeros(len(batch), np.int64)
         self.u = start.clone()
         self.f = start.new_zeros(len(batch), self.lags + 1, start.shape[1])  # the last outputs, the latest first
@@ -67,7 +67,7 @@ class _Loop:
     def advance(self, places: Indices, outputs: Tensor) -> None:
         """Take one step of the samples at these places."""
         batch, steps, N = self.batch, self.step[places], self.batch.problem.steps
-        rows = slice(None) if len(places) == len(self.step) else torch.from_numpy(places).to(outputs.device)
+        rows = slice(None) if len(places) == len(self.step) else upload(places, outputs.device)
         self.evaluated = self.u
         if self.lags:
             self.f[rows, 1:] = self.f[rows, :-1].clone()
@@ -77,7 +77,7 @@ class _Loop:
         if together:
             a, b = self.a[at], self.b[:, at]
         else:
-            index = torch.from_numpy(steps).to(outputs.device)
+            index = upload(steps, outputs.device)
             a, b = self.a[index], self.b[:, index]
         if noise is None:
             u = f[:, :1] * b[0]
@@ -98,7 +98,7 @@ class _Loop:
 
     def _check(self, places: Indices, outputs: Tensor, steps: Indices) -> None:
         """Raise if an output was not finite: at once on the CPU, elsewhere every few steps and at the end."""
-        index = torch.from_numpy(places * self.largest.shape[1] + steps).to(outputs.device)
+        index = upload(places * self.largest.shape[1] + steps, outputs.device)
         norms = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
         self.largest.view(-1).index_copy_(0, index, norms)
         ends = self.step[places] == self.batch.problem.steps
@@ -130,7 +130,7 @@ def _loop(batch: Batch) -> Queries:
     while True:
         loop.adopt()
         places = np.flatnonzero(batch.active)
-        states = loop.u.clone() if len(places) == len(batch) else loop.u[torch.from_numpy(places).to(loop.u.device)]
+        states = loop.u.clone() if len(places) == len(batch) else loop.u[upload(places, loop.u.device)]
         answer = yield Query(states, loop.step[places], places, batch.active.astype(np.int64))
         if answer.sample is not None and not len(answer.sample):  # samples have ended or have been added
             continue

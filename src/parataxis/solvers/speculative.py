@@ -198,7 +198,7 @@ class Proposals:
         active = self.batch.active & ~self.batch.finished
         width = np.where(active, self.hi - self.lo, 0)
         sample, offset = np.nonzero(np.arange(self.window) < width[:, None])
-        index = torch.from_numpy(sample * self.window + offset).to(self.x.device)
+        index = upload(sample * self.window + offset, self.x.device)
         return Query(self.x.flatten(0, 1).index_select(0, index), self.lo[sample] + offset, sample, width)
 
     def move(self, tested: Tested, front: Tensor, frozen: Indices, *, alone: Flags) -> None:
@@ -211,7 +211,7 @@ class Proposals:
         stop = np.minimum(lo + self.window, self._stops[np.minimum(lo, self.steps - 1)])
         hi = np.where(going, np.where(alone, lo + 1, stop), lo)
         self.lo[places], self.hi[places] = lo, hi
-        last, index = tested.row(tested.width - 1), torch.from_numpy(places).to(front.device)
+        last, index = tested.row(tested.width - 1), upload(places, front.device)
         self._last_step[places] = tested.lo + tested.width - 1
         self._last_x.index_copy_(0, index, tested.x.flatten(0, 1).index_select(0, last))
         self._last_f.index_copy_(0, index, tested.f.flatten(0, 1).index_select(0, last))
@@ -285,7 +285,7 @@ class Tested:
         if len(places) == len(proposals.x):
             self.x = proposals.x[:, : self.length]
         else:
-            self.x = proposals.x[torch.from_numpy(places).to(outputs.device), : self.length]
+            self.x = proposals.x[upload(places, outputs.device), : self.length]
         step = np.minimum(self.lo[:, None] + np.arange(self.length), self._steps - 1)
         self._noise_std = self.batch.problem.coefficients.noise_std[step]
         self._step = step
@@ -308,7 +308,7 @@ class Tested:
             self.f = outputs.view(self.x.shape)
         else:
             self.f = torch.zeros_like(self.x)
-            inside = torch.from_numpy(np.flatnonzero(self._inside)).to(outputs.device)
+            inside = upload(np.flatnonzero(self._inside), outputs.device)
             self.f.view(-1, outputs.shape[1]).index_copy_(0, inside, outputs)
         weights = self._weights.index_select(1, upload(self._step.reshape(-1), outputs.device))
         a, b = weights.view(2, *self._step.shape, 1)
@@ -329,7 +329,7 @@ class Tested:
             row = int(np.argmin(finite[first]))
             raise self.batch.output_error(int(self.places[row]), int(self.lo[row]))
         nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
-        return outputs.index_select(0, torch.from_numpy(nearest).to(outputs.device))
+        return outputs.index_select(0, upload(nearest, outputs.device))
 
     def noise(self, step: Indices) -> Tensor:
         """Return (S, n, dim) a copy of what these steps (S, n) of the samples add."""
@@ -341,7 +341,7 @@ class Tested:
     def row(self, offset: Indices) -> Tensor:
         """Return where the steps lo + offset of the samples, (S, ..), are in (S L, dim)."""
         first = np.arange(len(self.places)).reshape(-1, *(1,) * (offset.ndim - 1)) * self.length
-        return torch.from_numpy(first + offset).to(self.x.device)
+        return upload(first + offset, self.x.device)
 
     def draw_uniforms(self) -> Array:
         """Return (S, L) numbers in (0, 1] of the samples' own random streams, one for each of their steps; else 1."""
@@ -396,11 +396,11 @@ class Tested:
         rows = np.arange(len(shift))
         unknown = np.flatnonzero((self.count == self.tests) & ~self.finite[rows, self.count])
         if len(unknown):
-            at = torch.from_numpy(unknown).to(front.device)
+            at = upload(unknown, front.device)
             front[at] = self._pick(self.x, self.count)[at]
         moved = np.flatnonzero(self.count < self.tests)
         if len(moved):
-            at = torch.from_numpy(moved).to(front.device)
+            at = upload(moved, front.device)
             front.index_add_(0, at, (proposal - stepped)[at] * upload(shift[moved, None], front))
         return front
 

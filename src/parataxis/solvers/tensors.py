@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices, Packed
+from ..arrays import Indices, Packed, upload
 from . import correction, extrapolation
 from .batch import Batch
 
@@ -152,7 +152,7 @@ class WindowTensors:
         else:
             count = self.rows()[name]
             index = (rows[:, None] * count + np.arange(count)).reshape(-1)
-        return torch.from_numpy(index).to(self.batch.start.device)
+        return upload(index, self.batch.start.device)
 
     # -- measure --------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Array, Indices, read
+from ..arrays import Array, Indices, read, upload
 from ..checks import OutputError, is_int
 from ..samplers.coefficients import Coefficients
 from ..samplers.recurrence import Recurrence
@@ -313,7 +313,7 @@ class Window:
             getattr(self, name)[rows] = {"known": np.nan, "variances": np.inf}.get(name, 0)
         lo = problem.frozen_steps
         self.lo[rows], self.evaluated_until[rows], self.variance[rows] = lo, lo, 1.0
-        places = torch.from_numpy(self.places[rows]).to(device)
+        places = upload(self.places[rows], device)
         self.tensors.clear_rows(rows)
         if batch.guess is not None:
             whole = batch.guess.index_select(0, places)
@@ -322,10 +322,10 @@ class Window:
             states = whole[:, lo : lo + width + 1]
         else:
             rms = self.tables.rms[: width + 1]
-            factors = torch.from_numpy(rms / rms[0]).to(batch.start)
+            factors = upload(rms / rms[0], batch.start)
             states = batch.start.index_select(0, places)[:, None] * factors[:, None]
         held = min(width, problem.steps - lo) + 1
-        self.tensors.x[torch.from_numpy(rows).to(device), :held] = states[:, :held]
+        self.tensors.x[upload(rows, device), :held] = states[:, :held]
         self.refresh()
 
     def frame(self) -> None:
@@ -382,7 +382,7 @@ class Window:
         widths[self.places] = chosen.sum(1)
         sample, offset = np.nonzero(chosen)
         self._chosen = sample * (self.lags + self.W) + self.lags + offset
-        index = torch.from_numpy(sample * (self.W + 1) + offset).to(self.batch.start.device)
+        index = upload(sample * (self.W + 1) + offset, self.batch.start.device)
         return Query(self.tensors.flat["x"].index_select(0, index), self.steps[chosen], self.places[sample], widths)
 
     # -- measure --------------------------------------------------------------------------------------------------
@@ -425,12 +425,12 @@ class Window:
             return
         if self.strided:
             tensors.outputs.zero_()  # between nodes something not finite may have been left
-        tensors.flat["f"].index_copy_(0, torch.from_numpy(self._chosen).to(outputs.device), outputs)
+        tensors.flat["f"].index_copy_(0, upload(self._chosen, outputs.device), outputs)
         if self.coarse.any():
             factors = extrapolation.between_nodes(
                 self.nodes(), self.inside, self.steps, self.problem.coefficients, self.tables
             )
-            by_output, by_state = (torch.from_numpy(factor).to(outputs) for factor in factors)
+            by_output, by_state = (upload(factor, outputs) for factor in factors)
             tensors.outputs.copy_(torch.bmm(by_output, tensors.outputs).baddbmm_(by_state, tensors.inputs))
 
     def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
@@ -450,7 +450,7 @@ class Window:
                 "sequential loop meets it too: check the network at that time, its dtype and its conditioning."
             )
         nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
-        outputs = outputs.index_select(0, torch.from_numpy(nearest).to(outputs.device))
+        outputs = outputs.index_select(0, upload(nearest, outputs.device))
         flags = np.ones((len(self.places), self.W), bool)
         flags[chosen] = finite
         for row in np.flatnonzero(self.coarse).tolist() if self.strided else ():
@@ -700,8 +700,8 @@ class Window:
         state = self.lo[:, None] + self.offset
         new = (state > (self.hi - entering)[:, None]) & (state <= self.hi[:, None])
         sample, at = np.nonzero(new)
-        into = torch.from_numpy(sample * (self.W + 1) + at).to(guess.device)
-        source = torch.from_numpy(self.places[sample] * guess.shape[1] + state[new]).to(guess.device)
+        into = upload(sample * (self.W + 1) + at, guess.device)
+        source = upload(self.places[sample] * guess.shape[1] + state[new], guess.device)
         self.tensors.flat["x"].index_copy_(0, into, guess.view(-1, guess.shape[2]).index_select(0, source))
 
     # -- what others look at ---------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""The error estimate, tested alone: small arrays in, numbers out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parataxis.solvers import error_estimate as estimates
+
+
+def test_nothing_remains_where_nothing_moved():
+    """An estimate of 0 means that no state moved at all."""
+    ones, zeros = np.ones((1, 4)), np.zeros((1, 4))
+    assert not estimates.local_error(ones, ones, zeros, 4.0).any()
+
+
+def test_a_state_behind_one_that_moved_has_an_error():
+    """Even if it stood still, and if the slope between them was measured without an error."""
+    moves = np.array([[0.0, 1e-3, 0.0, 0.0]])
+    left = estimates.local_error(np.zeros((1, 4)), np.ones((1, 4)), moves, 4.0)
+    assert left[0, 0] == 0
+    assert (left[0, 1:] > 0).all()
+
+
+def test_the_first_state_has_no_local_error():
+    """It comes from an accepted input."""
+    left = estimates.local_error(np.full((1, 3), 1e100), np.ones((1, 3)), np.ones((1, 3)), 4.0)
+    assert left[0, 0] == 0
+    assert np.allclose(left[0, 1:], 1)  # of the others no more than the largest move
+
+
+def test_errors_of_slopes_add_up_along_the_window():
+    """Two steps that each miss a tenth of the move of their input, with a growth of two."""
+    moves, missed, growth = np.ones((1, 3)), np.full((1, 3), 0.01), np.full((1, 3), 2.0)
+    left = estimates.local_error(missed, growth, moves, 1.0)
+    assert np.allclose(left[0], [0, 0.01, 0.03])
+
+
+def test_gain_is_measured_as_far_as_it_can_be():
+    """Up to the first step that was never measured its growth counts, behind it what may happen."""
+    gamma = np.array([[1.0, 2.0, 3.0, 1.0]])
+    measured = np.array([[True, True, True, False]])
+    reach = np.array([[50.0, 40.0, 30.0, 20.0]])
+    gain = estimates.gain_to_sample(gamma, measured, reach, np.zeros((1, 4), bool))
+    assert np.allclose(gain[0], [2 * 3 * 30, 3 * 30, 30, 20])
+
+
+def test_gain_to_the_sample_itself_is_one():
+    """A window that ends at the sample needs no guess of what lies behind it."""
+    gamma, measured = np.array([[2.0, 2.0, 2.0]]), np.ones((1, 3), bool)
+    gain = estimates.gain_to_sample(gamma, measured, np.full((1, 3), 9.0), np.array([[False, False, True]]))
+    assert np.allclose(gain[0], [4, 2, 1])
+
+
+def estimate_of(left, carry=0.0):
+    left = np.array([left])
+    ones, nowhere = np.ones_like(left), np.zeros(left.shape, bool)
+    return estimates.Estimate(left, np.full_like(left, carry), ones, np.ones(1), nowhere)
+
+
+def test_the_longest_prefix_within_the_tolerance_is_accepted():
+    """Its last step stays for another evaluation, unless it ends the loop."""
+    share = fresh = np.ones((1, 4))
+    width, no, yes = np.array([4]), np.array([False]), np.array([True])
+    small = estimate_of([0.0, 1e-4, 1e-4, 1e-4])
+    assert estimates.choose_accepted(small, 1e-2, share, fresh, width, no).tolist() == [3]
+    assert estimates.choose_accepted(small, 1e-2, share, fresh, width, yes).tolist() == [4]
+    late = estimate_of([0.0, 1e-4, 1.0, 1e-4])
+    assert estimates.choose_accepted(late, 1e-2, share, fresh, width, yes).tolist() == [2]
+    assert estimates.choose_accepted(late, 0.0, share, fresh, width, yes).tolist() == [1]
+
+
+def test_unknown_numbers_are_never_accepted():
+    """NaN and infinity count as an error of any size."""
+    unknown = estimate_of([0.0, np.nan, np.inf, 0.0])
+    share = np.ones((1, 4))
+    assert estimates.choose_accepted(unknown, 1.0, share, share, np.array([4]), np.array([True])).tolist() == [1]
+
+
+def test_what_was_carried_is_reported():
+    """The reported error holds what was accepted before."""
+    assert np.allclose(estimate_of([0.0, 0.0], carry=0.1).reported, estimates.REPORTED * 0.1)
