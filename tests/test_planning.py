@@ -299,7 +299,7 @@ def test_auto_needs_a_start_from_noise(costing):
     denoise, noise, sampler = costing(bent), problems.noise(1), problems.sampler(ODE, 20)
     kept = px.sample(denoise, noise, sampler, px.Sequential(), keep_trajectory=True).trajectory
     for options in ({"guess": kept}, {"guess": kept, "frozen_steps": 3}):
-        with pytest.raises(ValueError, match="a guess saves rounds: name a solver"):
+        with pytest.raises(ValueError, match="a guess saves rounds: choose a solver"):
             px.sample(denoise, noise, sampler, "auto", **options)
     with pytest.raises(TypeError, match="solver must be a solver with its options"):
         px.sample(denoise, noise, sampler, "automatic")
