@@ -30,8 +30,9 @@ def test_operations_a_round_depend_neither_on_n_nor_on_the_number_of_samples(sol
     assert max(figures) <= 1.2 * min(figures)
 
 
-# Windows of memory besides one trajectory: six, and more where the round before is kept.
-WINDOWS = {px.Picard: 6, px.Anderson: 8, px.Secant: 7}
+# Windows of memory: states, outputs, corrected states, residuals, inputs and outputs of the round before, and what a
+# round needs on the way; more where the corrections of the last rounds are kept.
+WINDOWS = {px.Picard: 9.5, px.Anderson: 12.5, px.Secant: 9.5}
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -40,7 +41,7 @@ def test_memory_is_bounded_in_windows_and_a_trajectory(solver, name):
     width = 16
     figures = measure(px.SAMPLERS[name](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
     # The noise of a stochastic sampler is not in "windows"; everything else is, start and rings of W + 1 included.
-    assert figures["windows"] <= WINDOWS[type(solver)] + (0 if name == "ddpm" else 100 / width)
+    assert figures["windows"] <= WINDOWS[type(solver)]
 
 
 @pytest.mark.parametrize("solver", IN_DISTRIBUTION, ids=repr)
@@ -48,7 +49,7 @@ def test_memory_of_solvers_exact_in_distribution_is_bounded_in_windows(solver):
     width = 16
     figures = measure(px.SAMPLERS["ddpm"](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
     # Drawing new noise for blocks takes a copy of the noise of all steps, so that the caller's table stays as it is.
-    assert figures["windows"] <= 8.5 + (100 / width if solver.verification == "block" else 0)
+    assert figures["windows"] <= 12.5 + (100 / width if solver.verification == "block" else 0)
 
 
 class Reads(TorchFunctionMode):
@@ -69,11 +70,11 @@ class Reads(TorchFunctionMode):
 READING = [dataclasses.replace(solver, window=6) for solver in SOLVERS] + [px.CoarseToFine(px.Secant(window=6), (3, 2))]
 READS = [(solver, name, 1) for solver in [*READING, px.Sequential()] for name in ("ddim", "ddpm", "dpmpp_2m")]
 READS += [(px.Speculative(window=6, verification=rule), "ddpm", 1) for rule in ("reflection", "residual")]
-# New noise has to be measured after it has been drawn; boundaries are compared after their blocks have moved.
+# New noise has to be measured after it has been drawn.
 READS += [
     (px.Speculative(window=6, verification="block"), "ddpm", 2),
-    (px.Parareal(blocks=5), "ddim", 2),
-    (px.Parareal(blocks=5, rule="srds"), "ddim", 2),
+    (px.Parareal(blocks=5), "ddim", 1),
+    (px.Parareal(blocks=5, rule="srds"), "ddim", 1),
 ]
 
 

@@ -90,9 +90,10 @@ class Group:
             if share.rows is not None:
                 x, step = x.index_select(0, upload(share.rows, x.device)), step[share.rows]
             outputs = self.sampler.transform(torch.from_numpy(step), x.view(outputs.shape), outputs)
-        outputs = outputs.reshape(len(outputs), -1)
+        outputs, widths = outputs.reshape(len(outputs), -1), query.width
+        del query
         if share.rows is None and not self.partial:
-            self._send(None, outputs, query)
+            self._send(None, outputs, widths)
             return
         through, ready, first = [], [], 0
         for place, count, last in share.parts:
@@ -105,13 +106,23 @@ class Group:
                 # A copy: what a call returns may lie in memory that the next call writes to.
                 self.partial[place] = [*parts[:-1], parts[-1].clone()]
         if through:
-            self._send(np.array(through), torch.cat(ready), query)
+            self._send(np.array(through), torch.cat(ready), widths)
 
-    def _send(self, places: Indices | None, outputs: Tensor, query: Query) -> None:
+    def _send(self, places: Indices | None, outputs: Tensor, widths: Indices) -> None:
         accepted, error = self.batch.accepted.copy(), self.batch.error.copy()
-        self._query, self._first = self._queries.send(Answer(places, outputs)), None
-        for place in np.flatnonzero(query.width).tolist() if places is None else places.tolist():
-            self.runs[place].took_round(Round(int(accepted[place]), int(query.width[place]), float(error[place])))
+        self._query = None  # so that its rows are gone once the solver makes others
+        answer = Answer(places, outputs)
+        del outputs
+        self._query, self._first = self._queries.send(answer), None
+        for place in np.flatnonzero(widths).tolist() if places is None else places.tolist():
+            self.runs[place].took_round(Round(int(accepted[place]), int(widths[place]), float(error[place])))
+        if not self.batch.refilled and all(run.done for run in self.runs.values()):
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the solver's memory: nothing is left to solve, and nothing should wait for the garbage collector."""
+        self._queries.close()
+        self.batch.memory = None
 
 
 class Run:

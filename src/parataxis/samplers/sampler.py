@@ -143,20 +143,24 @@ class Sampler:
                 sources = [(slice(b, b + 1), source) for b, source in enumerate(generator)]
             alone = all(len(steps) == 1 for steps in draws) and len({steps[0][0] for steps in draws}) == len(draws)
             for rows, source in sources:
-                # One draw after another, as the loop makes them, into memory of all: they are scaled together.
                 device = noise.device if source is None else source.device
-                normal = torch.empty(len(draws), *noise[rows].shape, device=device, dtype=dtype)
-                for k in range(len(draws)):
-                    normal[k].normal_(generator=source)
-                normal = normal.to(noise).transpose(0, 1)
-                if alone:
-                    steps, factors = zip(*(draw[0] for draw in draws), strict=True)
-                    by = upload(np.array(factors), noise).view(-1, *(1,) * (noise.ndim - 1))
-                    drawn[rows, list(steps)] = normal * by
-                    continue
-                for k, entries in enumerate(draws):
+                buffer = torch.empty(noise[rows].shape, device=device, dtype=dtype)
+                for entries in draws:  # one after another, as the loop draws
+                    if alone:  # what a step adds is scaled with all others, below
+                        own = drawn[rows, entries[0][0]]
+                        if own.is_contiguous() and (own.device, own.dtype) == (buffer.device, buffer.dtype):
+                            own.normal_(generator=source)
+                        else:
+                            own.copy_(buffer.normal_(generator=source))
+                        continue
+                    normal = buffer.normal_(generator=source).to(noise)
                     for i, factor in entries:
-                        drawn[rows, i] += factor * normal[:, k]
+                        drawn[rows, i] += factor * normal
+            if alone:
+                factors = np.zeros(self.steps)
+                for ((i, factor),) in draws:
+                    factors[i] = factor
+                drawn *= upload(factors, noise).view(-1, *(1,) * (noise.ndim - 1))
         return Recurrence(self.coefficients, noise * self.start_scale, drawn)
 
     def output(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:

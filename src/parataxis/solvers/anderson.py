@@ -233,7 +233,10 @@ class _AcceleratedTensors(WindowTensors):
         self.correct()
         if self.history == 1:
             return self.r.new_zeros(0)
-        stacked = torch.stack([new - old for new, old in self.history_states], 2).flatten(0, 1)
+        stacked = self.r.new_empty(self.count, self.width, self.history, self.r.shape[2])
+        for age, (new, old) in enumerate(self.history_states):
+            torch.sub(new, old, out=stacked[:, :, age])
+        stacked = stacked.flatten(0, 1)
         return torch.bmm(stacked, stacked.mT).view(self.count, self.width, self.history, self.history)
 
     def move(self, *, enter: bool) -> None:

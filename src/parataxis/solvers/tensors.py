@@ -215,9 +215,11 @@ class WindowTensors:
             self.past.copy_(flat["f"].index_select(0, sent["history"]).view(self.past.shape))
         torch.index_select(flat["moved"], 0, sent["shift"], out=self.x_rows)
         if enter:
+            known = sum(part.shape[1] for part in tail)
+            self.x.baddbmm_(sent["enter"][:, :, :known], torch.cat(tail, 1))
             if self.batch.noise_rows is not None:
-                tail.append(self.batch.noise_rows.index_select(0, sent["tail_noise"]).view(self.x.shape))
-            self.x.baddbmm_(sent["enter"], torch.cat(tail, 1))
+                noise = self.batch.noise_rows.index_select(0, sent["tail_noise"]).view(self.x.shape)
+                self.x.baddbmm_(sent["enter"][:, :, known:], noise)
 
     def correct(self) -> None:
         """Turn the steps into the corrected states: new = step + M r, chunk by chunk."""

@@ -105,6 +105,7 @@ def iterate(solver: Windowed, batch: Batch) -> Queries:
             part.query()
             solver.round(part, answer)
             window.put(rows, part)
+        del answer  # its outputs are in their places; they are not kept while the network works
 
 
 def estimate_errors(window: Window, measured: Measured) -> Estimate:
