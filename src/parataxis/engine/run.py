@@ -120,7 +120,7 @@ class Group:
             self.close()
 
     def close(self) -> None:
-        """Let go of the solver's memory: nothing is left to solve, and nothing should wait for the garbage collector."""
+        """Let go of the solver's memory at once, without waiting for the garbage collector."""
         self._queries.close()
         self.batch.memory = None
 
