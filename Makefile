@@ -35,7 +35,7 @@ matrix: $(READY)
 
 # Sets nothing up: it takes the Python that has torch, as on a machine without a network. DEVICE=cpu is a dry run.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --device $(DEVICE) $(OPTIONS)
+	PYTHONPATH=src:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --device $(DEVICE) $(OPTIONS)
 
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py

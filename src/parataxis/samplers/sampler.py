@@ -147,11 +147,11 @@ class Sampler:
                 buffer = torch.empty(noise[rows].shape, device=device, dtype=dtype)
                 for entries in draws:  # one after another, as the loop draws
                     if alone:  # what a step adds is scaled with all others, below
-                        own = drawn[rows, entries[0][0]]
-                        if own.is_contiguous() and (own.device, own.dtype) == (buffer.device, buffer.dtype):
-                            own.normal_(generator=source)
+                        target = drawn[rows, entries[0][0]]
+                        if target.is_contiguous() and (target.device, target.dtype) == (buffer.device, buffer.dtype):
+                            target.normal_(generator=source)
                         else:
-                            own.copy_(buffer.normal_(generator=source))
+                            target.copy_(buffer.normal_(generator=source))
                         continue
                     normal = buffer.normal_(generator=source).to(noise)
                     for i, factor in entries:
