@@ -15,7 +15,7 @@ from .checks import check_generators, check_rows, check_solver, check_tolerance,
 from .engine.captured import GraphedNetwork
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.rows import EvalBatch
-from .engine.run import Run, drive, start
+from .engine.run import Run, drive, drive_sequential, start
 from .engine.solution import Solution, Solutions
 from .planning import Plan, plan
 from .samplers.recurrence import Recurrence
@@ -198,7 +198,9 @@ def _sample_batch(
             with torch.no_grad():
                 if captured is not None and not captured.finish():
                     runs = begin()  # these samples need more than a graph
-                for rounds in drive(runs, evaluate, on_round=on_round, stop=stop):
+                plain = isinstance(runs[0].solver, Sequential) and on_round is None and stop is None
+                driven = drive(runs, evaluate, on_round=on_round, stop=stop)
+                for rounds in drive_sequential(runs, evaluate) if plain else driven:
                     bar.set_postfix(rounds=rounds, refresh=False)
                     bar.update(sum(run.accepted for run in runs) - bar.n)
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
 from .batch import Batch
 
-__all__ = ["Sequential"]
+__all__ = ["PlainLoop", "Sequential"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sequential:
 CHECK_EVERY = 16  # steps between looks for outputs that are not finite, where looking means to wait for a device
 
 
-class _Loop:
+class PlainLoop:
     """The working memory of the plain loop: present states, the outputs that steps look back to, and little else."""
 
     def __init__(self, batch: Batch) -> None:
@@ -96,6 +96,28 @@ class _Loop:
         for place in places[self.step[places] == N].tolist():
             batch.finished[place], batch.results[place] = True, self.u[place].clone()
 
+    def advance_all(self, step: int, outputs: Tensor) -> None:
+        """Take one step of all samples, which stand at the same one; outputs (S, dim)."""
+        self.evaluated = self.u
+        if self.lags:
+            self.f[:, 1:] = self.f[:, :-1].clone()
+        self.f[:, 0] = outputs
+        noise = self.batch.noise
+        if noise is None:
+            u = self.f[:, :1] * self.b[0, step]
+        else:
+            u = noise[:, step, None].addcmul(self.f[:, :1], self.b[0, step])
+        for lag in range(1, self.lags + 1):
+            u.addcmul_(self.f[:, lag : lag + 1], self.b[lag, step])
+        self.u = u.addcmul_(self.evaluated[:, None], self.a[step])[:, 0]
+        self.largest[:, step] = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
+        self.step[:] = step + 1
+        if self.batch.trajectory is not None:
+            self.batch.trajectory[:, step + 1] = self.u
+        self.batch.accepted[:] = step + 1
+        if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
+            self._raise_unless_finite(self.largest)
+
     def _check(self, places: Indices, outputs: Tensor, steps: Indices) -> None:
         """Raise if an output was not finite: at once on the CPU, elsewhere every few steps and at the end."""
         index = upload(places * self.largest.shape[1] + steps, outputs.device)
@@ -108,7 +130,11 @@ class _Loop:
             sizes = self.largest.view(-1)
         else:
             return
-        if not bool(torch.isfinite(sizes).all()):
+        self._raise_unless_finite(sizes)
+
+    def _raise_unless_finite(self, norms: Tensor) -> None:
+        """Raise if a norm of an output is not finite, and name the first step where that is so."""
+        if not bool(torch.isfinite(norms).all()):
             place, step = (int(values[0]) for values in np.nonzero(~np.isfinite(self.largest.cpu().numpy())))
             raise OutputError(
                 f"the network returned NaN or Inf at step {step} of {self.batch.problem.steps}, sample "
@@ -126,7 +152,7 @@ class _Loop:
 
 
 def _loop(batch: Batch) -> Queries:
-    loop = batch.memory = _Loop(batch)
+    loop = batch.memory = PlainLoop(batch)
     while True:
         loop.adopt()
         places = np.flatnonzero(batch.active)
