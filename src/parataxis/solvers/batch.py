@@ -148,12 +148,13 @@ class Batch:
         self.accepted[places] += counts
         self.error[places] = error
 
-    def output_error(self, place: int, step: int) -> OutputError:
-        """Return the error for an output that is not finite though its input is accepted."""
+    def output_error(self, place: int, step: int, rounds: int | None = None) -> OutputError:
+        """Return the error for an output that is not finite though its input is accepted, in which round if known."""
+        when = "" if rounds is None else f"round {rounds}, "
         return OutputError(
             f"the network returned NaN or Inf at step {step} of {self.problem.steps}, sample {self.numbers[place]}, "
-            "for an accepted input, so the sequential loop meets it too: check the network at that time, its dtype and "
-            "its conditioning."
+            f"{when}for an accepted input, so the sequential loop meets it too: check the network at that time, its "
+            "dtype and its conditioning."
         )
 
     def stream(self, place: int) -> np.random.Generator:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..arrays import Indices, upload
-from ..checks import OutputError
 from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
 from .batch import Batch
@@ -79,13 +78,9 @@ class PlainLoop:
         else:
             index = upload(steps, outputs.device)
             a, b = self.a[index], self.b[:, index]
-        if noise is None:
-            u = f[:, :1] * b[0]
-        else:
-            u = (noise[rows, at, None] if together else noise[rows, index, None]).addcmul(f[:, :1], b[0])
-        for lag in range(1, self.lags + 1):
-            u.addcmul_(f[:, lag : lag + 1], b[lag])
-        u.addcmul_(self.u[rows, None], a)
+        if noise is not None:
+            noise = noise[rows, at, None] if together else noise[rows, index, None]
+        u = self._step(self.u[rows, None], f, noise, a, b)
         if isinstance(rows, slice):
             self.u = u[:, 0]
         else:
@@ -96,25 +91,26 @@ class PlainLoop:
         for place in places[self.step[places] == N].tolist():
             batch.finished[place], batch.results[place] = True, self.u[place].clone()
 
+    def _step(self, u: Tensor, f: Tensor, noise: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """Return A u + sum_l B_l f_l + noise, (R, 1, dim), summed in the order in which windows sum it."""
+        new = f[:, :1] * b[0] if noise is None else noise.addcmul(f[:, :1], b[0])
+        for lag in range(1, self.lags + 1):
+            new.addcmul_(f[:, lag : lag + 1], b[lag])
+        return new.addcmul_(u, a)
+
     def advance_all(self, step: int, outputs: Tensor) -> None:
         """Take one step of all samples, which stand at the same one; outputs (S, dim)."""
         self.evaluated = self.u
         if self.lags:
             self.f[:, 1:] = self.f[:, :-1].clone()
         self.f[:, 0] = outputs
-        noise = self.batch.noise
-        if noise is None:
-            u = self.f[:, :1] * self.b[0, step]
-        else:
-            u = noise[:, step, None].addcmul(self.f[:, :1], self.b[0, step])
-        for lag in range(1, self.lags + 1):
-            u.addcmul_(self.f[:, lag : lag + 1], self.b[lag, step])
-        self.u = u.addcmul_(self.evaluated[:, None], self.a[step])[:, 0]
+        noise = None if self.batch.noise is None else self.batch.noise[:, step, None]
+        u = self._step(self.u[:, None], self.f, noise, self.a[step], self.b[:, step])
+        self.u = u[:, 0]
         self.largest[:, step] = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
         self.step[:] = step + 1
-        if self.batch.trajectory is not None:
-            self.batch.trajectory[:, step + 1] = self.u
-        self.batch.accepted[:] = step + 1
+        count = len(self.step)
+        self.batch.accept(np.arange(count), np.ones(count, np.int64), u, np.zeros(count))
         if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
             self._raise_unless_finite(self.largest)
 
@@ -136,11 +132,7 @@ class PlainLoop:
         """Raise if a norm of an output is not finite, and name the first step where that is so."""
         if not bool(torch.isfinite(norms).all()):
             place, step = (int(values[0]) for values in np.nonzero(~np.isfinite(self.largest.cpu().numpy())))
-            raise OutputError(
-                f"the network returned NaN or Inf at step {step} of {self.batch.problem.steps}, sample "
-                f"{self.batch.numbers[place]}, for an accepted input, so the sequential loop meets it too: check the "
-                "network at that time, its dtype and its conditioning."
-            )
+            raise self.batch.output_error(place, step)
 
     def estimate(self, place: int) -> Tensor:
         """Return (dim,) the data prediction at the last step; where it is unknown, the present state."""

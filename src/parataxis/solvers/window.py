@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Array, Indices, read, upload
-from ..checks import OutputError, is_int
+from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from ..samplers.recurrence import Recurrence
 from . import correction, extrapolation
@@ -57,7 +57,7 @@ class Tables:
         rms, rms_ratio: Expected rms of the states, 1 behind the end, and that of the state behind a step over that of
             the state before it.
         p, q: Of the data prediction p u + q f; 0 and 1 where it is unknown.
-        least: Ratio of the expected rms of the sample and of the state behind a step.
+        rms_of_sample: Ratio of the expected rms of the sample and of the state behind a step.
         reach: What may become of an error of the state behind a step on the way to the sample.
         frozen: Slopes that freeze the prediction of a step.
         columns: What a round reads of every step, side by side: see :attr:`COLUMNS`.
@@ -444,11 +444,7 @@ class Window:
         broken = (offset == 0) & ~finite
         if broken.any():
             row = int(sample[np.argmax(broken)])
-            raise OutputError(
-                f"the network returned NaN or Inf at step {self.lo[row]} of {self.problem.steps}, sample "
-                f"{self.batch.numbers[self.places[row]]}, round {self.rounds[row] + 1}, for an accepted input, so the "
-                "sequential loop meets it too: check the network at that time, its dtype and its conditioning."
-            )
+            raise self.batch.output_error(int(self.places[row]), int(self.lo[row]), int(self.rounds[row]) + 1)
         nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
         outputs = outputs.index_select(0, upload(nearest, outputs.device))
         flags = np.ones((len(self.places), self.W), bool)
