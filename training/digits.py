@@ -74,10 +74,10 @@ def vp_loss(
 ) -> Tensor:
     """Mean squared error of the predicted noise at uniform times, weighed by clamp(sigma / alpha, 1, emphasis)."""
     noise = torch.randn_like(images)
-    t = torch.randint(TRAINING_STEPS, (len(images),))
+    t = torch.randint(TRAINING_STEPS, (len(images),), device=images.device)
     noisy = scheduler.add_noise(images, noise, t)
     error = (model(noisy, t, class_labels=labels).sample.float() - noise).square().mean((1, 2, 3))
-    bar = scheduler.alphas_cumprod[t]
+    bar = scheduler.alphas_cumprod.to(t.device)[t]
     return (error * ((1 - bar) / bar).sqrt().clamp(1, emphasis)).mean()
 
 
