@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def decoded(path: Path, cache: Path) -> tuple[Tensor, Tensor]:
             images = np.stack(
                 [
                     np.asarray(Image.open(io.BytesIO(files[first:last].tobytes())).convert("RGB"))
-                    for first, last in zip(ends[:-1], ends[1:], strict=True)
+                    for first, last in itertools.pairwise(ends)
                 ]
             )
             cache.parent.mkdir(parents=True, exist_ok=True)
