@@ -397,7 +397,10 @@ def test_scheduler_whose_first_step_is_infinite_raises():
     )
     pipe = stable_diffusion(scheduler)
     run = px.parallel(pipe)
-    with pytest.warns(RuntimeWarning, match=r"divides by zero there; choose another spacing, prediction type"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"divides by zero there, or overflows; for a scheduler, choose another spacing, prediction type",
+    ):
         result = picture(run, output_type="latent")
     assert run.report.mode == "sequential"
     assert torch.equal(result.isfinite(), picture(pipe, output_type="latent").isfinite())

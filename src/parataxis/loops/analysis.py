@@ -61,8 +61,8 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
         for step in calls_of_step:
             if not bool(torch.isfinite(states(recording.calls, step[0])).all()):
                 raise NotParallelizable(
-                    f"the input of call {step[0]} is not finite although every output was: this scheduler divides by "
-                    "zero there; choose another spacing, prediction type or number of steps."
+                    f"the input of call {step[0]} is not finite although every output was: the loop divides by zero "
+                    "there, or overflows; for a scheduler, choose another spacing, prediction type or number of steps."
                 )
     ending = recordings[0].ending if count == len(calls) else None
     structure = Structure(

@@ -30,6 +30,10 @@ __all__ = ["HeldOutCheck", "fit_recurrence", "fit_slopes"]
 Array = NDArray[np.float64]
 LAGS = 5  # most earlier steps that a step may use: third-order multistep methods with corrector use three
 ELEMENTS = 4096  # rows of the least-squares problem
+OVERFLOWS = (
+    "trial outputs lead it to states that are not finite, from which nothing can be fitted: it may square outputs, or "
+    "take their exponential, so that only outputs of the network itself keep it finite."
+)
 CLOSE = 0.05  # part of the rounding allowed, below which no longer memory is tried
 
 
@@ -72,6 +76,9 @@ def fit_recurrence(structure: Structure, recordings: Sequence[Recording], first:
     epsilon = float(torch.finfo(structure.network_dtype).eps)
     bound = structure.precision = 6 * epsilon if half else 32 * epsilon  # terms within a step may cancel
     has_final = structure.ends_with_state
+    if has_final and not all(np.isfinite(states_of_pass[-1]).all() for states_of_pass in states):
+        # What trial outputs led to has no logarithm, say: the loop computes it from the last state by itself.
+        has_final, states = False, [states_of_pass[:-1] for states_of_pass in states]
     for ends_with_state in (True, False) if has_final else (False,):
         # A tensor at the end that does not obey may be no state: clipped, say.
         fitted = _fit_steps(states, outputs, structure.steps - 1 + ends_with_state, bound)
@@ -182,7 +189,13 @@ def _rms(values: Array) -> float:
 def _fit_steps(
     states: Sequence[Sequence[Array]], outputs: Sequence[Sequence[Array]], count: int, bound: float
 ) -> tuple[list[Array], Coefficients] | None:
-    """Fit g and the recurrence of the first ``count`` steps; None if more than rounding is left."""
+    """Fit g and the recurrence of the first ``count`` steps; None if more than rounding is left.
+
+    Raises:
+        NotParallelizable: If a state or an output is not finite, of which no least-squares problem makes anything.
+    """
+    if not all(np.isfinite(values).all() for recording in (*states, *outputs) for values in recording):
+        raise NotParallelizable(OVERFLOWS)
 
     def differences(values: Sequence[Array]) -> Array:
         return np.concatenate([value - values[0] for value in values[1:]])
