@@ -14,6 +14,7 @@ import torch
 __all__ = [
     "OutputError",
     "wrap_denoiser",
+    "check_errors",
     "check_generators",
     "check_rows",
     "check_solver",
@@ -58,6 +59,12 @@ def check_tolerance(tolerance: Any) -> None:
     """Raise unless this is a relative error."""
     if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error of at least 0, got {tolerance!r}.")
+
+
+def check_errors(errors: Any) -> None:
+    """Raise unless this says what is done with the errors of samples."""
+    if errors not in ("raise", "return"):
+        raise ValueError(f"errors must be 'raise', or 'return' to end only the samples that meet one, got {errors!r}.")
 
 
 def check_solver(solver: Any) -> None:

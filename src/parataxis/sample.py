@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_generators, check_rows, check_solver, check_tolerance, check_whole, wrap_denoiser
+from .checks import (
+    check_errors,
+    check_generators,
+    check_rows,
+    check_solver,
+    check_tolerance,
+    check_whole,
+    wrap_denoiser,
+)
 from .engine.captured import GraphedNetwork
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.rows import EvalBatch
@@ -52,6 +60,7 @@ def sample(
     progress: bool = False,
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
+    errors: Literal["raise", "return"] = "raise",
 ) -> Solutions:
     """Draw a batch of samples with your own network, many time steps side by side.
 
@@ -96,6 +105,9 @@ def sample(
         progress: Show a bar: accepted steps of all samples.
         on_round: Called after every round with the runs; see :func:`parataxis.drive`.
         stop: Ends a run early; see :func:`parataxis.drive`.
+        errors: What happens if the network returns NaN or Inf for an accepted input of a sample: ``raise``, or
+            ``return`` that sample as failed, with the reason and its last estimate, and the others as ever. Looking for
+            it costs one more read of the device a round.
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
@@ -105,13 +117,15 @@ def sample(
 
     Raises:
         RankError: With a mesh, if a rank is lost, fails, was interrupted, or does other work than the others.
-        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for an accepted input.
+        OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for an accepted input, or if
+            states overflow though all outputs are finite.
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was passed and what was expected.
     """
     wrap_denoiser(denoise)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
+    check_errors(errors)
     if 0 < tolerance < numerical_floor:
         raise ValueError(
             f"tolerance {tolerance:g} is below the floor {numerical_floor:g} of this network, by which the loop itself "
@@ -121,7 +135,7 @@ def sample(
         check_inputs(noise, sampler, condition)
         check_generators(generator, len(noise))
     limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
-    options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory}
+    options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
     if rows_per_round is not None or not isinstance(noise, Tensor):
         if solver == "auto":
             raise ValueError(
@@ -199,6 +213,7 @@ def _sample_batch(
                 if captured is not None and not captured.finish():
                     runs = begin()  # these samples need more than a graph
                 plain = isinstance(runs[0].solver, Sequential) and on_round is None and stop is None
+                plain = plain and not runs[0].group.batch.returns_errors
                 driven = drive(runs, evaluate, on_round=on_round, stop=stop)
                 for rounds in drive_sequential(runs, evaluate) if plain else driven:
                     bar.set_postfix(rounds=rounds, refresh=False)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .arrays import upload
-from .checks import check_generators, check_rows, check_solver, check_tolerance, check_whole, wrap_denoiser
+from .checks import (
+    check_errors,
+    check_generators,
+    check_rows,
+    check_solver,
+    check_tolerance,
+    check_whole,
+    wrap_denoiser,
+)
 from .engine.executor import Executor, check_inputs, ranks_of
 from .engine.pool import Pool
 from .engine.rows import EvalBatch
@@ -96,6 +104,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         self._pool = Pool(begin, rows)
         self._open: dict[int, Run] = {}  # by the numbers of their jobs, those that have not been yielded
         self._solutions = self._drive()
+        self._error: BaseException | None = None  # that ended the stream
 
     def __repr__(self) -> str:
         """Return how far the stream has come."""
@@ -107,8 +116,16 @@ class Stream(Iterator[tuple[int, Solution]]):
         return tuple(run for run in self._pool.runs if not run.done)
 
     def __next__(self) -> tuple[int, Solution]:
-        """Go on until a sample is finished."""
-        return next(self._solutions)
+        """Go on until a sample is finished; after an error, raise it again: a stream that broke is not at its end."""
+        if self._error is not None:
+            raise self._error
+        try:
+            return next(self._solutions)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._error = error
+            raise
 
     def interrupt(self) -> Iterator[tuple[int, Solution]]:
         """End the stream: yield what is finished, and the present estimates of the running samples."""
@@ -166,6 +183,7 @@ def stream(
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
+    errors: Literal["raise", "return"] = "raise",
 ) -> Stream:
     """Draw samples with your own network, as many at a time as keep the rows of every round full.
 
@@ -186,6 +204,8 @@ def stream(
         max_rows: Most rows of one call; larger rounds are split.
         buckets: The numbers of rows that a call may have; see :func:`parataxis.sample`.
         mesh: Ranks that share the rows of every round; all need the same jobs.
+        errors: ``raise``, or ``return`` a sample for which the network returns NaN or Inf as failed, and go on with
+            the others; see :func:`parataxis.sample`.
 
     Returns:
         An iterator over (number of the job, solution), in the order in which they are finished.
@@ -201,6 +221,7 @@ def stream(
     check_rows(max_rows, buckets)
     check_solver(solver)
     check_tolerance(tolerance)
+    check_errors(errors)
     if not isinstance(jobs, Iterable):
         raise TypeError(f"jobs must be an iterable of samples to be drawn, got {jobs!r}.")
     first: list[Job] = []
@@ -218,7 +239,13 @@ def stream(
 
     def begin(table: Recurrence) -> Run:
         return start(
-            sampler, table, solver, tolerance=tolerance, dtype=first[0].noise.dtype, keep_trajectory=keep_trajectory
+            sampler,
+            table,
+            solver,
+            tolerance=tolerance,
+            dtype=first[0].noise.dtype,
+            keep_trajectory=keep_trajectory,
+            errors=errors,
         )[0]
 
     return Stream(

@@ -7,14 +7,14 @@ neighbours, and finished samples stop costing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..arrays import Indices, upload
-from ..checks import check_generators, check_solver, check_tolerance, check_whole
+from ..checks import check_errors, check_generators, check_solver, check_tolerance, check_whole
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
 from ..solvers.base import Answer, Problem, Query, Solver
@@ -115,7 +115,11 @@ class Group:
         answer = Answer(places, outputs)
         del outputs
         self._query, self._first = self._queries.send(answer), None
-        for place in np.flatnonzero(widths).tolist() if places is None else places.tolist():
+        answered = np.flatnonzero(widths).tolist() if places is None else places.tolist()
+        ended = [place for place in answered if self.batch.finished[place]]
+        if ended:
+            self.batch.check_results(ended)
+        for place in answered:
             self.runs[place].took_round(Round(int(accepted[place]), int(widths[place]), float(error[place])))
         if not self.batch.refilled and all(run.done for run in self.runs.values()):
             self.close()
@@ -270,7 +274,10 @@ class Run:
         self.evaluations += entry.width
         self.peak_width = max(self.peak_width, entry.width)
         self.history.append(entry)
-        if batch.finished[self.place]:
+        failure = batch.failures.get(self.place)
+        if failure is not None:
+            self._end(f"failed: {failure}", batch.results[self.place])
+        elif batch.finished[self.place]:
             if batch.trajectory is not None and batch.accepted[self.place] == self.problem.steps:
                 self._trajectory = (
                     batch.trajectory[self.place].clone() if batch.refilled else batch.trajectory[self.place]
@@ -297,6 +304,7 @@ def start(
     frozen_steps: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     rounding: float | None = None,
+    errors: Literal["raise", "return"] = "raise",
 ) -> list[Run]:
     """Start one run for every sample of a recurrence.
 
@@ -315,6 +323,8 @@ def start(
         generator: Seeds the random stream of every run, if its solver draws: one for the batch, one for each sample, or
             None for torch's own.
         rounding: Unit roundoff of the network, where it works in another dtype than it is given; default: of ``dtype``.
+        errors: ``raise``, or ``return`` to end only the sample whose output is not finite: its reason is then
+            ``failed:`` with the error.
 
     Raises:
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that does not
@@ -322,6 +332,7 @@ def start(
     """
     check_solver(solver)
     check_tolerance(tolerance)
+    check_errors(errors)
     check_generators(generator, len(recurrence.start))
     check_whole("frozen_steps", frozen_steps, 0)
     local = recurrence.coefficients
@@ -350,7 +361,9 @@ def start(
         frozen_steps,
         transformed=sampler is not None and sampler.transform is not None,
     )
-    batch = Batch(problem, recurrence, guess, generator, keep_trajectory=keep_trajectory)
+    batch = Batch(
+        problem, recurrence, guess, generator, keep_trajectory=keep_trajectory, returns_errors=errors == "return"
+    )
     group = Group(sampler, batch, solver, dtype)
     return [Run(group, place) for place in range(len(states))]
 
@@ -493,6 +506,7 @@ def drive_sequential(runs: Sequence[Run], evaluate: Callable[[EvalBatch], Tensor
         if step + 1 == batch.problem.steps:
             batch.finished[:] = True
             batch.results = {place: loop.u[place].clone() for place in range(count)}
+            batch.check_results(range(count))
         for run in runs:
             run.took_round(Round(step, 1, 0.0))
         yield step + 1

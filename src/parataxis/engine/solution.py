@@ -33,8 +33,8 @@ class Solution:
     Attributes:
         x: (*shape) the sample, or the best guess of it if the run ended early.
         converged: Whether the solver's own test was passed.
-        reason: Why the run ended: ``converged``, ``interrupted``, ``stopped:`` with the rule that ended it, or ``not
-            started``, if it was interrupted before it began.
+        reason: Why the run ended: ``converged``, ``interrupted``, ``stopped:`` with the rule that ended it, ``failed:``
+            with the error, where errors are returned, or ``not started``, if it was interrupted before it began.
         rounds: Network calls that waited for one another.
         evaluations: Steps evaluated (NFE).
         steps: N.
@@ -61,6 +61,11 @@ class Solution:
     error_estimate: float
     history: tuple[Round, ...]
     trajectory: Tensor | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error ended the run: ``reason`` says which, and ``x`` is the last estimate before it."""
+        return self.reason.startswith("failed:")
 
     @property
     def nfe_ratio(self) -> float:

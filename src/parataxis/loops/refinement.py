@@ -12,6 +12,7 @@ from torch import Tensor
 from .error_estimate import estimate_error, satisfies_recurrence
 from .passes import StageRecord
 from .record import StageProgress
+from .signals import NotParallelizable
 
 __all__ = ["ROUNDING", "Judgement", "Refinement"]
 
@@ -61,8 +62,13 @@ class Refinement:
 
         First what the loop adds along the way is taken from that replay: in the first pass it carried the rounding of
         other states. If that does not help, the recurrence is not to be trusted, and the loop is replayed every round.
+
+        Raises:
+            NotParallelizable: If that replay is not finite: there is nothing to begin from.
         """
         self.guess = progress.trajectory()
+        if not bool(torch.isfinite(self.guess).all()):
+            raise NotParallelizable("its replay with the outputs of a converged solve is not finite: it may overflow.")
         self.refinements += 1
         usable = progress.structure.linear and not self.replay_each_round and self.improving
         rebase = usable and self.refinements <= MAX_REFINEMENTS

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Array, Indices, upload
+from ..arrays import Array, Indices, read, upload
 from ..checks import OutputError
 from ..samplers.recurrence import Recurrence
 from .base import Problem
@@ -42,6 +43,8 @@ class Batch:
         active: (S,) places whose samples are being solved; free places and ended samples are not.
         memory: The solver's working memory; None before it begins.
         trajectory: (S, N + 1, dim) accepted states, or None if they are not kept.
+        returns_errors: Whether an output that is not finite ends its sample only, instead of being raised.
+        failures: Why samples have ended so, by their places.
     """
 
     def __init__(
@@ -52,8 +55,11 @@ class Batch:
         generator: torch.Generator | Sequence[torch.Generator] | dict[int, Any] | None = None,
         *,
         keep_trajectory: bool = False,
+        returns_errors: bool = False,
     ) -> None:
         count = len(recurrence.start)
+        self.returns_errors = returns_errors
+        self.failures: dict[int, str] = {}
         self.problem, self.guess, self.generator = problem, guess, generator
         self.recurrence = recurrence
         self.accepted = np.zeros(count, np.int64)
@@ -119,6 +125,7 @@ class Batch:
             self.recurrence.noise[place] = recurrence.noise[0]
         self._streams.pop(place, None)
         self.results.pop(place, None)
+        self.failures.pop(place, None)
         self.generator[place] = generator  # type: ignore[index]  # a dict since copy_inputs
         self.accepted[place], self.error[place] = 0, 0.0
         self.finished[place], self.active[place], self.bounded[place] = False, True, True
@@ -147,6 +154,46 @@ class Batch:
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
         self.accepted[places] += counts
         self.error[places] = error
+
+    def fail_broken(
+        self, places: Indices, steps: Indices, widths: Indices, outputs: Tensor, rounds: Indices | None = None
+    ) -> NDArray[np.bool_]:
+        """End the samples whose first output of a round is not finite, where errors are returned; the others go on.
+
+        The first input of a sample is accepted, so the sequential loop meets that output too. What is known of the
+        sample so far becomes its result.
+
+        Args:
+            places: (n,) samples that have been evaluated.
+            steps: (n,) their first steps of this round.
+            widths: (n,) their numbers of rows, at least 1.
+            outputs: (R, dim) rows of all these samples, one sample behind the other.
+            rounds: (n,) of each sample before this one, if known.
+
+        Returns:
+            (n,) which samples have ended.
+        """
+        first = upload(np.cumsum(widths) - widths, outputs.device)
+        failed = ~np.isfinite(read(torch.linalg.vector_norm(outputs.index_select(0, first), float("inf"), dim=1)))
+        for row in np.flatnonzero(failed):
+            place = int(places[row])
+            error = self.output_error(place, int(steps[row]), None if rounds is None else int(rounds[row]) + 1)
+            assert self.memory is not None
+            self.failures[place], self.results[place] = str(error), self.memory.estimate(place).clone()
+            self.active[place] = False
+        return np.asarray(failed)
+
+    def check_results(self, places: Sequence[int]) -> None:
+        """Raise, or note where errors are returned, that the sample of a place is not finite."""
+        finite = torch.isfinite(torch.stack([self.results[place] for place in places])).all(1).cpu().numpy()
+        for place in np.array(places)[~finite].tolist():
+            error = OutputError(
+                f"sample {self.numbers[place]} is NaN or Inf though every output was finite, so the sequential loop "
+                f"overflows too: the network's outputs are too large for states of {str(self.start.dtype)[6:]}."
+            )
+            if not self.returns_errors:
+                raise error
+            self.failures[place] = str(error)
 
     def output_error(self, place: int, step: int, rounds: int | None = None) -> OutputError:
         """Return the error for an output that is not finite though its input is accepted, in which round if known."""

@@ -352,6 +352,15 @@ class _Cohort:
 
     def advance(self, outputs: Tensor) -> None:
         """Do one tick with the outputs (S, R, dim) of its states."""
+        if self.batch.returns_errors and self.tick.frontier:
+            count, rows = outputs.shape[:2]
+            steps, widths = np.full(count, self.tick.steps[0]), np.full(count, rows)
+            failed = self.batch.fail_broken(self.places, steps, widths, outputs.flatten(0, 1))
+            if failed.any():
+                outputs = outputs[upload(np.flatnonzero(~failed), outputs.device)]
+                self.keep(np.flatnonzero(~failed))
+                if not len(self.places):
+                    return
         tick, published, memory = self.tick, self.tick.published, self.memory
         memory.grow(tick.slots)
         at = self._upload(tick)

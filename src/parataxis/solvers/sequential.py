@@ -58,6 +58,7 @@ class PlainLoop:
                 torch.cat([values, values.new_zeros(extra, *values.shape[1:])])
                 for values in (self.u, self.f, self.largest)
             )
+            self.evaluated = torch.cat([self.evaluated, self.u[len(self.evaluated) :]])
         for place in batch.added:
             self.step[place] = 0
             self.u[place], self.f[place], self.largest[place] = batch.start[place], 0, 0
@@ -65,9 +66,16 @@ class PlainLoop:
 
     def advance(self, places: Indices, outputs: Tensor) -> None:
         """Take one step of the samples at these places."""
-        batch, steps, N = self.batch, self.step[places], self.batch.problem.steps
+        batch, N = self.batch, self.batch.problem.steps
+        if batch.returns_errors:
+            failed = batch.fail_broken(places, self.step[places], np.ones(len(places), np.int64), outputs)
+            if failed.any():
+                places, outputs = places[~failed], outputs[upload(np.flatnonzero(~failed), outputs.device)]
+                if not len(places):
+                    return
+        steps = self.step[places]
         rows = slice(None) if len(places) == len(self.step) else upload(places, outputs.device)
-        self.evaluated = self.u
+        self.evaluated = self.u if isinstance(rows, slice) else self.evaluated.index_copy(0, rows, self.u[rows])
         if self.lags:
             self.f[rows, 1:] = self.f[rows, :-1].clone()
         self.f[rows, 0] = outputs

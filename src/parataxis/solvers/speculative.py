@@ -122,6 +122,16 @@ def _solve(solver: Speculative, batch: Batch) -> Queries:
 def _round(solver: Speculative, proposals: Proposals, places: Indices, outputs: Tensor) -> None:
     """Accept proposals of some samples, correct the first that is rejected, and propose anew behind it."""
     batch, block = proposals.batch, solver.verification == "block"
+    if batch.returns_errors:
+        lo, widths = proposals.lo[places], (proposals.hi - proposals.lo)[places]
+        failed = batch.fail_broken(places, lo, widths, outputs)
+        if failed.any():
+            places, outputs = (
+                places[~failed],
+                outputs[upload(np.flatnonzero(np.repeat(~failed, widths)), outputs.device)],
+            )
+            if not len(places):
+                return
     tested = Tested(proposals, places, outputs)
     rows, width, tests, uniforms = np.arange(len(places)), tested.width, tested.tests, tested.draw_uniforms()
     chance = np.ones(len(places))

@@ -393,6 +393,8 @@ class Window:
         Raises:
             OutputError: If an output is not finite though its input is accepted.
         """
+        if self.batch.returns_errors:
+            outputs = self._fail_broken(outputs)
         gram, pairs, size, corrections, largest = self._measure(outputs, pairs=self.tensors.keeps_pairs)
         finite = np.isfinite(largest)
         flags = None
@@ -400,6 +402,17 @@ class Window:
             flags, outputs = self._repair(outputs, finite)
             gram, _, size, corrections, _ = self._measure(outputs, pairs=False)
         return self.take_measured(gram, pairs, size, corrections, flags)
+
+    def _fail_broken(self, outputs: Tensor) -> Tensor:
+        """End the samples that meet an output which the sequential loop meets too: their windows are empty then."""
+        widths = self.nodes().sum(1)
+        present = np.flatnonzero(widths)
+        places, lo, widths = self.places[present], self.lo[present], widths[present]
+        failed = self.batch.fail_broken(places, lo, widths, outputs, self.rounds[present])
+        if not failed.any():
+            return outputs
+        self.refresh()
+        return outputs.masked_fill(upload(np.repeat(failed, widths), outputs.device)[:, None], 0)
 
     def take_measured(
         self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None
