@@ -66,5 +66,5 @@ def test_run_is_right_or_says_that_it_cannot_tell(name, solver):
     errors = (found.x - loop.x).norm(dim=1) / loop.x.norm(dim=1)
     for error, run in zip(errors.tolist(), found, strict=True):
         assert error <= max(3 * tolerance, 1e-6) or not run.converged, run
-    if tolerance == 0:
+    if tolerance == 0 or "clipped" in name:  # it takes more rounds, but it comes to an end that is right
         assert found.converged

@@ -39,7 +39,8 @@ class WindowTensors:
         step: (S, W, dim) the step of each state, later the corrected states lo + 1 .. lo + W.
         r: (S, W, dim) residuals.
         dx, df: (S, W, dim) input and output of the evaluation before, and once measured the moves since then.
-        last_x, last_f: (S, dim) input and output of the last step of each window.
+        end_x, end_f: (S, 2, dim) input and output of the first and of the last step of each window; ``last_x`` and
+            ``last_f`` (S, dim) those of the last.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class WindowTensors:
     def rows(self) -> dict[str, int]:
         """Return how many rows each tensor has for a sample."""
         width = self.width
-        rows = {"x": width + 1, "moved": width + 1, "r": width, "f": self.lags + width, "last_x": 1, "last_f": 1}
+        rows = {"x": width + 1, "moved": width + 1, "r": width, "f": self.lags + width, "end_x": 2, "end_f": 2}
         return rows | ({"pairs": 2 * width} if self.keeps_pairs else {})
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
@@ -80,8 +81,8 @@ class WindowTensors:
         numbers: dict[str, tuple[int, ...]] = {
             "a": (count, width, 1),
             **{f"b{lag}": (count, width, 1) for lag in range(lags + 1)},
-            "p": (count, 1),
-            "q": (count, 1),
+            "p": (count, 2, 1),
+            "q": (count, 2, 1),
             "slopes": (count, width, 1),
             "enter": (count, width + 1, tail),
         }
@@ -95,9 +96,9 @@ class WindowTensors:
         indices = {
             "step": width,
             "noise": width,
-            "last_x": 1,
-            "last_f": 1,
-            "size_x": 1,
+            "end_x": 2,
+            "end_f": 2,
+            "size_x": 2,
             "before_x": width,
             "before_f": width,
         }
@@ -119,8 +120,9 @@ class WindowTensors:
         self.step, self.moved_inputs, self.moved_first = self.moved[:, 1:], self.moved[:, :width], self.moved[:, :1]
         self.lagged = [self.f[:, lags - lag : lags - lag + width] for lag in range(lags + 1)]
         self.outputs, self.past = self.lagged[0], self.f[:, :lags]
-        self.x_rows, self.last_x, self.last_f = (self.flat[name][:-1] for name in ("x", "last_x", "last_f"))
-        self.last_rows = self.last_x[:, None], self.last_f[:, None]
+        self.x_rows, self.end_x, self.end_f = self.flat["x"][:-1], view("end_x"), view("end_f")
+        self.last_x, self.last_f = self.end_x[:, 1], self.end_f[:, 1]
+        self.last_rows = self.end_x[:, 1:], self.end_f[:, 1:]
         if self.keeps_pairs:
             halves = self.flat["pairs"][:-1].view(2, count * width, dim)
             self.dx_rows, self.df_rows = halves[0], halves[1]
@@ -160,8 +162,8 @@ class WindowTensors:
         """Return what a round measures; empty where there is nothing.
 
         Returns:
-            (S, W, W) the Gram matrix of the residuals, (S, W, 2, 2) the products of (dx, df), (S,) the norm of the data
-            prediction, and the products of corrections, of accelerated methods.
+            (S, W, W) the Gram matrix of the residuals, (S, W, 2, 2) the products of (dx, df), (S, 2) the norms of the
+            data prediction at the first and at the last step, and the products of corrections, of accelerated methods.
         """
         sent, noise, step, r = self.pack.tensors, self.batch.noise_rows, self.step, self.r
         self.moved_first.copy_(self.first)
@@ -174,11 +176,13 @@ class WindowTensors:
         step.addcmul_(self.inputs, sent["a"])
         torch.sub(step, self.targets, out=r)
         inner = self.measure_pairs() if pairs else r.new_zeros(0)
-        torch.index_select(self.flat["x"], 0, sent["last_x"], out=self.last_x)
-        torch.index_select(self.flat["f"], 0, sent["last_f"], out=self.last_f)
-        sized = self.last_x if self.predicts else self.flat["x"].index_select(0, sent["size_x"])
-        prediction = torch.mul(sized, sent["p"]).addcmul_(self.last_f, sent["q"])
-        return [self.gram(), inner, torch.linalg.vector_norm(prediction, dim=1), self.measure_corrections()]
+        torch.index_select(self.flat["x"], 0, sent["end_x"], out=self.flat["end_x"][:-1])
+        torch.index_select(self.flat["f"], 0, sent["end_f"], out=self.flat["end_f"][:-1])
+        sized = self.end_x
+        if not self.predicts:
+            sized = self.flat["x"].index_select(0, sent["size_x"]).view(self.end_x.shape)
+        prediction = torch.mul(sized, sent["p"]).addcmul_(self.end_f, sent["q"])
+        return [self.gram(), inner, torch.linalg.vector_norm(prediction, dim=2), self.measure_corrections()]
 
     def gram(self) -> Tensor:
         """Return the inner products of the residuals, (S, W, W)."""

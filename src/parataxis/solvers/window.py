@@ -38,6 +38,7 @@ __all__ = ["Measured", "Tables", "Window", "check_window"]
 
 Flags = NDArray[np.bool_]
 SMALL = np.finfo(np.float32).eps
+NEAR_NOISE = 0.05  # alpha below which a data prediction is the network's error divided by alpha
 NOISY = 0.3  # signal below which a data prediction is mostly the network's error
 
 
@@ -417,7 +418,7 @@ class Window:
     def take_measured(
         self, gram: Array, pairs: Array, size: Array, corrections: Array, finite: Flags | None
     ) -> Measured:
-        """Take what the device has measured; ``size`` (S,) is the norm of the data prediction."""
+        """Take what the device has measured; ``size`` (S, 2) are the norms of the data prediction at both ends."""
         self._note_size(size)
         return Measured(gram, pairs, finite, corrections)
 
@@ -467,19 +468,25 @@ class Window:
             flags[row, inside] = np.interp(inside, at, flags[row, at]) == 1
         return flags, outputs
 
-    def _note_size(self, norm: Array) -> None:
-        """Take the mean square of the data prediction."""
+    def _note_size(self, norms: Array) -> None:
+        """Take the mean square of the data prediction, from its norms (S, 2) at the first and the last step.
+
+        A trajectory that still diverges would make every error look small. The prediction at the accepted state does
+        not diverge, but shows less than the whole sample while there is much noise: so the last one counts up to the
+        expected size of data, 1, or to the first one where that is larger.
+        """
         if self.W == 1:  # errors of a single state are not estimated
             return
-        variance = norm**2 / self.problem.dim
+        first, variance = (norms**2 / self.problem.dim).T
         known = np.isfinite(variance) & (variance > 0) & (self.width > 0)
         if self.known_size:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
-            assert self.tables.alpha is not None
-            variance = np.where(self.tables.alpha[self.last_step] < 0.05, np.minimum(variance, 1.0), variance)
-            self.variance = np.where(known, variance, self.variance)
+            signal = self.tables.alpha
+            assert signal is not None
+            limit = np.where(signal[self.lo] < NEAR_NOISE, 1.0, np.fmax(first, 1.0))
+            self.variance = np.where(known, np.minimum(variance, limit), self.variance)
         else:
-            self.variance = np.where(known, variance, 1.0)
+            self.variance = np.where(known, np.minimum(variance, np.where(first > 0, first, 1.0)), 1.0)
         self.variances[:, 1:] = self.variances[:, :-1]
         self.variances[:, 0] = self.variance
 
@@ -498,13 +505,15 @@ class Window:
         else:
             self.last_step = point
         if not (self.uniform and self._frame_key == "uniform"):  # else they are as they were
-            last = np.maximum(self.width - 1, 0)
-            indices["last_x"][:] = row * (width + 1) + last
-            indices["last_f"][:] = row * (self.lags + width) + self.lags + last
-            indices["size_x"][:] = indices["last_x"] if self.known_size else row * (width + 1) + self.width
+            ends = np.stack([np.zeros_like(row), np.maximum(self.width - 1, 0)], 1)
+            indices["end_x"][:] = (row[:, None] * (width + 1) + ends).reshape(-1)
+            indices["end_f"][:] = (row[:, None] * (self.lags + width) + self.lags + ends).reshape(-1)
+            ends[:, 1] = self.width
+            indices["size_x"][:] = (row[:, None] * (width + 1) + ends).reshape(-1)
             self._frame_key = "uniform" if self.uniform else None
         if self.known_size:
-            numbers["p"][:, 0], numbers["q"][:, 0] = tables.p[point], tables.q[point]
+            ends = np.stack([self.lo, point], 1)
+            numbers["p"][:, :, 0], numbers["q"][:, :, 0] = tables.p[ends], tables.q[ends]
         else:  # where the data prediction is unknown, the last state of the window stands for it
             numbers["p"][:], numbers["q"][:] = 1.0, 0.0
         steps = self.steps if self.uniform else np.minimum(self.steps, self.problem.steps - 1)
