@@ -1,6 +1,7 @@
 """Sample diffusion models parallel in time: the same sample as the sequential loop's, in far fewer rounds."""
 
 from . import stopping
+from .calibration import Calibration, Setting, calibrate
 from .engine.captured import cuda_graph
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
@@ -32,6 +33,7 @@ __all__ = [
     "SAMPLERS",
     "SOLVERS",
     "Anderson",
+    "Calibration",
     "Job",
     "Latency",
     "Coefficients",
@@ -45,10 +47,12 @@ __all__ = [
     "Sampler",
     "Secant",
     "Sequential",
+    "Setting",
     "Speculative",
     "Solution",
     "Solutions",
     "Recurrence",
+    "calibrate",
     "cosine",
     "cuda_graph",
     "numerical_floor",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .calibration import Calibration
 from .checks import (
     check_errors,
     check_generators,
@@ -44,12 +45,12 @@ def sample(
     denoise: Callable[..., Tensor],
     noise: Tensor | Iterable[Job | Tensor],
     sampler: Sampler,
-    solver: Solver | Literal["auto"],
+    solver: Solver | Calibration | Literal["auto"],
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
     rows_per_round: int | None = None,
-    guess: Tensor | None = None,
+    guess: Tensor | Calibration | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     keep_trajectory: bool = False,
     frozen_steps: int = 0,
@@ -79,16 +80,18 @@ def sample(
         solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
             give another sample, from the same distribution; or ``auto``: by the solver that
             :func:`parataxis.plan` expects to be fastest, which may be the sequential loop. That takes some calls of the
-            network: to draw more than one batch, plan once and pass ``plan.solver``.
+            network: to draw more than one batch, plan once and pass ``plan.solver``. A :class:`parataxis.Calibration`
+            solves as it was found to keep its tolerance, and reports its bound as the error estimate.
         tolerance: Relative error allowed in each final sample, compared with the sequential loop's; ignored by
-            solvers that are exact in distribution.
+            solvers that are exact in distribution. A calibration has its own.
         condition: Tensors (B, ...), one entry a sample, or dicts, lists, tuples of them; passed to the network row by
             row. Leaves that are not tensors are the same for all samples.
         rows_per_round: Rows of a round: only as many samples run at a time as fill them, and the next one enters when
             another leaves; see :func:`parataxis.stream`, which yields samples as they are finished. Default: the rows
             of all samples.
         guess: (B, N + 1, *shape) trajectories to start from: of another condition, guidance, seed or solver. All states
-            are free, so the result is the sample of the new condition.
+            are free, so the result is the sample of the new condition. A calibration with a solver of full width gives
+            those of Gaussian data with the moments of its samples; that is also the default when it is the solver.
         generator: Source of the noise that stochastic samplers add: one for the batch, in the order of the sequential
             loop, or one for each sample. Solvers that are exact in distribution draw one seed for each
             sample from it.
@@ -134,6 +137,13 @@ def sample(
     if isinstance(noise, Tensor):
         check_inputs(noise, sampler, condition)
         check_generators(generator, len(noise))
+    calibration = None
+    if isinstance(solver, Calibration):
+        calibration = solver
+        if not isinstance(noise, Tensor):
+            raise ValueError("a calibration is checked against a batch: pass noise as a tensor, or a solver.")
+        calibration.check_use(denoise, noise, sampler, condition, tolerance)
+        solver, tolerance = calibration.solver, calibration.solver_tolerance
     limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
     options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
     if rows_per_round is not None or not isinstance(noise, Tensor):
@@ -146,7 +156,8 @@ def sample(
         jobs = _jobs(noise, sampler, condition, generator, rows_per_round)
         rows = rows_per_round or 1  # checked with the jobs
         running = partial(stream, denoise, jobs, sampler, solver, rows_per_round=rows, mesh=mesh, **limits, **options)
-        return _sample_stream(running, noise, sampler, solver, tolerance, progress=progress)
+        drawn = _sample_stream(running, noise, sampler, solver, tolerance, progress=progress)
+        return drawn if calibration is None else drawn.bounded(calibration.report)
     ranks, planned = ranks_of(mesh), None
     if isinstance(solver, str):
         if guess is not None or frozen_steps:
@@ -155,6 +166,10 @@ def sample(
         solver, limits["max_rows"] = planned.solver, planned.latency.limit
     started = time.perf_counter()
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)
+    if guess is None and calibration is not None and calibration.guesses(sampler.steps) and not frozen_steps:
+        guess = calibration
+    if isinstance(guess, Calibration):
+        guess = guess.guess(recurrence, condition)
     begin = partial(
         start,
         sampler,
@@ -186,7 +201,8 @@ def sample(
     )
     solutions = [run.solution for run in runs]
     rounds = max(solution.rounds for solution in solutions)
-    return Solutions(solutions, rounds, time.perf_counter() - started, planned)
+    drawn = Solutions(solutions, rounds, time.perf_counter() - started, planned)
+    return drawn if calibration is None else drawn.bounded(calibration.report)
 
 
 def _sample_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +97,10 @@ class Solutions(Sequence[Solution]):
         self.rounds = rounds
         self.seconds = seconds
         self.plan = plan
+
+    def bounded(self, report: Callable[[Solution], Solution]) -> Solutions:
+        """Return the same with solutions as ``report`` makes them, such as a calibration's own error estimates."""
+        return Solutions([report(solution) for solution in self], self.rounds, self.seconds, self.plan)
 
     def __getitem__(self, index: Any) -> Any:
         """Return one solution, or a tuple of several."""

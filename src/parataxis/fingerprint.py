@@ -1,0 +1,205 @@
+"""What a measurement was made of: parameters, settings, sampler, dtype, device, layout and versions.
+
+A measurement such as a calibration says nothing of another network, sampler or device. Its fingerprint is kept with it
+and compared where it is used; what differs is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+import parataxis  # for its version, which stands there alone
+
+from .samplers.sampler import Sampler
+
+__all__ = ["Fingerprint", "changes", "fingerprint", "without_counters"]
+
+Fingerprint = dict[str, str]
+SCALARS = (bool, int, float, str)
+VARIES = "changes from call to call"
+DEPTH = 6  # of functions within functions that are looked into
+# Digests of parameters, with what they were made of, by the network that holds them.
+_known: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(network: Callable[..., Any], noise: Tensor, sampler: Sampler | None, condition: Any) -> Fingerprint:
+    """Return what a measurement depends on, as texts by name.
+
+    Args:
+        network: The callable; modules, tensors, numbers and texts that it holds (in its closure, its defaults, as a
+            partial function or as an object) belong to it.
+        noise: (B, *shape); B does not matter, as samples do not depend on one another.
+        sampler: The equation, or None where a loop holds it.
+        condition: As in :func:`parataxis.sample`.
+    """
+    tensors, settings = _contents(network)
+    name = torch.cuda.get_device_name(noise.device) if noise.is_cuda else noise.device.type
+    facts = {
+        "parataxis": parataxis.__version__,
+        "torch": torch.__version__,
+        "device": name,
+        "dtype": str(noise.dtype)[6:],
+        "shape of a sample": str(tuple(noise.shape[1:])),
+        "condition": _layout(condition),
+        "parameters": _digest_of(network, tensors),
+        **settings,
+    }
+    if sampler is not None:
+        facts["sampler"] = sampler_text(sampler)
+    return facts
+
+
+def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """Return what differs, each as ``name: before -> now``."""
+    return [
+        f"{name}: {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and before.get(name) != VARIES
+    ]
+
+
+def without_counters(before: Fingerprint, after: Fingerprint) -> Fingerprint:
+    """Return a fingerprint in which what calls of the network have changed, such as their number, may be anything."""
+    return {name: text if before.get(name) == text else VARIES for name, text in after.items()}
+
+
+def sampler_text(sampler: Sampler) -> str:
+    """Return name, steps and a digest of all numbers of a sampler."""
+    text: str | None = sampler.__dict__.get("_fingerprint")
+    if text is None:
+        digest = hashlib.blake2b(digest_size=8)
+        for holder in (sampler, sampler.coefficients, sampler.transform):
+            for name, value in sorted(vars(holder).items()) if holder is not None else ():
+                if isinstance(value, np.ndarray):
+                    digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+                elif value is None or isinstance(value, (*SCALARS, tuple, torch.dtype)):
+                    digest.update(f"{name}={value!r}".encode())
+        text = f"{sampler.name}, {sampler.steps} steps, {digest.hexdigest()}"
+        sampler.__dict__["_fingerprint"] = text  # its numbers never change
+    return text
+
+
+def _layout(condition: Any) -> str:
+    """Return the structure of a condition, with shape and dtype of each sample's entry."""
+    if condition is None:
+        return "none"
+    leaves, spec = tree_flatten(condition)
+    texts = [
+        f"{str(leaf.dtype)[6:]} {tuple(leaf.shape[1:])}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    ]
+    return ", ".join(texts) if spec.is_leaf() else f"{spec}: {', '.join(texts)}"
+
+
+def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
+    """Return the tensors that a callable holds, and the settings, both by name."""
+    tensors: list[tuple[str, Tensor]] = []
+    settings: Fingerprint = {}
+    for name, value in _held("network", network, 0, set()):
+        if isinstance(value, nn.Module):
+            settings[name] = f"{type(value).__name__}{', training' if value.training else ''}"
+            tensors += [(f"{name}.{key}", tensor) for key, tensor in value.named_parameters()]
+            tensors += [(f"{name}.{key}", tensor) for key, tensor in value.named_buffers()]
+            for key, module in value.named_modules():
+                for attribute, number in vars(module).items():
+                    # The scale of an adapter, a number of heads, which adapter is active: what a module keeps outside
+                    # of its parameters and changes its outputs.
+                    if attribute != "training" and isinstance(number, (*SCALARS, dict)) and number != {}:
+                        plain = not isinstance(number, dict) or all(
+                            isinstance(entry, SCALARS) for entry in number.values()
+                        )
+                        if plain:
+                            settings[f"{name}.{key}.{attribute}" if key else f"{name}.{attribute}"] = repr(number)
+        elif isinstance(value, Tensor):
+            tensors.append((name, value))
+        elif isinstance(value, FunctionType):
+            code = value.__code__
+            settings[name] = hashlib.blake2b(code.co_code + repr(code.co_names).encode(), digest_size=8).hexdigest()
+        else:
+            settings[name] = repr(value)
+    return tensors, settings
+
+
+def _held(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield modules, tensors, functions, numbers and texts that a callable holds, with their names."""
+    if isinstance(value, SCALARS):
+        yield name, value
+        return
+    if value is None or depth > DEPTH or id(value) in seen or isinstance(value, (type, ModuleType)):
+        return
+    seen.add(id(value))
+    inside: dict[str, Any] = {}
+    if isinstance(value, (nn.Module, Tensor)):
+        yield name, value
+    elif isinstance(value, FunctionType):
+        yield name, value
+        inside = _cells(value)
+        for key in value.__code__.co_names:  # of globals, networks and functions, not numbers that may count calls
+            held = value.__globals__.get(key)
+            if isinstance(held, (nn.Module, Tensor, FunctionType)):
+                inside[key] = held
+        inside.update(value.__kwdefaults__ or {})
+        inside.update({f"default {place}": held for place, held in enumerate(value.__defaults__ or ())})
+    elif isinstance(value, MethodType):
+        inside = {"of": value.__self__, "method": value.__func__}
+    elif isinstance(value, functools.partial):
+        inside = {"function": value.func, **value.keywords, **{str(i): held for i, held in enumerate(value.args)}}
+    elif isinstance(value, (list, tuple)):
+        inside = {str(i): held for i, held in enumerate(value[:100])}
+    elif isinstance(value, dict):
+        inside = {str(key): held for key, held in list(value.items())[:100]}
+    elif not type(value).__module__.startswith(("torch", "numpy", "builtins")):
+        inside = dict(getattr(value, "__dict__", {}))
+        if callable(value):
+            inside["call"] = getattr(type(value).__call__, "__wrapped__", type(value).__call__)
+    for key, held in inside.items():
+        yield from _held(f"{name}.{key}", held, depth + 1, seen)
+
+
+def _cells(function: FunctionType) -> dict[str, Any]:
+    """Return what the closure of a function holds."""
+    inside = {}
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            inside[key] = cell.cell_contents
+        except ValueError:  # the name has no value yet
+            continue
+    return inside
+
+
+def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
+    """Return a digest of tensors; their bytes are read again only where something differs from the last time."""
+    if not tensors:
+        return "none"
+    # Writing through ``.data`` leaves no trace in the version of a tensor, but in its norm.
+    with torch.no_grad():
+        floats = [tensor.detach().float() for _, tensor in tensors if not tensor.is_meta and tensor.numel()]
+        norms = torch.stack([torch.linalg.vector_norm(tensor).cpu() for tensor in floats]).double() if floats else None
+    names = tuple((name, id(tensor), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors)
+    key = names, (0.0 if norms is None else float(norms.nan_to_num(7.0) @ torch.arange(1.0, len(norms) + 1).double()))
+    try:
+        before = _known.get(network)
+    except TypeError:  # an object that cannot be a key
+        before = None
+    if before is not None and before[0] == key:
+        return before[1]
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    count = sum(tensor.numel() for _, tensor in tensors)
+    text = f"{count} in {len(tensors)} tensors, {digest.hexdigest()}"
+    with contextlib.suppress(TypeError):
+        _known[network] = key, text
+    return text
