@@ -37,6 +37,7 @@ ORDER = [
 ]
 LOOPS = [
     "signals",
+    "times",
     "rows",
     "calls",
     "batch",

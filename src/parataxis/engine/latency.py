@@ -16,7 +16,7 @@ from torch import Tensor
 from .executor import out_of_memory
 from .rows import EvalBatch
 
-__all__ = ["Latency", "timings_agree", "format_seconds", "latency", "seconds_of"]
+__all__ = ["Latency", "timings_agree", "format_seconds", "latency", "seconds_of", "synchronize", "timed"]
 
 
 Array = NDArray[np.float64]
@@ -152,20 +152,23 @@ def timings_agree(taken: Iterable[float], size: float) -> bool:
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Return how long a call takes until its work on the device is done."""
-    _wait(device)
+    return timed(call, device)[1]
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Return what a call returns, and the seconds until its work on the device is done."""
+    synchronize(device)
     started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the work on a device is done, if it is of an asynchronous kind."""
-    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
-    if synchronize is not None:
-        synchronize(
-            *(() if device.type == "mps" else (device,))
-        )  # there is one MPS device, and its function takes none
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if wait is not None:
+        wait(*(() if device.type == "mps" else (device,)))  # there is one MPS device, and its function takes none
 
 
 def _straight(sizes: Sequence[int], times: Sequence[float] | Array) -> bool:

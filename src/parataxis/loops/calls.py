@@ -103,6 +103,11 @@ class Call:
                 stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
             yield
 
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs."""
+        return next((leaf.device for leaf in self.leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
     def signature(self) -> tuple[Any, ...]:
         """Return what calls of one kind have in common."""
         shapes = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for v in self.leaves)

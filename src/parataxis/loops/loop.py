@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .batch import Layout
 from .calls import Output
 from .structure import Structure
+from .times import LoopTimes
 
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
@@ -38,6 +40,8 @@ class Loop:
         structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
         ranks: Those that share the network's calls; None without.
+        times: What the unmodified loop takes.
+        warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
     """
 
     run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
@@ -53,6 +57,14 @@ class Loop:
     structures: dict[Any, Structure] = field(default_factory=dict)
     changed_by_callbacks: set[Any] = field(default_factory=set)
     ranks: Ranks | None = None
+    times: LoopTimes = field(default_factory=LoopTimes)
+    warned_slower: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers are."""
+        parameters = (parameter for denoiser in self.denoisers for parameter in denoiser.parameters())
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .calls import Call, CallKind, RecordedCalls
 from .layout import NOTHING_TO_BATCH, OUT_OF_MEMORY, LayoutSearch, compare, random_request, rows_of_sample
 from .rows import RowRequest
 from .signals import NotParallelizable, RowsInteract
+from .times import LoopTimes
 
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
@@ -42,6 +44,7 @@ class Merger:
         single: Whether every call is evaluated by itself.
         batched: Whether any calls have been batched.
         ranks: Those that share the calls, each with a merger of its own; None without.
+        times: Takes the seconds of single calls.
         checked: The layouts that this merger has found or checked.
     """
 
@@ -54,6 +57,7 @@ class Merger:
     single: bool = False
     batched: bool = False
     ranks: Ranks | None = None
+    times: LoopTimes = field(default_factory=LoopTimes)
     checked: dict[Any, Layout] = field(default_factory=dict)
 
     def evaluate(self, recorded: RecordedCalls, requests: Sequence[RowRequest]) -> list[list[Any]]:
@@ -83,7 +87,9 @@ class Merger:
         """Call the network once; what it returns is copied, as its next call may overwrite it (CUDA graphs)."""
         with call.context():
             args, kwargs = call.arguments(leaves)
-            output = self.denoiser(call.module, args, kwargs)
+            evaluate = partial(self.denoiser, call.module, args, kwargs)
+            single = all(map(_same_shape, leaves, call.leaves))
+            output = self.times.call(call.signature(), evaluate, call.device) if single else evaluate()
         self.calls += 1
         self.rows += rows
         self.peak_rows = max(self.peak_rows, rows)
@@ -220,3 +226,7 @@ class _KindMerger:
         if not self.is_checked:
             total += self.calls.row_map(requests[0].call).rows  # of the check
         return max(1, int((total <= self.merger.limit).sum()))
+
+
+def _same_shape(left: Any, right: Any) -> bool:
+    return getattr(left, "shape", None) == getattr(right, "shape", None)

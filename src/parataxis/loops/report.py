@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
+from ..engine.latency import format_seconds
+
 __all__ = ["Report"]
+
+SLOWER = 0.9  # speed-up below which a call counts as slower: timings are not better than a tenth
 
 
 @dataclass
@@ -12,6 +17,11 @@ class Report:
     """What was done for the latest call of a loop; filled in by each call.
 
     Attributes:
+        seconds: How long the call took, with everything that it did besides the loop.
+        sequential_seconds: How long the unmodified loop takes: measured where it ran in this call, an earlier one or
+            :func:`parataxis.plan`, else estimated from the seconds of single network calls and of the loop's own
+            Python, as the smallest of a few. 0 while it is not known.
+        estimated: Whether ``sequential_seconds`` is an estimate.
         mode: ``recurrence`` (the loop's recurrence was solved), ``replay`` (the loop's Python answered every round),
             ``sequential`` (the unmodified loop), or ``none`` before the first call.
         reason: Why so.
@@ -32,6 +42,9 @@ class Report:
         converged: Whether the error estimate is within the tolerance, or the floor where that is larger.
     """
 
+    seconds: float = 0.0
+    sequential_seconds: float = 0.0
+    estimated: bool = False
     mode: str = "none"
     reason: str = "not run yet"
     steps: int = 0
@@ -48,6 +61,23 @@ class Report:
     tolerance: float = 0.0
     converged: bool = False
 
+    @property
+    def speedup(self) -> float:
+        """``sequential_seconds`` over ``seconds``; NaN while one of them is not known."""
+        known = self.seconds > 0 and self.sequential_seconds > 0
+        return self.sequential_seconds / self.seconds if known else math.nan
+
+    def slower(self) -> str | None:
+        """Return what to do if the call was slower than the loop, else None."""
+        if not self.speedup < SLOWER:  # NaN is not
+            return None
+        return (
+            f"running in parallel was slower: the call took {format_seconds(self.seconds)}, the unmodified loop takes "
+            f"{'about ' if self.estimated else ''}{format_seconds(self.sequential_seconds)}. Pass solver='auto', which "
+            "keeps the loop as it is where that is faster, or print parataxis.plan(loop, ...) to see what would pay. "
+            "This is said once."
+        )
+
     def reset(self, tolerance: float) -> None:
         """Begin a new call."""
         for field in fields(self):
@@ -55,14 +85,24 @@ class Report:
         self.tolerance = tolerance
 
     def __str__(self) -> str:
-        """Return one readable line."""
+        """Return one readable line, seconds first."""
         if self.mode in ("none", "sequential"):
-            return f"{self.mode}: {self.reason}"
+            seconds = f"{format_seconds(self.seconds)}, " if self.seconds else ""
+            return f"{seconds}{self.mode}: {self.reason}"
         nfe_ratio = self.evaluations / max(self.steps * self.samples, 1)
         return (
-            f"{self.mode}: {self.steps} steps in {self.rounds} rounds ({nfe_ratio:.2f} evaluations a step, "
-            f"{self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); error estimate "
+            f"{self._timing()}{self.mode}: {self.steps} steps in {self.rounds} rounds ({nfe_ratio:.2f} evaluations a "
+            f"step, {self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); error estimate "
             f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
             + ("" if self.converged else "; NOT CONVERGED")
             + (f"; {self.reason}" if self.reason else "")
+        )
+
+    def _timing(self) -> str:
+        if math.isnan(self.speedup):
+            return ""
+        about = "about " if self.estimated else ""
+        return (
+            f"{format_seconds(self.seconds)}, {self.speedup:.2g} times as fast as the loop "
+            f"({about}{format_seconds(self.sequential_seconds)}); "
         )

@@ -7,15 +7,18 @@ seen what it is for ends by a private signal.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
+from ..engine.latency import timed
 from .answers import Answers
 from .calls import Call, Output, autocast_of, copy_leaves, equal
 from .loop import Loop, reachable
@@ -46,6 +49,7 @@ class LoopRunner:
         trainable: Whether the unmodified loop's result would require gradients.
         loop_constants: Arguments of modules that the loop calls along the way and that do not depend on outputs.
         merger: Evaluates recorded calls by the real denoisers.
+        other_seconds: Seconds of other modules that the loop calls, which run once for all passes.
     """
 
     def __init__(self, loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +60,8 @@ class LoopRunner:
         self.callbacks_in_every_pass = self.key in loop.changed_by_callbacks
         self.trainable = False
         self.loop_constants: list[list[Any]] = []
-        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks)
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks, times=loop.times)
+        self.other_seconds = 0.0
         self.memo = ModuleMemo()
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
@@ -109,7 +114,7 @@ class LoopRunner:
         # A pass that cannot get farther than the ones before meets no generator that they have not.
         watched = self.passes == 1 or callbacks or accept is not None or not plans
         outer, current = self._pass, _Pass(self, plans, seed, callbacks, accept, at_stage)
-        self._pass = current
+        self._pass, started = current, time.perf_counter()
         try:
             with self._random if watched else nullcontext(), _autocast(self._autocast):
                 value = self.loop.run(self.args, self.kwargs, not (callbacks or self.callbacks_in_every_pass))
@@ -123,6 +128,7 @@ class LoopRunner:
                 raise NotParallelizable(f"it raised {error!r} on trial outputs.") from error
             raise
         finally:
+            self.loop.times.add_pass(current.calls, time.perf_counter() - started - current.stub_seconds)
             self._pass = outer
             current.release()
         current.record.complete, current.record.value = not current.record.calls, value
@@ -132,7 +138,9 @@ class LoopRunner:
         """Run the unmodified loop, from the random state at the beginning."""
         self.passes += 1
         self._random.restore()
-        return self.loop.run(self.args, self.kwargs, False)
+        value, seconds = timed(partial(self.loop.run, self.args, self.kwargs, False), self.loop.device)
+        self.loop.times.add_loop(self.key, seconds)
+        return value
 
     def evaluate(self, module: int, args: Any, kwargs: Any) -> Any:
         """Call a real denoiser."""
@@ -174,7 +182,8 @@ class LoopRunner:
 
         def run(args: Any, kwargs: Any) -> Any:
             self.merger.calls, self.merger.rows = self.merger.calls + 1, self.merger.rows + rows
-            return self._originals[call.module](*args, **kwargs)
+            network = partial(self._originals[call.module], *args, **kwargs)
+            return self.loop.times.call(call.signature(), network, call.device)
 
         leaves, spec = tree_flatten(check_pure(self.loop.denoisers[call.module], run, call))
         ranks = self.loop.ranks
@@ -225,18 +234,27 @@ class _Pass:
         self.runner, self.plans, self.callbacks = runner, list(plans), callbacks
         self.accept, self.at_stage = accept, at_stage
         self.record = PassRecord([StageRecord(plan.structure) for plan in plans], seed)
+        self.stub_seconds = 0.0  # all that is not the loop's own Python
         self._index = 0  # of the next call of a denoiser
         self._answered = False  # the loop has been given an output
         self._stub_error: Exception | None = None  # raised within a stub: by a network, a solver
         self._random_outputs: dict[int, tuple[Tensor, int, int]] = {}  # by id: tensor, call, leaf
 
+    @property
+    def calls(self) -> int:
+        """How many calls of denoisers have been answered."""
+        return self._index
+
     def answer(self, call: Callable[[_Pass], Any]) -> Any:
         """Answer a call of a stub."""
+        started = time.perf_counter()
         try:
             return call(self)
         except Exception as error:
             self._stub_error = error
             raise
+        finally:
+            self.stub_seconds += time.perf_counter() - started
 
     def explains(self, error: Exception) -> bool:
         """Return whether the outputs that the loop was given may be why it raised this."""
@@ -285,7 +303,9 @@ class _Pass:
 
         def run() -> Any:
             with self.runner.real_calls():
-                return original(*args, **kwargs)
+                result, seconds = timed(partial(original, *args, **kwargs), self.runner.loop.device)
+            self.runner.other_seconds += seconds
+            return result
 
         return self.runner.memo.call(number, leaves, spec, run, before)
 

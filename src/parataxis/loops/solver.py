@@ -18,6 +18,7 @@ networks (:mod:`.runner`), and the networks run only where the solver wants them
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from ..checks import check_solver, is_finite
+from ..engine.latency import synchronize
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
@@ -81,6 +83,7 @@ def solve_loop(
     loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
 ) -> Any:
     """Run a loop once, in parallel if it can be, and fill in the report."""
+    started = time.perf_counter()
     report.reset(tolerance)
     reason = "the solver is Sequential." if isinstance(solver, Sequential) else loop.unsupported()
     raised = False  # by the loop, on trial outputs
@@ -88,9 +91,16 @@ def solve_loop(
     try:
         if reason is None:
             with runner.installed():
-                value = LoopSolver(runner, solver, tolerance, report).run()
+                loop_solver = LoopSolver(runner, solver, tolerance, report)
+                value = loop_solver.run()
+            calls = [signature for stage in loop_solver.stages for signature in stage.structure.signatures]
+            _report_seconds(report, runner, calls, started)
             if runner.trainable:
                 warnings.warn(GRADIENTS, RuntimeWarning, stacklevel=3)
+            slower = None if loop.warned_slower else report.slower()
+            if slower is not None:
+                loop.warned_slower = True
+                warnings.warn(slower, RuntimeWarning, stacklevel=3)
             return value
     except NotParallelizable as signal:
         reason, raised = str(signal), signal.__cause__ is not None
@@ -109,6 +119,8 @@ def solve_loop(
         warn()
     report.mode, report.reason, report.converged, report.passes = "sequential", reason, True, runner.passes
     report.error_estimate, report.rounds = 0.0, 0
+    report.sequential_seconds = loop.times.latest
+    report.seconds = time.perf_counter() - started
     return value
 
 
@@ -311,6 +323,16 @@ class LoopSolver:
             del self.loop.structures[self.runner.key]
             self.report.reset(self.tolerance)
             return self.run()
+
+
+def _report_seconds(report: Report, runner: LoopRunner, calls: Sequence[Any], started: float) -> None:
+    """Say how long the call took, and how long the unmodified loop with these kinds of calls would have taken."""
+    loop = runner.loop
+    synchronize(loop.device)
+    report.seconds = time.perf_counter() - started
+    measured = loop.times.loops.get(runner.key)
+    report.estimated = measured is None
+    report.sequential_seconds = loop.times.estimate(calls, runner.other_seconds) if measured is None else measured
 
 
 def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:
