@@ -114,37 +114,18 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
             "folder with unet/ and scheduler/."
         )
     try:
-        from diffusers import UNet2DModel
+        import diffusers  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the shipped models need diffusers: install it with  pip install 'parataxis[models]'"
         ) from error
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = json.loads(config_path.read_text())
-    try:
-        network = UNet2DModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
-        network.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the weights of {str(name)!r} in {folder / 'unet'} cannot be read ({type(error).__name__}: {error}): the "
-            "file is damaged or not of this model; install the package again."
-        ) from error
+    config = _read_config(config_path)
+    network = _load_network(folder / "unet")
     network = network.to(device).eval().requires_grad_(False)
     if dtype != torch.float32:
         network = network.to(dtype)
-    size = network.config.sample_size
-    classes = network.config.num_class_embeds
-    prediction: Prediction = "flow"
-    schedule: Schedule = flow(config.get("shift", 1.0), config["num_train_timesteps"])
-    if "beta_schedule" in config:
-        prediction = _PREDICTIONS[config["prediction_type"]]
-        if config["beta_schedule"] == "squaredcos_cap_v2":
-            schedule = cosine(config["num_train_timesteps"])
-        else:
-            ends = config["beta_start"], config["beta_end"]
-            schedule = vp(config["num_train_timesteps"], *ends, config["beta_schedule"])
+    schedule, prediction = _schedule(config, config_path)
+    size, classes = network.config.sample_size, network.config.num_class_embeds
     return Model(
         name=folder.name,
         network=network,
@@ -154,3 +135,66 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         classes=None if classes is None else classes - 1,
         folder=folder,
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return a configuration, or raise a ValueError with its path."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it must be a JSON file.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+    return config
+
+
+def _load_network(folder: Path) -> Any:
+    """Return the U-Net of a folder; nothing is allocated before its form is known to be that of its weights."""
+    from diffusers import UNet2DModel
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    config, weights = _read_config(folder / "config.json"), folder / "diffusion_pytorch_model.safetensors"
+    try:
+        with safe_open(weights, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{weights} cannot be read ({type(error).__name__}: {error}): the file is damaged or not there; install "
+            "the package or copy the model again."
+        ) from error
+    # Building layers one by one takes long even where they hold no memory, and each has tensors of its own.
+    layers = config.get("layers_per_block", 2)
+    if not isinstance(layers, int) or layers > len(shapes):
+        raise ValueError(f"{folder / 'config.json'} does not fit its weights: layers_per_block is {layers!r}.")
+    try:
+        with torch.device("meta"):
+            expected = {
+                name: tuple(value.shape) for name, value in UNet2DModel.from_config(config).state_dict().items()
+            }
+    except Exception as error:  # whatever diffusers says of a wrong configuration
+        raise ValueError(f"{folder / 'config.json'} is not of a UNet2DModel ({error}).") from error
+    different = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{folder / 'config.json'} does not fit its weights: {name} is {expected.get(name, 'missing')} by the one "
+            f"and {shapes.get(name, 'missing')} by the other."
+        )
+    network = UNet2DModel.from_config(config)
+    network.load_state_dict(load_file(weights))
+    return network
+
+
+def _schedule(config: dict[str, Any], path: Path) -> tuple[Schedule, Prediction]:
+    """Return the noise schedule of a scheduler's configuration, and what the network predicts."""
+    try:
+        steps = config["num_train_timesteps"]
+        if "beta_schedule" not in config:
+            return flow(config.get("shift", 1.0), steps), "flow"
+        prediction = _PREDICTIONS[config["prediction_type"]]
+        if config["beta_schedule"] == "squaredcos_cap_v2":
+            return cosine(steps), prediction
+        return vp(steps, config["beta_start"], config["beta_end"], config["beta_schedule"]), prediction
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no noise schedule that can be read ({type(error).__name__}: {error}).") from error
