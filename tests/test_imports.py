@@ -33,7 +33,9 @@ ORDER = [
     "pipelines",
     "kdiffusion",
     "parallel",
+    "_api",
     "cli",
+    "__main__",
 ]
 LOOPS = [
     "signals",

@@ -40,9 +40,10 @@ from .engine.solution import Solution
 from .fingerprint import Fingerprint, changes, fingerprint, without_counters
 from .guarantees import allowed_failures, conformal_quantile, failure_bound
 from .moments import Moments
+from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
-from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS
+from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS, as_solver
 from .solvers.base import Solver
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
@@ -300,7 +301,8 @@ def calibrate(
         OutputError: See :func:`parataxis.sample`.
     """
     network, begun = wrap_denoiser(denoise), time.perf_counter()
-    check_inputs(noise, sampler, condition)
+    sampler = as_sampler(sampler)
+    check_inputs(noise, condition)
     check_generators(generator, len(noise))
     lists = sequences(candidates, tolerance, coverage, confidence)
     for setting in (setting for settings in lists for setting in settings):
@@ -366,6 +368,7 @@ def sequences(
         if not (is_finite(value) and 0 < value < 1):
             raise ValueError(f"{name} must be in (0, 1), such as 0.95, got {value!r}.")
     chosen: list[Any] = [Secant(window=8)] if candidates is None else list(candidates)
+    chosen = [as_solver(candidate) if isinstance(candidate, str) else candidate for candidate in chosen]
     if not chosen:
         raise ValueError("candidates is empty: pass at least one solver, or None for Secant(window=8).")
     if all(isinstance(candidate, Setting) for candidate in chosen):

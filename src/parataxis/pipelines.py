@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .checks import describe
 from .engine.executor import ranks_of
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
@@ -35,7 +36,7 @@ METHODS = ("encode", "decode", "generate")
 
 def parallel(
     pipe: Any,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
@@ -51,13 +52,13 @@ def parallel(
         ValueError: If the tolerance is negative or infinite.
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
-        raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}.")
+        raise TypeError(f"pipe must be a diffusers pipeline, got {describe(pipe)}.")
     return ParallelPipeline(pipe, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
 
 
 def enable(
     pipe: Any,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,

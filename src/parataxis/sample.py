@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -16,9 +17,9 @@ from .checks import (
     check_errors,
     check_generators,
     check_rows,
-    check_solver,
     check_tolerance,
     check_whole,
+    describe,
     wrap_denoiser,
 )
 from .engine.captured import GraphedNetwork
@@ -27,8 +28,10 @@ from .engine.rows import EvalBatch
 from .engine.run import Run, drive, drive_sequential, start
 from .engine.solution import Solution, Solutions
 from .planning import Plan, plan
+from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers import as_solver
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .streaming import Job, Stream, stream
@@ -44,8 +47,8 @@ __all__ = ["numerical_floor", "sample"]
 def sample(
     denoise: Callable[..., Tensor],
     noise: Tensor | Iterable[Job | Tensor],
-    sampler: Sampler,
-    solver: Solver | Calibration | Literal["auto"],
+    sampler: Sampler | Any,
+    solver: Solver | Calibration | str | None = None,
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
@@ -69,15 +72,19 @@ def sample(
 
     Args:
         denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
-            of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
-            samples: each output must depend on its own row only, and be the same in every call. Nothing checks
-            that; a network that mixes its rows (a mean over the batch, batch norm that is
-            trained) or draws random numbers (dropout) gives wrong samples, so call ``eval()``. Rounding may depend on
-            the number of rows: :func:`parataxis.numerical_floor` measures by how much.
+            of the sampler, to outputs (R, *shape) of x's dtype. Times fall from noise to sample, in training steps:
+            from about 999 to 0 on the schedules ``vp`` and ``cosine``, from 1000 (noise) towards 0 on ``flow``; on
+            ``karras`` they are log(noise level) / 4. The rows of a call belong to different steps and samples: each
+            output must depend on its own row only, and be the same in every call. Nothing checks that; a network that
+            mixes its rows (a mean over the batch, batch norm that is trained) or draws random numbers (dropout) gives
+            wrong samples, so call ``eval()``. Rounding may depend on the number of rows:
+            :func:`parataxis.numerical_floor` measures by how much.
         noise: (B, *shape) standard normal; its dtype is that of the network's input. States are float32, or float64 if
             the noise is. With ``rows_per_round`` also an iterator of :class:`parataxis.Job`, drawn in its order.
-        sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
+        sampler: The equation, from :mod:`parataxis.samplers`; or a diffusers scheduler whose timesteps are set, which
+            :func:`parataxis.from_scheduler` reads.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`, or its name, such as ``"secant"``; default
+            ``Secant(window=8)``. Those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
             give another sample, from the same distribution; or ``auto``: by the solver that
             :func:`parataxis.plan` expects to be fastest, which may be the sequential loop. That takes some calls of the
             network: to draw more than one batch, plan once and pass ``plan.solver``. A :class:`parataxis.Calibration`
@@ -125,7 +132,11 @@ def sample(
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was passed and what was expected.
     """
+    _check_order(denoise, noise, sampler, solver)
     wrap_denoiser(denoise)
+    sampler = as_sampler(sampler)
+    if solver != "auto" and not isinstance(solver, Calibration):
+        solver = as_solver(solver)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     check_errors(errors)
@@ -135,7 +146,7 @@ def sample(
             "differs between batch sizes: choose at least that, or 0, which solves the equations to rounding."
         )
     if isinstance(noise, Tensor):
-        check_inputs(noise, sampler, condition)
+        check_inputs(noise, condition)
         check_generators(generator, len(noise))
     calibration = None
     if isinstance(solver, Calibration):
@@ -147,7 +158,7 @@ def sample(
     limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
     options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
     if rows_per_round is not None or not isinstance(noise, Tensor):
-        if solver == "auto":
+        if isinstance(solver, str):
             raise ValueError(
                 "solver='auto' plans for a batch that is solved at once: with rows_per_round=, choose a solver."
             )
@@ -162,7 +173,7 @@ def sample(
     if isinstance(solver, str):
         if guess is not None or frozen_steps:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: choose a solver.")
-        planned = _choose_solver(solver, denoise, noise, sampler, tolerance, condition, ranks, limits)
+        planned = _plan(denoise, noise, sampler, tolerance, condition, ranks, limits)
         solver, limits["max_rows"] = planned.solver, planned.latency.limit
     started = time.perf_counter()
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)
@@ -203,6 +214,21 @@ def sample(
     rounds = max(solution.rounds for solution in solutions)
     drawn = Solutions(solutions, rounds, time.perf_counter() - started, planned)
     return drawn if calibration is None else drawn.bounded(calibration.report)
+
+
+def _check_order(denoise: Any, noise: Any, sampler: Any, solver: Any) -> None:
+    """Raise for arguments that stand in each other's places."""
+    swapped = (
+        isinstance(denoise, (Tensor, Sampler))
+        or isinstance(noise, (torch.nn.Module, Sampler))
+        or inspect.isroutine(noise)
+        or isinstance(sampler, (Tensor, torch.nn.Module))
+        or hasattr(sampler, "unsupported")
+        or isinstance(solver, (Tensor, Sampler))
+    )
+    if swapped:
+        passed = ", ".join(describe(value) for value in (denoise, noise, sampler, solver) if value is not None)
+        raise TypeError(f"write parataxis.sample(network, noise, sampler, solver) in this order, got ({passed}).")
 
 
 def _sample_batch(
@@ -274,8 +300,7 @@ def _sample_stream(
     return Solutions(in_order, running.rounds, time.perf_counter() - started)
 
 
-def _choose_solver(
-    choice: str,
+def _plan(
     denoise: Callable[..., Tensor],
     noise: Tensor,
     sampler: Sampler,
@@ -285,8 +310,6 @@ def _choose_solver(
     limits: dict[str, Any],
 ) -> Plan:
     """Return the plan of the first rank, for ``auto``."""
-    if choice != "auto":
-        check_solver(choice)  # raises
     network, devices = wrap_denoiser(denoise), 1 if ranks is None else ranks.size
     planned = plan(network, noise, sampler, tolerance=tolerance, condition=condition, devices=devices, **limits)
     return planned if ranks is None else ranks.broadcast(planned)
@@ -367,7 +390,8 @@ def numerical_floor(
         The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
         :func:`parataxis.sample`.
     """
-    check_inputs(noise, sampler, condition)
+    sampler = as_sampler(sampler)
+    check_inputs(noise, condition)
     check_generators(generator, len(noise))
     check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)

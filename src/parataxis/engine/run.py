@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..arrays import Indices, upload
-from ..checks import check_errors, check_generators, check_solver, check_tolerance, check_whole
+from ..checks import check_errors, check_generators, check_tolerance, check_whole
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
+from ..solvers import as_solver
 from ..solvers.base import Answer, Problem, Query, Solver
 from ..solvers.batch import Batch
 from ..solvers.sequential import PlainLoop
@@ -311,7 +312,7 @@ def start(
     Args:
         sampler: The equation; its ``output`` is applied to what the network returns. None where the recurrence is all.
         recurrence: From ``sampler.recurrence(noise)``; its dtype is that of the states.
-        solver: How to solve it.
+        solver: How to solve it, or its name.
         tolerance: Relative error allowed in each final sample, >= 0; with 0 it is the sequential sample up to rounding.
         guess: (B, N + 1, *shape) trajectories to start from, as ``Solutions.trajectory`` returns them; the first state
             is always the recurrence's.
@@ -330,7 +331,7 @@ def start(
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that does not
             support this recurrence (with the reason).
     """
-    check_solver(solver)
+    solver = as_solver(solver)
     check_tolerance(tolerance)
     check_errors(errors)
     check_generators(generator, len(recurrence.start))

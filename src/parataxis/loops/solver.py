@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from ..checks import check_solver, is_finite
+from ..checks import is_finite
 from ..engine.latency import synchronize
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
+from ..solvers import as_solver
 from ..solvers.base import Solver
-from ..solvers.secant import Secant
 from ..solvers.sequential import Sequential
 from .answers import Answers
 from .equation import RecordedRecurrence, ReplayedRecurrence
@@ -70,13 +70,11 @@ class Phase(Enum):
     DONE = auto()
 
 
-def check_options(solver: Solver | None, tolerance: Any) -> tuple[Solver, float]:
+def check_options(solver: Solver | str | None, tolerance: Any) -> tuple[Solver, float]:
     """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
     if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
-    solver = Secant(window=8) if solver is None else solver
-    check_solver(solver)
-    return solver, float(tolerance)
+    return as_solver(solver), float(tolerance)
 
 
 def solve_loop(
