@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+import parataxis
+
 from .bench import bench
 from .errors import INTERRUPTED, TERMINATED, WRONG, Failed, NoReader, Wrong, choose
 from .models import models
@@ -49,9 +51,7 @@ for name, command in COMMANDS.items():
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
-
-        print(f"parataxis {__version__}")
+        print(f"parataxis {parataxis.__version__}")
         raise typer.Exit
 
 
