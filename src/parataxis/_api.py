@@ -3,6 +3,7 @@
 from . import stopping
 from .calibration import Calibration, Setting, calibrate
 from .engine.captured import cuda_graph
+from .engine.checkpoint import load_runs, save_runs
 from .engine.latency import Latency, latency
 from .engine.rows import OutputError
 from .engine.run import Run, drive, start
@@ -59,11 +60,13 @@ __all__ = [
     "flow",
     "karras",
     "latency",
+    "load_runs",
     "load_trajectory",
     "plan",
     "from_scheduler",
     "parallel",
     "sample",
+    "save_runs",
     "save_trajectory",
     "start",
     "stream",

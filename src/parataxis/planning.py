@@ -306,6 +306,9 @@ def plan(
     )
 
 
+PLAN_CLASSES = (Plan, Candidate, Range, Latency)  # that a plan is made of, besides solvers
+
+
 class _Forecast(NamedTuple):
     """What a solver is expected to evaluate: the rows of every round, with few rounds, in the median, with many."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,15 +25,16 @@ from .checks import (
     wrap_denoiser,
 )
 from .engine.captured import GraphedNetwork
+from .engine.checkpoint import Interruptions, load_runs, save_runs
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.rows import EvalBatch
 from .engine.run import Run, drive, drive_sequential, start
 from .engine.solution import Solution, Solutions
-from .planning import Plan, plan
+from .planning import PLAN_CLASSES, Plan, plan
 from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
-from .solvers import as_solver
+from .solvers import SOLVERS, as_solver
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .streaming import Job, Stream, stream
@@ -65,6 +68,7 @@ def sample(
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
     errors: Literal["raise", "return"] = "raise",
+    checkpoint: str | Path | None = None,
 ) -> Solutions:
     """Draw a batch of samples with your own network, many time steps side by side.
 
@@ -118,6 +122,8 @@ def sample(
         errors: What happens if the network returns NaN or Inf for an accepted input of a sample: ``raise``, or
             ``return`` that sample as failed, with the reason and its last estimate, and the others as ever. Looking for
             it costs one more read of the device a round.
+        checkpoint: A file for a solve that is interrupted: Ctrl-C or SIGTERM writes it, and the same call goes on from
+            it, to the same bits; it is removed when the solve has ended. Not with ``mesh`` or ``rows_per_round``.
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
@@ -148,6 +154,8 @@ def sample(
     if isinstance(noise, Tensor):
         check_inputs(noise, condition)
         check_generators(generator, len(noise))
+    if checkpoint is not None and (rows_per_round is not None or mesh is not None or not isinstance(noise, Tensor)):
+        raise ValueError("checkpoint= cannot be combined with rows_per_round= or mesh=: draw a batch on one device.")
     calibration = None
     if isinstance(solver, Calibration):
         calibration = solver
@@ -205,10 +213,18 @@ def sample(
         )
     network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
     capture = None
-    if isinstance(denoise, GraphedNetwork) and ranks is None and max_rows is None and on_round is None and stop is None:
+    watched = on_round is not None or stop is not None or checkpoint is not None
+    if isinstance(denoise, GraphedNetwork) and ranks is None and max_rows is None and not watched:
         capture = partial(denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
     runs = _sample_batch(
-        begin, Executor(network, **limits), ranks, capture, on_round=on_round, stop=stop, progress=progress
+        begin,
+        Executor(network, **limits),
+        ranks,
+        capture,
+        on_round=on_round,
+        stop=stop,
+        progress=progress,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     solutions = [run.solution for run in runs]
     rounds = max(solution.rounds for solution in solutions)
@@ -240,27 +256,35 @@ def _sample_batch(
     on_round: Callable[[Sequence[Run]], None] | None,
     stop: Callable[[Run], bool] | None,
     progress: bool,
+    checkpoint: Path | None,
 ) -> list[Run]:
     """Solve all samples at once, and return their runs; after Ctrl-C they are stopped as ``interrupted``."""
-    runs = begin()
+    runs, interruptions = begin(), Interruptions()
+    if checkpoint is not None:
+        evaluate = interruptions.during(evaluate)
+        if checkpoint.exists():
+            load_runs(checkpoint, runs)
     if ranks is not None:
         from .engine.distributed.ranks import Sharded
 
-        evaluate = Sharded(evaluate, ranks)
+        evaluate = sharded = Sharded(evaluate, ranks)
+        sharded.name_ranks(runs[0].group)
     captured = None if capture is None else capture(runs)
     total = sum(run.problem.steps for run in runs)
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if checkpoint is None else interruptions:
                 if captured is not None and not captured.finish():
                     runs = begin()  # these samples need more than a graph
                 plain = isinstance(runs[0].solver, Sequential) and on_round is None and stop is None
-                plain = plain and not runs[0].group.batch.returns_errors
+                plain = plain and not runs[0].group.batch.returns_errors and checkpoint is None
                 driven = drive(runs, evaluate, on_round=on_round, stop=stop)
                 for rounds in drive_sequential(runs, evaluate) if plain else driven:
                     bar.set_postfix(rounds=rounds, refresh=False)
                     bar.update(sum(run.accepted for run in runs) - bar.n)
         except KeyboardInterrupt:
+            if checkpoint is not None and not all(run.done for run in runs):
+                save_runs(checkpoint, runs)
             for run in runs:
                 run.stop("interrupted")
             if ranks is not None:
@@ -268,6 +292,8 @@ def _sample_batch(
         else:
             if ranks is not None:
                 ranks.end()
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
     return runs
 
 
@@ -312,7 +338,7 @@ def _plan(
     """Return the plan of the first rank, for ``auto``."""
     network, devices = wrap_denoiser(denoise), 1 if ranks is None else ranks.size
     planned = plan(network, noise, sampler, tolerance=tolerance, condition=condition, devices=devices, **limits)
-    return planned if ranks is None else ranks.broadcast(planned)
+    return planned if ranks is None else ranks.broadcast(planned, (*PLAN_CLASSES, *SOLVERS.values()))
 
 
 def _jobs(

@@ -102,7 +102,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         if ranks is not None:
             from .engine.distributed.ranks import Sharded
 
-            self._evaluate = Sharded(self._evaluate, ranks)
+            self._evaluate = self._sharded = Sharded(self._evaluate, ranks)
         self._pool = Pool(begin, rows)
         self._open: dict[int, Run] = {}  # by the numbers of their jobs, those that have not been yielded
         self._solutions = self._drive()
@@ -164,6 +164,8 @@ class Stream(Iterator[tuple[int, Solution]]):
         if self._ranks is not None:
             self._ranks.compare(job=number, noise=recurrence.start, added=recurrence.noise, condition=condition)
         run = self._pool.add(number, recurrence, generator)
+        if self._ranks is not None:
+            self._sharded.name_ranks(run.group)
         self._open[number], self._network.conditions[run.slot] = run, condition
         return True
 

@@ -21,6 +21,7 @@ from ..solvers import as_solver
 from ..solvers.base import Answer, Problem, Query, Solver
 from ..solvers.batch import Batch
 from ..solvers.sequential import PlainLoop
+from .checkpoint import restore_run, run_state
 from .rows import EvalBatch, expect
 from .solution import Round, Solution
 
@@ -233,6 +234,31 @@ class Run:
             history=tuple(self.history),
             trajectory=None if trajectory is None else trajectory.view(-1, *self.group.shape),
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the run is between two rounds, to go on with it in another process, to the same bits.
+
+        A few times the window in size, whatever the number of rounds. :func:`parataxis.save_runs` writes all runs of a
+        batch to a file.
+
+        Returns:
+            Tensors by names, copies; for :meth:`load_state_dict`, or for safetensors.
+
+        Raises:
+            ValueError: For runs of a stream or of a recorded loop.
+        """
+        return run_state(self)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from where a run was when :meth:`state_dict` was called.
+
+        Args:
+            state: Of a run that was started with the same arguments.
+
+        Raises:
+            ValueError: If it was started with others, with what differs, or if this run has begun already.
+        """
+        restore_run(self, state)
 
     @property
     def slot(self) -> int:
