@@ -22,6 +22,7 @@ from .checks import (
     check_tolerance,
     check_whole,
     describe,
+    is_finite,
     wrap_denoiser,
 )
 from .engine.captured import GraphedNetwork
@@ -146,6 +147,8 @@ def sample(
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     check_errors(errors)
+    if not (is_finite(numerical_floor) and numerical_floor >= 0):
+        raise ValueError(f"numerical_floor must be a relative error of at least 0, got {numerical_floor!r}.")
     if 0 < tolerance < numerical_floor:
         raise ValueError(
             f"tolerance {tolerance:g} is below the floor {numerical_floor:g} of this network, by which the loop itself "

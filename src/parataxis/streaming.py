@@ -147,7 +147,9 @@ class Stream(Iterator[tuple[int, Solution]]):
     def _drive(self) -> Generator[tuple[int, Solution], None, None]:
         rounds = self._pool.rounds(self._round, self._start_next_job)
         while True:
-            with torch.no_grad():  # not around the yield, where the caller's own code runs
+            # Not around the yield, where the caller's own code runs. The next sample may be asked for within inference
+            # mode or not, and tensors that it has made cannot be changed outside of it.
+            with torch.inference_mode(False), torch.no_grad():
                 ended = next(rounds, None)
             if ended is None:
                 break
