@@ -54,6 +54,7 @@ LOOPS = [
     "analysis",
     "stage_plan",
     "loop",
+    "world",
     "randomness",
     "module_state",
     "purity",

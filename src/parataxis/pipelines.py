@@ -169,6 +169,7 @@ class ParallelPipeline:
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
                 ranks=self._ranks,
+                owner=("pipe", self.pipe),
             )
         return loop
 
@@ -183,7 +184,11 @@ class ParallelPipeline:
 
     def _state(self) -> Any:
         parts = self.pipe.components.items()
-        return [(name, type(part).__name__, dict(part.config)) for name, part in parts if hasattr(part, "step")]
+        return [
+            (name, type(part).__name__, dict(getattr(part, "config", {})))
+            for name, part in parts
+            if hasattr(part, "step")
+        ]
 
 
 def _enabled(pipe: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -69,8 +70,15 @@ class Parallel:
             def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
                 return self.function(*args, **kwargs)
 
-            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks)
+            owner = (_name(self.function), self.function)
+            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks, owner=owner)
         return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Return how messages name a function: methods by their owner."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"self.{name}" if isinstance(function, MethodType) else name
 
 
 def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:

@@ -86,6 +86,8 @@ def solve_loop(
     reason = "the solver is Sequential." if isinstance(solver, Sequential) else loop.unsupported()
     raised = False  # by the loop, on trial outputs
     runner = LoopRunner(loop, args, kwargs)
+    if reason is None and runner.world.obstacles:
+        reason = f"it reaches {runner.world.obstacles[0]}, which cannot be put back between its passes."
     try:
         if reason is None:
             with runner.installed():
@@ -108,6 +110,8 @@ def solve_loop(
         report.calls, report.rows, report.peak_rows = merger.calls, merger.rows, merger.peak_rows
         report.passes = runner.passes
         runner.close()
+    if runner.passes and not runner.restore(everything=True):
+        reason = f"{reason} The loop has written to large tensors, so the result may differ."
     expected = isinstance(solver, Sequential) or reason.startswith("the loop has only")
     warn = partial(warnings.warn, f"the loop runs sequentially: {reason}", RuntimeWarning, stacklevel=3)
     if not expected and not raised:
@@ -294,6 +298,10 @@ class LoopSolver:
     def finish(self, passed: PassRecord) -> Any:
         """Return what the loop returned in its last pass, after one more with callbacks if there are any."""
         runner, loop, report = self.runner, self.loop, self.report
+        if not self.stages and loop.structures:
+            report.mode, report.reason = "sequential", "no denoiser was called this time."  # an action from a queue
+            report.converged = True
+            return passed.value
         if not self.stages:
             names = ", ".join(type(module).__name__ for module in loop.denoisers)
             raise NotParallelizable(
