@@ -33,9 +33,8 @@ ORDER = [
     "pipelines",
     "kdiffusion",
     "parallel",
-    "_api",
+    "loop_calibration",
     "cli",
-    "__main__",
 ]
 LOOPS = [
     "signals",
@@ -54,7 +53,6 @@ LOOPS = [
     "analysis",
     "stage_plan",
     "loop",
-    "world",
     "randomness",
     "module_state",
     "purity",

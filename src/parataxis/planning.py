@@ -37,7 +37,6 @@ from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
 from .engine.solution import Solution
 from .samplers.coefficients import Coefficients
-from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import SOLVERS
@@ -235,7 +234,7 @@ def plan(
     Args:
         denoise: As for :func:`parataxis.sample`.
         noise: (B, *shape) as for :func:`parataxis.sample`; any input of the network will do.
-        sampler: The equation: a sampler, or a diffusers scheduler whose timesteps are set.
+        sampler: The equation.
         tolerance: Relative error allowed in each sample.
         condition: As for :func:`parataxis.sample`.
         solvers: Solvers with default options, whose windows are replaced; default all that there are forecasts for.
@@ -256,8 +255,7 @@ def plan(
         torch.cuda.OutOfMemoryError: If there is no memory for one row.
     """
     started = time.perf_counter()
-    sampler = as_sampler(sampler)
-    check_inputs(noise, condition)
+    check_inputs(noise, sampler, condition)
     check_tolerance(tolerance)
     check_whole("devices", devices)
     check_whole("rows_per_step", rows_per_step)
@@ -304,9 +302,6 @@ def plan(
         setting=_description(sampler, noise, tolerance, devices),
         planning_seconds=time.perf_counter() - started,
     )
-
-
-PLAN_CLASSES = (Plan, Candidate, Range, Latency)  # that a plan is made of, besides solvers
 
 
 class _Forecast(NamedTuple):

@@ -1,7 +1,0 @@
-"""``python -m parataxis.cli``."""
-
-import sys
-
-from .app import main
-
-sys.exit(main())
