@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from network import UNet1d
+from network import UNet1d, packed
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -124,12 +124,17 @@ def folder_of(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else Path(__file__).parent / "weights" / name
 
 
-def load(folder: Path) -> Policy:
-    """Return the policy that :meth:`Policy.save` wrote, on the CPU."""
+def load(folder: Path, *, pack: bool = True) -> Policy:
+    """Return the policy that :meth:`Policy.save` wrote, on the CPU.
+
+    Args:
+        folder: Where it lies.
+        pack: For inference on the CPU: see :func:`network.packed`. Without, the network can be saved and trained.
+    """
     config = Config(**json.loads((folder / "config.json").read_text()))
     network = config.network()
     network.load_state_dict(load_file(folder / "model.safetensors"))
-    return Policy(config, network)
+    return Policy(config, packed(network) if pack else network)
 
 
 def plain_loop(policy: Policy, scheduler: Scheduler | None = None) -> Plan:
