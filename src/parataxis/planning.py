@@ -32,9 +32,9 @@ from torch import Tensor
 
 from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check_inputs
-from .engine.latency import Latency, format_seconds, latency, seconds_of, timings_agree
+from .engine.latency import NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
 from .engine.rows import EvalBatch, OutputError
-from .engine.run import drive, start
+from .engine.run import drive, drive_sequential, start
 from .engine.solution import Solution
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
@@ -47,6 +47,10 @@ from .solvers.window import check_window
 __all__ = ["Candidate", "Plan", "Range", "RoundsCurve", "plan"]
 
 Array = NDArray[np.float64]
+LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for nothing
+TRIED_AT_ONCE = 3  # candidates that are tried side by side
+FEWEST_TRIALS, MOST_TRIALS = 3, 6  # runs of each; more where equal runs differ by more than NOISY
+TIE = 0.95  # candidates whose seconds differ by less are equally fast
 CURVES = Path(__file__).parent / "rounds_curve.json"
 
 
@@ -266,8 +270,8 @@ def plan(
     setting = _Setting(sampler, len(noise), tolerance, devices, rows_per_step)
     forecasts = setting.forecast(_solvers(sampler, solvers), windows, measured)
     network = Network(denoise, sampler.network_times(noise.dtype), condition)
-    example, single_row = _examples(noise, sampler)
     execute = Executor(network, max_rows=max_rows, buckets=buckets)
+    example, single_row = _examples(noise, sampler)
     call = partial(execute, single_row)
     with torch.no_grad():
         if not torch.isfinite(call()).all():
@@ -275,32 +279,143 @@ def plan(
                 f"the network returned NaN or Inf at step 0 of {sampler.steps} for the noise: check the noise, the "
                 "network's dtype and its conditioning."
             )
-    if known is None:
-        largest = setting.rows(len(noise) * max(forecast.window for forecast in forecasts))
-        limit = min(int(largest), max_rows or int(largest))
-        enough = partial(setting.is_enough, forecasts)
-        known = latency(network, example, max_rows=limit, buckets=execute.buckets or None, enough=enough)
-    if max_rows is not None:
-        known = replace(known, limit=min(max_rows, known.limit or max_rows))
-    states, scale = example.x.to(torch.promote_types(noise.dtype, torch.float32)), float(known.seconds(1))
-    overheads: dict[type[Solver], float] = {}
-    for forecast in [*forecasts, None]:
-        solver = Sequential() if forecast is None else forecast.solver
-        if type(solver) not in overheads:
-            with torch.no_grad():
-                overheads[type(solver)] = _overhead(solver, sampler, states, call, scale)
-    candidates = setting.candidates(forecasts, known, overheads)
-    best = min(candidates[:-1], key=_expected)
-    loop = sampler.steps * float(known.seconds(setting.rows(len(noise))))
+        # What is planned for runs here, and nothing of it has been measured yet.
+        trials = known is None and not measured and devices == 1 and rows_per_step == 1
+        known = _measure_latency(network, example, setting, forecasts, max_rows, execute.buckets, known)
+        states = example.x.to(torch.promote_types(noise.dtype, torch.float32))
+        overheads = _measure_overheads(forecasts, sampler, states, call, float(known.seconds(1)))
+        candidates = setting.candidates(forecasts, known, overheads)
+        loop = sampler.steps * float(known.seconds(setting.rows(len(noise))))
+        if trials and loop < LONGEST_TRIAL:
+            execute = Executor(network, max_rows=known.limit, buckets=buckets)
+            candidates = try_candidates(candidates, sampler, noise, tolerance, execute)
+            loop = candidates[-1].seconds.median
+    chosen = _choose(candidates, loop)
     return Plan(
-        solver=best.solver if best.seconds.median < loop else Sequential(),
-        reason=setting.reason(candidates, known),
+        solver=chosen.solver,
+        reason=setting.reason(candidates, known, loop),
         candidates=tuple(sorted(candidates, key=_expected)),
         loop_seconds=loop,
         latency=known,
         steps=sampler.steps,
         setting=_description(sampler, noise, tolerance, devices),
         planning_seconds=time.perf_counter() - started,
+    )
+
+
+def _measure_latency(
+    network: Network,
+    example: EvalBatch,
+    setting: _Setting,
+    forecasts: Sequence[_Forecast],
+    max_rows: int | None,
+    buckets: Sequence[int],
+    known: Latency | None,
+) -> Latency:
+    """Return tau(n), measured as far as it can matter unless it is known."""
+    if known is None:
+        largest = setting.rows(setting.samples * max(forecast.window for forecast in forecasts))
+        limit = min(int(largest), max_rows or int(largest))
+        enough = partial(setting.is_enough, forecasts)
+        known = latency(network, example, max_rows=limit, buckets=buckets or None, enough=enough)
+    return known if max_rows is None else replace(known, limit=min(max_rows, known.limit or max_rows))
+
+
+def _measure_overheads(
+    forecasts: Sequence[_Forecast], sampler: Sampler, states: Tensor, call: Callable[[], object], scale: float
+) -> dict[type[Solver], float]:
+    """Return the seconds of a round besides the network, of every kind of solver and of the sequential one."""
+    overheads: dict[type[Solver], float] = {}
+    for solver in [*(forecast.solver for forecast in forecasts), Sequential()]:
+        if type(solver) not in overheads:
+            overheads[type(solver)] = _overhead(solver, sampler, states, call, scale)
+    return overheads
+
+
+def try_candidates(
+    candidates: Sequence[Candidate], sampler: Sampler, noise: Tensor, tolerance: float, execute: Executor
+) -> list[Candidate]:
+    """Return the candidates, the best of them as they were measured: for loops that take well under a second.
+
+    There a plan by trial costs little, and a forecast is worth least: what a round costs besides the network counts,
+    and a busy machine disturbs short timings most. The loop and the candidates that are expected to be fastest are run
+    in turn. The forecasts of the others are corrected by what these took more or less than forecast.
+
+    Args:
+        candidates: As forecast; the last one is sequential.
+        sampler: The equation.
+        noise: (B, *shape) the samples that are drawn.
+        tolerance: Relative error allowed.
+        execute: The network.
+    """
+    generator = torch.Generator(noise.device).manual_seed(0)
+    recurrence = sampler.recurrence(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
+
+    def run(solver: Solver) -> tuple[float, int]:
+        def solve() -> int:
+            runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=noise.dtype)
+            plain = isinstance(solver, Sequential)
+            return max(drive_sequential(runs, execute) if plain else drive(runs, execute))
+
+        rounds, seconds = timed(solve, noise.device)
+        return seconds, rounds
+
+    taken: dict[Solver, list[tuple[float, int]]] = {candidates[-1].solver: []}
+    corrected = list(candidates)
+    while True:
+        fastest = sorted(corrected[:-1], key=_expected)[:TRIED_AT_ONCE]
+        new = [candidate.solver for candidate in fastest if candidate.solver not in taken]
+        if not new:
+            return corrected
+        taken |= {solver: [] for solver in new}
+        while not _tried_enough(taken):
+            for solver, results in taken.items():
+                results.append(run(solver))
+        ratio = statistics.median(
+            statistics.median(seconds for seconds, _ in taken[candidate.solver]) / candidate.seconds.median
+            for candidate in candidates[:-1]
+            if candidate.solver in taken
+        )
+        corrected = [
+            _as_tried(candidate, taken[candidate.solver])
+            if candidate.solver in taken
+            else candidate._replace(seconds=Range(*(ratio * seconds for seconds in candidate.seconds)))
+            for candidate in candidates
+        ]
+
+
+def _tried_enough(taken: dict[Solver, list[tuple[float, int]]]) -> bool:
+    """Return whether every candidate was run often enough: more often where equal runs differ."""
+    for results in taken.values():
+        seconds = [seconds for seconds, _ in results]
+        if len(seconds) < FEWEST_TRIALS:
+            return False
+        low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+        if high - low > NOISY * middle and len(seconds) < MOST_TRIALS:
+            return False
+    return True
+
+
+def _as_tried(candidate: Candidate, results: Sequence[tuple[float, int]]) -> Candidate:
+    seconds, rounds = np.array(results).T
+    low, middle, high = (float(value) for value in np.quantile(seconds, [0.1, 0.5, 0.9]))
+    counts = float(np.median(rounds))
+    return candidate._replace(rounds=Range(counts, counts, counts), seconds=Range(low, middle, high))
+
+
+def _choose(candidates: Sequence[Candidate], loop: float) -> Candidate:
+    """Return the fastest candidate, or the loop unless one beats it.
+
+    Of those that are as fast, to a twentieth, it is the narrowest: what timings do not tell apart is decided by the
+    number of evaluations, and so decided alike every time.
+    """
+    best = min(candidate.seconds.median for candidate in candidates[:-1])
+    if best >= TIE * loop:
+        return candidates[-1]
+    fast = [candidate for candidate in candidates[:-1] if candidate.seconds.median <= best / TIE]
+    fast = [candidate for candidate in fast if candidate.seconds.median < loop]
+    return min(
+        fast, key=lambda candidate: (getattr(candidate.solver, "window", None) or math.inf, _expected(candidate))
     )
 
 
@@ -374,16 +489,17 @@ class _Setting:
         sequential = Candidate(Sequential(), Range(steps, steps, steps), Range(seconds, seconds, seconds), overhead)
         return [*candidates, sequential]
 
-    def reason(self, candidates: Sequence[Candidate], known: Latency) -> str:
+    def reason(self, candidates: Sequence[Candidate], known: Latency, loop: float) -> str:
         """Return what decides between the loop and the best of the other candidates; the last one is sequential."""
-        best, steps = min(candidates[:-1], key=_expected), self.sampler.steps
+        chosen, steps = _choose(candidates, loop), self.sampler.steps
+        best = min(candidates[:-1], key=_expected) if chosen is candidates[-1] else chosen
         samples_rows = self.rows(self.samples)
         call = float(known.seconds(samples_rows))
-        loop, fewest = steps * call, min(candidate.rounds.median for candidate in candidates)
+        fewest = min(candidate.rounds.median for candidate in candidates)
         rows = self.rows(self.samples * min(getattr(best.solver, "window", None) or steps, steps))
         cost = f"{rows:.0f} rows cost {float(known.seconds(rows)) / call:.1f} x "
         cost += "one row" if samples_rows == 1 else f"{samples_rows:.0f} rows"
-        if best.seconds.median < loop:
+        if best is chosen:
             return f"{best.rounds.median:.0f} rounds take the place of {steps} calls, and {cost}"
         if steps < 1.5 * fewest:
             return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
@@ -412,6 +528,10 @@ def _examples(noise: Tensor, sampler: Sampler) -> tuple[EvalBatch, EvalBatch]:
 
 def _expected(candidate: Candidate) -> float:
     return candidate.seconds.median
+
+
+def _width(solver: Any) -> float:
+    return getattr(solver, "window", None) or math.inf
 
 
 def _windowed(solver: Any, window: int, steps: int) -> Solver:

@@ -20,6 +20,10 @@ __all__ = ["Latency", "timings_agree", "format_seconds", "latency", "seconds_of"
 
 
 Array = NDArray[np.float64]
+NOISY = 0.1  # interquartile range over median, above which timings are called noisy, as torch.utils.benchmark does
+SHORT = 5e-3  # seconds of a call below which a few calls say little
+SOME_CALLS, MANY_CALLS = 7, 25  # calls of each size, where calls are short, and where their timing is noisy
+LONGEST = 0.5  # seconds that this may take
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,24 @@ class Latency:
 
     Attributes:
         rows: The numbers of rows that were measured, increasing.
-        times: Median seconds of a call with each.
+        times: Seconds of a call with each: the median, or on a noisy machine the average that follows from the quickest
+            quarter of the calls and from how much slower all calls are than those.
         limit: Most rows of one call; more take several calls. None for no limit.
         padded: Whether a call has one of these numbers of rows (buckets), others being padded to the next.
+        spread: Interquartile range of calls with the same rows, relative to their median; the median of all numbers of
+            rows.
     """
 
     rows: tuple[int, ...]
     times: tuple[float, ...]
     limit: int | None = None
     padded: bool = False
+    spread: float = 0.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether calls with the same rows differ by much: something else runs on this machine."""
+        return self.spread > NOISY
 
     def seconds(self, rows: ArrayLike) -> Array:
         """Return the seconds that so many rows take, in the same shape."""
@@ -87,7 +100,8 @@ class Latency:
         points = [f"{rows} rows {float(self.seconds(rows)) / single:.1f}" for rows in self.rows if rows > 1]
         multiples = f", times that: {', '.join(points)}" if points else ""
         limit = "" if self.limit is None else f", at most {self.limit} rows a call"
-        return f"1 row {format_seconds(single)}{multiples}; b* = {self.batch_headroom:.1f}{limit}"
+        noise = f"; timing is noisy: equal calls differ by {self.spread:.0%}" if self.noisy else ""
+        return f"1 row {format_seconds(single)}{multiples}; b* = {self.batch_headroom:.1f}{limit}{noise}"
 
 
 def latency(
@@ -103,7 +117,8 @@ def latency(
     Each is the median of one to five calls behind a warm-up call: until the two shortest agree to a twentieth, or for a
     tenth of a second. The clock waits for the device. The measurement ends at ``max_rows`` rows, where memory runs out,
     or where the cost has become a straight line: by half more than the point before, and within a tenth of the line
-    through the two points before it.
+    through the two points before it. Calls of less than 5 ms, and of any length where equal calls differ by more
+    than a tenth (interquartile range), are timed again, all numbers of rows in turn, for half a second at most.
 
     Args:
         evaluate: Rows to outputs; not an :class:`Executor`, which hides where memory ends.
@@ -116,24 +131,70 @@ def latency(
         torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
     """
     sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(max_rows.bit_length())), max_rows})
-    times: list[float] = []
+    taken: list[list[float]] = []
     limit = sizes[-1] if buckets else None
     with torch.no_grad():
         for size in sizes:
+            times = [median(seconds) for seconds in taken]
             try:
-                times.append(_time(evaluate, rows.take(torch.arange(size, device="cpu") % len(rows.x))))
+                taken.append(_time(evaluate, _repeated(rows, size)))
             except (RuntimeError, MemoryError) as error:
                 if not times or not out_of_memory(error):
                     raise
                 limit = sizes[len(times) - 1]
                 break
+            times.append(median(taken[-1]))
             known = Latency(tuple(sizes[: len(times)]), tuple(times))
             if not buckets and (_straight(known.rows, times) or enough(known)):
                 break
-    return Latency(tuple(sizes[: len(times)]), tuple(times), limit, padded=bool(buckets))
+        sizes = sizes[: len(taken)]
+        spread = _spread(taken)
+        if spread > NOISY or min(taken[0]) < SHORT:
+            _time_again(evaluate, rows, sizes, taken)
+            spread = _spread(taken)
+    times = _average(taken) if spread > NOISY else [median(seconds) for seconds in taken]
+    return Latency(tuple(sizes), tuple(times), limit, padded=bool(buckets), spread=spread)
 
 
-def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> float:
+def _repeated(rows: EvalBatch, size: int) -> EvalBatch:
+    return rows.take(torch.arange(size, device="cpu") % len(rows.x))
+
+
+def _time_again(
+    evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch, sizes: Sequence[int], taken: list[list[float]]
+) -> None:
+    """Time calls of all sizes in turn, so that whatever else runs meets all of them, within half a second."""
+    started = time.perf_counter()
+    while len(taken[0]) < (MANY_CALLS if _spread(taken) > NOISY else SOME_CALLS):
+        if time.perf_counter() - started > LONGEST:
+            break
+        for size, seconds in zip(sizes, taken, strict=True):
+            repeated = _repeated(rows, size)
+            seconds.append(seconds_of(lambda: evaluate(repeated), rows.x.device))  # noqa: B023
+
+
+def _spread(taken: Sequence[Sequence[float]]) -> float:
+    """Return the interquartile range of equal calls, relative to their median; the median of all sizes."""
+    from torch.utils.benchmark import Measurement, TaskSpec  # here, because it loads much that nothing else needs
+
+    task = TaskSpec(stmt="call", setup="")
+    measured = [Measurement(1, list(seconds), task) for seconds in taken if len(seconds) > 1]
+    return median([times.iqr / times.median for times in measured if times.median > 0] or [0.0])
+
+
+def _average(taken: Sequence[Sequence[float]]) -> list[float]:
+    """Return the seconds of a call of every size on average, with what else runs.
+
+    A busy machine slows calls of all sizes alike. How they compare is seen in the quickest ones; how much slower they
+    are on average, in all of them together.
+    """
+    quickest = [float(np.quantile(seconds, 0.25)) for seconds in taken]
+    total = sum(min(call, 10 * quick) for calls, quick in zip(taken, quickest, strict=True) for call in calls)
+    undisturbed = sum(len(seconds) * quick for seconds, quick in zip(taken, quickest, strict=True))
+    return [quick * total / undisturbed for quick in quickest]
+
+
+def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> list[float]:
     def once() -> float:
         return seconds_of(lambda: evaluate(rows), rows.x.device)
 
@@ -141,7 +202,7 @@ def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> float:
     taken = [once()]
     while len(taken) < 5 and sum(taken) < 0.1 and not timings_agree(taken, min(taken)):
         taken.append(once())
-    return median(taken)
+    return taken
 
 
 def timings_agree(taken: Iterable[float], size: float) -> bool:
