@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 DEVICE ?= cuda
 
-.PHONY: sample test lint matrix gpu figures format clean
+.PHONY: sample test lint matrix gpu figures options format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ gpu:
 
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
+
+# The command line's flags, from the options of solvers and samplers.
+options: $(READY)
+	$(BIN)/python -c 'from parataxis.cli.options import write; write()'
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

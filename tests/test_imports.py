@@ -33,8 +33,9 @@ ORDER = [
     "pipelines",
     "kdiffusion",
     "parallel",
-    "loop_calibration",
+    "_api",
     "cli",
+    "__main__",
 ]
 LOOPS = [
     "signals",
@@ -53,6 +54,7 @@ LOOPS = [
     "analysis",
     "stage_plan",
     "loop",
+    "world",
     "randomness",
     "module_state",
     "purity",

@@ -20,6 +20,7 @@ __all__ = [
     "check_solver",
     "check_tolerance",
     "check_whole",
+    "describe",
     "is_finite",
     "is_int",
 ]
@@ -67,12 +68,27 @@ def check_errors(errors: Any) -> None:
         raise ValueError(f"errors must be 'raise', or 'return' to end only the samples that meet one, got {errors!r}.")
 
 
+def describe(value: Any) -> str:
+    """Return what a value is, in a few words: no tensor, no configuration and no tree of modules."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype)[6:]}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
+    if inspect.isroutine(value):
+        return f"the function {getattr(value, '__name__', 'without a name')}"
+    return f"{'an' if type(value).__name__[0] in 'AEIOU' else 'a'} {type(value).__name__}"
+
+
 def check_solver(solver: Any) -> None:
     """Raise unless this is a solver."""
-    if isinstance(solver, type) or not hasattr(solver, "unsupported"):
+    if isinstance(solver, type) and hasattr(solver, "unsupported"):
+        raise TypeError(f"solver is the class {solver.__name__}: make one, {solver.__name__}().")
+    if not hasattr(solver, "unsupported"):
         raise TypeError(
-            f"solver must be a solver with its options, such as parataxis.Picard(window=8), got {solver!r}: "
-            "parataxis.SOLVERS has them by name."
+            "solver must be a name such as 'secant', or a solver with its options, such as "
+            f"parataxis.Picard(window=8), got {describe(solver)}."
         )
 
 
@@ -83,7 +99,7 @@ def check_generators(generator: Any, count: int) -> None:
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     if not all(isinstance(source, torch.Generator) for source in generators):
         raise TypeError(
-            f"generator must be a torch.Generator, one for each sample, or None, got {generator!r}: make "
+            f"generator must be a torch.Generator, one for each sample, or None, got {describe(generator)}: make "
             "one by torch.Generator().manual_seed(seed)."
         )
     if len(generators) != count:
@@ -94,10 +110,9 @@ def wrap_denoiser(denoise: Any) -> Callable[..., Any]:
     """Return a network that says, if its arguments do not fit, why it is called with two or with three.
 
     Raises:
-        TypeError: If ``denoise`` is not callable.
+        TypeError: If ``denoise`` is not a network.
     """
-    if not callable(denoise):
-        raise TypeError(f"denoise must be a network that can be called as denoise(x, t), got {denoise!r}.")
+    _check_denoiser(denoise)
 
     def call(*arguments: Any) -> Any:
         try:
@@ -112,6 +127,23 @@ def wrap_denoiser(denoise: Any) -> Callable[..., Any]:
             ) from error
 
     return call
+
+
+def _check_denoiser(denoise: Any) -> None:
+    """Raise unless this is a network, with the line to write for the usual slips."""
+    if isinstance(denoise, type):
+        name = denoise.__name__
+        raise TypeError(f"denoise is the class {name}: make a network of it first, network = {name}(...).")
+    if not callable(denoise):
+        raise TypeError(f"denoise must be a network that can be called as denoise(x, t), got {describe(denoise)}.")
+    code = denoise if inspect.isroutine(denoise) else type(denoise).__call__
+    if inspect.isgeneratorfunction(code) or inspect.iscoroutinefunction(code):
+        raise TypeError(f"denoise must return its prediction, and {describe(denoise)} yields or awaits: use `return`.")
+    if getattr(denoise, "__name__", "") == "forward_with_cfg":
+        raise TypeError(
+            "forward_with_cfg reads both halves of its batch, and the rows of a round are independent: pass "
+            "parataxis.denoisers.guided(model.forward, scale, null_label) with condition=labels."
+        )
 
 
 def _accepts(function: Any, arguments: Sequence[Any]) -> bool:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from .arrays import upload
-from .checks import is_finite
+from .checks import describe, is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
@@ -65,7 +65,7 @@ def sample_euler(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     tolerance: float = 1e-2,
     max_rows: int | None = None,
 ) -> Tensor:
@@ -119,7 +119,7 @@ def sample_euler_ancestral(
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     tolerance: float = 1e-2,
     max_rows: int | None = None,
 ) -> Tensor:
@@ -166,7 +166,7 @@ def sample_heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     tolerance: float = 1e-2,
     max_rows: int | None = None,
 ) -> Tensor:
@@ -197,7 +197,7 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     disable: bool | None = None,
     *,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     tolerance: float = 1e-2,
     max_rows: int | None = None,
 ) -> Tensor:
@@ -268,12 +268,12 @@ class KSamplerCall:
         local: Coefficients,
         leading: float,
         noise: dict[int, Tensor],
-        solver: Solver | None,
+        solver: Solver | str | None,
         tolerance: float,
         max_rows: int | None,
     ) -> Tensor:
         """Solve the loop; ``noise`` is standard normal, by the state that it leads to."""
-        solver, tolerance = check_options(solver, tolerance)
+        method, tolerance = check_options(solver, tolerance)
         execute = Executor(self.denoised, max_rows=max_rows)
         x = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         drawn = x.new_zeros(len(x), local.steps, *x.shape[1:]) if local.noise_std.any() else None
@@ -285,7 +285,7 @@ class KSamplerCall:
         assert local.sigma is not None
         self.levels = torch.from_numpy(local.sigma[:-1]).to(self.x)
         sampler = Sampler("k-diffusion", local.sigma[:-1], local)
-        runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=self.x.dtype)
+        runs = start(sampler, recurrence, method, tolerance=tolerance, dtype=self.x.dtype)
         with torch.no_grad(), tqdm(total=len(self.first), disable=self.disable) as bar:
             for rounds in drive(runs, lambda rows: self.keep(rows, execute(rows))):
                 self.report(min(local.steps if run.done else run.accepted for run in runs))
@@ -329,7 +329,7 @@ Boundaries = Sequence[float] | Callable[[Any, Any], Sequence[float]]
 
 def parallel(
     sampler: Callable[..., Tensor],
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     boundaries: Boundaries = (),
@@ -348,7 +348,7 @@ def parallel(
 
     Args:
         sampler: ``sampler(model, x, sigmas, extra_args=None, callback=None, disable=None, **options)``.
-        solver: Default ``Secant(window=8)``.
+        solver: A solver, or its name; default ``Secant(window=8)``.
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         boundaries: Noise levels at which the model changes for all rows of a call, because it reads the sigma of the
             first row only; or a function of (model, extra_args) that returns them. Steps on different sides of a
@@ -364,8 +364,8 @@ def parallel(
         TypeError: If the sampler is not callable, or the solver is not one.
         ValueError: For a negative tolerance.
     """
-    if not callable(sampler):
-        raise TypeError(f"sampler must be a function with k-diffusion's signature, got {sampler!r}.")
+    if isinstance(sampler, type) or not callable(sampler):
+        raise TypeError(f"sampler must be a function with k-diffusion's signature, got {describe(sampler)}.")
     return Parallel(sampler, *check_options(solver, tolerance), boundaries, on_round)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from . import pipelines
-from .calibration import Calibration
+from .checks import describe
 from .engine.executor import ranks_of
 from .loops.function import Parallel
 from .loops.loop import check_denoisers
@@ -25,7 +26,7 @@ __all__ = ["parallel"]
 
 def parallel(
     target: Any,
-    solver: Solver | Calibration | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
@@ -35,8 +36,7 @@ def parallel(
 
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline.
-        solver: Default ``Secant(window=8)``; or what :func:`parataxis.calibrate_loop` found for this loop, which is
-            compared with what is run at every call, has its own tolerance, and whose bound is reported.
+        solver: A solver, or its name; default ``Secant(window=8)``.
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
@@ -52,15 +52,32 @@ def parallel(
         TypeError: If the target is neither, or the denoisers are not modules.
         ValueError: If the denoisers cannot be found, or the tolerance is negative or infinite.
     """
-    if isinstance(solver, Calibration):
-        calibration = solver
-        calibration.check_tolerance(tolerance)
-        tolerance = calibration.solver_tolerance
-        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
-        running.calibration = calibration
-        return running
-    if hasattr(target, "components") and hasattr(target, "register_modules"):
+    if not isinstance(target, type) and hasattr(target, "components") and hasattr(target, "register_modules"):
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
-    if not callable(target) or isinstance(target, nn.Module):
-        raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {target!r}.")
+    _check_target(target)
     return Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+
+
+def _check_target(target: Any) -> None:
+    """Raise unless this is a function that runs a loop, with the line to write for the usual slips."""
+    if isinstance(target, type):
+        name = target.__name__
+        raise TypeError(f"target is the class {name}: make one first, {name}.from_pretrained(...) or {name}(...).")
+    if isinstance(target, nn.Module):
+        raise TypeError(
+            f"target is a network, {describe(target)}: pass the function that runs its sampling loop, or draw with "
+            "parataxis.sample(network, noise, sampler)."
+        )
+    if hasattr(target, "step") and hasattr(target, "timesteps"):
+        raise TypeError(
+            f"target is a scheduler, {describe(target)}: pass the pipeline, or draw with "
+            "parataxis.sample(network, noise, scheduler)."
+        )
+    if not callable(target):
+        raise TypeError(f"target must be a function that runs a sampling loop, or a pipeline, got {describe(target)}.")
+    code = target if inspect.isroutine(target) else type(target).__call__
+    if inspect.isgeneratorfunction(code) or inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+        raise TypeError(
+            f"target must return its sample, and {describe(target)} yields or awaits: write a function that runs it to "
+            "its end and returns the sample."
+        )

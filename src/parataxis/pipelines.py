@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .checks import describe
 from .engine.executor import ranks_of
-from .fingerprint import loop_fingerprint
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.solver import check_options, solve_loop
@@ -24,7 +24,6 @@ from .solvers.base import Solver
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .calibration import Calibration
     from .engine.distributed.ranks import Ranks
 
 __all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
@@ -37,7 +36,7 @@ METHODS = ("encode", "decode", "generate")
 
 def parallel(
     pipe: Any,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
@@ -53,13 +52,13 @@ def parallel(
         ValueError: If the tolerance is negative or infinite.
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
-        raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}.")
+        raise TypeError(f"pipe must be a diffusers pipeline, got {describe(pipe)}.")
     return ParallelPipeline(pipe, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
 
 
 def enable(
     pipe: Any,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
@@ -97,7 +96,6 @@ class ParallelPipeline:
         solver: How its loop is solved.
         tolerance: Relative error allowed.
         report: How the latest call went.
-        calibration: Compared at every call, and reported by; None without.
     """
 
     def __init__(
@@ -114,7 +112,6 @@ class ParallelPipeline:
         self._chosen = denoisers
         self._ranks = ranks
         self._loop: Loop | None = None
-        self.calibration: Calibration | None = None
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -122,12 +119,7 @@ class ParallelPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline."""
-        if self.calibration is not None:
-            self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
-        value = solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
-        if self.calibration is not None:
-            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
-        return value
+        return solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
 
     def __enter__(self) -> Report:
         """Enable the pipeline."""
@@ -177,6 +169,7 @@ class ParallelPipeline:
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
                 ranks=self._ranks,
+                owner=("pipe", self.pipe),
             )
         return loop
 
@@ -191,7 +184,11 @@ class ParallelPipeline:
 
     def _state(self) -> Any:
         parts = self.pipe.components.items()
-        return [(name, type(part).__name__, dict(part.config)) for name, part in parts if hasattr(part, "step")]
+        return [
+            (name, type(part).__name__, dict(getattr(part, "config", {})))
+            for name, part in parts
+            if hasattr(part, "step")
+        ]
 
 
 def _enabled(pipe: Any) -> bool:

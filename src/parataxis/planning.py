@@ -37,6 +37,7 @@ from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, drive_sequential, start
 from .engine.solution import Solution
 from .samplers.coefficients import Coefficients
+from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import SOLVERS
@@ -238,7 +239,7 @@ def plan(
     Args:
         denoise: As for :func:`parataxis.sample`.
         noise: (B, *shape) as for :func:`parataxis.sample`; any input of the network will do.
-        sampler: The equation.
+        sampler: The equation: a sampler, or a diffusers scheduler whose timesteps are set.
         tolerance: Relative error allowed in each sample.
         condition: As for :func:`parataxis.sample`.
         solvers: Solvers with default options, whose windows are replaced; default all that there are forecasts for.
@@ -259,7 +260,8 @@ def plan(
         torch.cuda.OutOfMemoryError: If there is no memory for one row.
     """
     started = time.perf_counter()
-    check_inputs(noise, sampler, condition)
+    sampler = as_sampler(sampler)
+    check_inputs(noise, condition)
     check_tolerance(tolerance)
     check_whole("devices", devices)
     check_whole("rows_per_step", rows_per_step)
@@ -417,6 +419,9 @@ def _choose(candidates: Sequence[Candidate], loop: float) -> Candidate:
     return min(
         fast, key=lambda candidate: (getattr(candidate.solver, "window", None) or math.inf, _expected(candidate))
     )
+
+
+PLAN_CLASSES = (Plan, Candidate, Range, Latency)  # that a plan is made of, besides solvers
 
 
 class _Forecast(NamedTuple):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,19 +19,23 @@ from .checks import (
     check_errors,
     check_generators,
     check_rows,
-    check_solver,
     check_tolerance,
     check_whole,
+    describe,
+    is_finite,
     wrap_denoiser,
 )
 from .engine.captured import GraphedNetwork
+from .engine.checkpoint import Interruptions, load_runs, save_runs
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.rows import EvalBatch
 from .engine.run import Run, drive, drive_sequential, start
 from .engine.solution import Solution, Solutions
-from .planning import Plan, plan
+from .planning import PLAN_CLASSES, Plan, plan
+from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers import SOLVERS, as_solver
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .streaming import Job, Stream, stream
@@ -44,8 +51,8 @@ __all__ = ["numerical_floor", "sample"]
 def sample(
     denoise: Callable[..., Tensor],
     noise: Tensor | Iterable[Job | Tensor],
-    sampler: Sampler,
-    solver: Solver | Calibration | Literal["auto"],
+    sampler: Sampler | Any,
+    solver: Solver | Calibration | str | None = None,
     *,
     tolerance: float = 1e-2,
     condition: Any = None,
@@ -62,6 +69,7 @@ def sample(
     on_round: Callable[[Sequence[Run]], None] | None = None,
     stop: Callable[[Run], bool] | None = None,
     errors: Literal["raise", "return"] = "raise",
+    checkpoint: str | Path | None = None,
 ) -> Solutions:
     """Draw a batch of samples with your own network, many time steps side by side.
 
@@ -69,15 +77,19 @@ def sample(
 
     Args:
         denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
-            of the sampler, to outputs (R, *shape) of x's dtype. The rows of a call belong to different steps and
-            samples: each output must depend on its own row only, and be the same in every call. Nothing checks
-            that; a network that mixes its rows (a mean over the batch, batch norm that is
-            trained) or draws random numbers (dropout) gives wrong samples, so call ``eval()``. Rounding may depend on
-            the number of rows: :func:`parataxis.numerical_floor` measures by how much.
+            of the sampler, to outputs (R, *shape) of x's dtype. Times fall from noise to sample, in training steps:
+            from about 999 to 0 on the schedules ``vp`` and ``cosine``, from 1000 (noise) towards 0 on ``flow``; on
+            ``karras`` they are log(noise level) / 4. The rows of a call belong to different steps and samples: each
+            output must depend on its own row only, and be the same in every call. Nothing checks that; a network that
+            mixes its rows (a mean over the batch, batch norm that is trained) or draws random numbers (dropout) gives
+            wrong samples, so call ``eval()``. Rounding may depend on the number of rows:
+            :func:`parataxis.numerical_floor` measures by how much.
         noise: (B, *shape) standard normal; its dtype is that of the network's input. States are float32, or float64 if
             the noise is. With ``rows_per_round`` also an iterator of :class:`parataxis.Job`, drawn in its order.
-        sampler: The equation, from :mod:`parataxis.samplers`.
-        solver: How it is solved, from :data:`parataxis.SOLVERS`; those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
+        sampler: The equation, from :mod:`parataxis.samplers`; or a diffusers scheduler whose timesteps are set, which
+            :func:`parataxis.from_scheduler` reads.
+        solver: How it is solved, from :data:`parataxis.SOLVERS`, or its name, such as ``"secant"``; default
+            ``Secant(window=8)``. Those from :data:`parataxis.EXACT_IN_DISTRIBUTION`
             give another sample, from the same distribution; or ``auto``: by the solver that
             :func:`parataxis.plan` expects to be fastest, which may be the sequential loop. That takes some calls of the
             network: to draw more than one batch, plan once and pass ``plan.solver``. A :class:`parataxis.Calibration`
@@ -111,6 +123,8 @@ def sample(
         errors: What happens if the network returns NaN or Inf for an accepted input of a sample: ``raise``, or
             ``return`` that sample as failed, with the reason and its last estimate, and the others as ever. Looking for
             it costs one more read of the device a round.
+        checkpoint: A file for a solve that is interrupted: Ctrl-C or SIGTERM writes it, and the same call goes on from
+            it, to the same bits; it is removed when the solve has ended. Not with ``mesh`` or ``rows_per_round``.
 
     Returns:
         One :class:`Solution` a sample. Ctrl-C ends the solve and returns the present estimates, marked
@@ -125,18 +139,26 @@ def sample(
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
         ValueError: For inputs that do not fit together, with what was passed and what was expected.
     """
+    _check_order(denoise, noise, sampler, solver)
     wrap_denoiser(denoise)
+    sampler = as_sampler(sampler)
+    if solver != "auto" and not isinstance(solver, Calibration):
+        solver = as_solver(solver)
     check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     check_errors(errors)
+    if not (is_finite(numerical_floor) and numerical_floor >= 0):
+        raise ValueError(f"numerical_floor must be a relative error of at least 0, got {numerical_floor!r}.")
     if 0 < tolerance < numerical_floor:
         raise ValueError(
             f"tolerance {tolerance:g} is below the floor {numerical_floor:g} of this network, by which the loop itself "
             "differs between batch sizes: choose at least that, or 0, which solves the equations to rounding."
         )
     if isinstance(noise, Tensor):
-        check_inputs(noise, sampler, condition)
+        check_inputs(noise, condition)
         check_generators(generator, len(noise))
+    if checkpoint is not None and (rows_per_round is not None or mesh is not None or not isinstance(noise, Tensor)):
+        raise ValueError("checkpoint= cannot be combined with rows_per_round= or mesh=: draw a batch on one device.")
     calibration = None
     if isinstance(solver, Calibration):
         calibration = solver
@@ -147,7 +169,7 @@ def sample(
     limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
     options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
     if rows_per_round is not None or not isinstance(noise, Tensor):
-        if solver == "auto":
+        if isinstance(solver, str):
             raise ValueError(
                 "solver='auto' plans for a batch that is solved at once: with rows_per_round=, choose a solver."
             )
@@ -162,7 +184,7 @@ def sample(
     if isinstance(solver, str):
         if guess is not None or frozen_steps:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: choose a solver.")
-        planned = _choose_solver(solver, denoise, noise, sampler, tolerance, condition, ranks, limits)
+        planned = _plan(denoise, noise, sampler, tolerance, condition, ranks, limits)
         solver, limits["max_rows"] = planned.solver, planned.latency.limit
     started = time.perf_counter()
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)
@@ -194,15 +216,38 @@ def sample(
         )
     network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
     capture = None
-    if isinstance(denoise, GraphedNetwork) and ranks is None and max_rows is None and on_round is None and stop is None:
+    watched = on_round is not None or stop is not None or checkpoint is not None
+    if isinstance(denoise, GraphedNetwork) and ranks is None and max_rows is None and not watched:
         capture = partial(denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
     runs = _sample_batch(
-        begin, Executor(network, **limits), ranks, capture, on_round=on_round, stop=stop, progress=progress
+        begin,
+        Executor(network, **limits),
+        ranks,
+        capture,
+        on_round=on_round,
+        stop=stop,
+        progress=progress,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     solutions = [run.solution for run in runs]
     rounds = max(solution.rounds for solution in solutions)
     drawn = Solutions(solutions, rounds, time.perf_counter() - started, planned)
     return drawn if calibration is None else drawn.bounded(calibration.report)
+
+
+def _check_order(denoise: Any, noise: Any, sampler: Any, solver: Any) -> None:
+    """Raise for arguments that stand in each other's places."""
+    swapped = (
+        isinstance(denoise, (Tensor, Sampler))
+        or isinstance(noise, (torch.nn.Module, Sampler))
+        or inspect.isroutine(noise)
+        or isinstance(sampler, (Tensor, torch.nn.Module))
+        or hasattr(sampler, "unsupported")
+        or isinstance(solver, (Tensor, Sampler))
+    )
+    if swapped:
+        passed = ", ".join(describe(value) for value in (denoise, noise, sampler, solver) if value is not None)
+        raise TypeError(f"write parataxis.sample(network, noise, sampler, solver) in this order, got ({passed}).")
 
 
 def _sample_batch(
@@ -214,27 +259,35 @@ def _sample_batch(
     on_round: Callable[[Sequence[Run]], None] | None,
     stop: Callable[[Run], bool] | None,
     progress: bool,
+    checkpoint: Path | None,
 ) -> list[Run]:
     """Solve all samples at once, and return their runs; after Ctrl-C they are stopped as ``interrupted``."""
-    runs = begin()
+    runs, interruptions = begin(), Interruptions()
+    if checkpoint is not None:
+        evaluate = interruptions.during(evaluate)
+        if checkpoint.exists():
+            load_runs(checkpoint, runs)
     if ranks is not None:
         from .engine.distributed.ranks import Sharded
 
-        evaluate = Sharded(evaluate, ranks)
+        evaluate = sharded = Sharded(evaluate, ranks)
+        sharded.name_ranks(runs[0].group)
     captured = None if capture is None else capture(runs)
     total = sum(run.problem.steps for run in runs)
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if checkpoint is None else interruptions:
                 if captured is not None and not captured.finish():
                     runs = begin()  # these samples need more than a graph
                 plain = isinstance(runs[0].solver, Sequential) and on_round is None and stop is None
-                plain = plain and not runs[0].group.batch.returns_errors
+                plain = plain and not runs[0].group.batch.returns_errors and checkpoint is None
                 driven = drive(runs, evaluate, on_round=on_round, stop=stop)
                 for rounds in drive_sequential(runs, evaluate) if plain else driven:
                     bar.set_postfix(rounds=rounds, refresh=False)
                     bar.update(sum(run.accepted for run in runs) - bar.n)
         except KeyboardInterrupt:
+            if checkpoint is not None and not all(run.done for run in runs):
+                save_runs(checkpoint, runs)
             for run in runs:
                 run.stop("interrupted")
             if ranks is not None:
@@ -242,6 +295,8 @@ def _sample_batch(
         else:
             if ranks is not None:
                 ranks.end()
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
     return runs
 
 
@@ -274,8 +329,7 @@ def _sample_stream(
     return Solutions(in_order, running.rounds, time.perf_counter() - started)
 
 
-def _choose_solver(
-    choice: str,
+def _plan(
     denoise: Callable[..., Tensor],
     noise: Tensor,
     sampler: Sampler,
@@ -285,11 +339,9 @@ def _choose_solver(
     limits: dict[str, Any],
 ) -> Plan:
     """Return the plan of the first rank, for ``auto``."""
-    if choice != "auto":
-        check_solver(choice)  # raises
     network, devices = wrap_denoiser(denoise), 1 if ranks is None else ranks.size
     planned = plan(network, noise, sampler, tolerance=tolerance, condition=condition, devices=devices, **limits)
-    return planned if ranks is None else ranks.broadcast(planned)
+    return planned if ranks is None else ranks.broadcast(planned, (*PLAN_CLASSES, *SOLVERS.values()))
 
 
 def _jobs(
@@ -367,7 +419,8 @@ def numerical_floor(
         The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
         :func:`parataxis.sample`.
     """
-    check_inputs(noise, sampler, condition)
+    sampler = as_sampler(sampler)
+    check_inputs(noise, condition)
     check_generators(generator, len(noise))
     check_whole("rows", rows, 2)  # calls of one row are compared with larger ones
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)

@@ -43,12 +43,20 @@ class error_below:
         if not self.bound > 0:
             raise ValueError(f"the bound must be positive, got {self.bound!r}.")
 
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        """Pickle the rule, without the runs that it has seen."""
+        return type(self), (self.bound,)
+
     def __call__(self, run: Run) -> bool:
         """Return whether the estimate of the sample has changed by less than the bound."""
         estimate = run.estimate
         before = self._last.get(run)
         self._last[run] = estimate
         return before is not None and float((estimate - before).norm()) <= self.bound * float(estimate.norm())
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,16 @@ class preview_settled:
         peak: Range of the preview's values; 2 for [-1, 1].
     """
 
-    decode: Callable[[Tensor], Tensor] = lambda x: x
+    decode: Callable[[Tensor], Tensor] = _same
     psnr: float = 40.0
     peak: float = 2.0
     _seen: MutableMapping[Run, tuple[Tensor, Tensor, float, int]] = field(
         default_factory=WeakKeyDictionary, repr=False, compare=False
     )
+
+    def __reduce__(self) -> tuple[type, tuple[Callable[[Tensor], Tensor], float, float]]:
+        """Pickle the rule, without the runs that it has seen."""
+        return type(self), (self.decode, self.psnr, self.peak)
 
     def __call__(self, run: Run) -> bool:
         """Return whether the preview has stopped changing."""

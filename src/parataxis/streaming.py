@@ -14,9 +14,9 @@ from .checks import (
     check_errors,
     check_generators,
     check_rows,
-    check_solver,
     check_tolerance,
     check_whole,
+    describe,
     wrap_denoiser,
 )
 from .engine.executor import Executor, check_inputs, ranks_of
@@ -24,8 +24,10 @@ from .engine.pool import Pool
 from .engine.rows import EvalBatch
 from .engine.run import Run, start
 from .engine.solution import Solution
+from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
+from .solvers import as_solver
 from .solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class Stream(Iterator[tuple[int, Solution]]):
         if ranks is not None:
             from .engine.distributed.ranks import Sharded
 
-            self._evaluate = Sharded(self._evaluate, ranks)
+            self._evaluate = self._sharded = Sharded(self._evaluate, ranks)
         self._pool = Pool(begin, rows)
         self._open: dict[int, Run] = {}  # by the numbers of their jobs, those that have not been yielded
         self._solutions = self._drive()
@@ -145,7 +147,9 @@ class Stream(Iterator[tuple[int, Solution]]):
     def _drive(self) -> Generator[tuple[int, Solution], None, None]:
         rounds = self._pool.rounds(self._round, self._start_next_job)
         while True:
-            with torch.no_grad():  # not around the yield, where the caller's own code runs
+            # Not around the yield, where the caller's own code runs. The next sample may be asked for within inference
+            # mode or not, and tensors that it has made cannot be changed outside of it.
+            with torch.inference_mode(False), torch.no_grad():
                 ended = next(rounds, None)
             if ended is None:
                 break
@@ -162,6 +166,8 @@ class Stream(Iterator[tuple[int, Solution]]):
         if self._ranks is not None:
             self._ranks.compare(job=number, noise=recurrence.start, added=recurrence.noise, condition=condition)
         run = self._pool.add(number, recurrence, generator)
+        if self._ranks is not None:
+            self._sharded.name_ranks(run.group)
         self._open[number], self._network.conditions[run.slot] = run, condition
         return True
 
@@ -175,7 +181,7 @@ def stream(
     denoise: Callable[..., Tensor],
     jobs: Iterable[Job | Tensor],
     sampler: Sampler,
-    solver: Solver,
+    solver: Solver | str | None = None,
     *,
     rows_per_round: int,
     tolerance: float = 1e-2,
@@ -195,9 +201,9 @@ def stream(
         denoise: As for :func:`parataxis.sample`.
         jobs: The samples to be drawn, of one shape, dtype and device: :class:`Job`, or their noise alone. The next
             one is taken when there is room for it, so the iterable may be lazy and endless.
-        sampler: The equation.
-        solver: How it is solved. Windows are for latency: with enough jobs, ``Sequential()`` evaluates each step once
-            and has the highest throughput.
+        sampler: The equation: a sampler, or a diffusers scheduler whose timesteps are set.
+        solver: How it is solved, or its name; default ``Secant(window=8)``. Windows are for latency: with
+            enough jobs, ``Sequential()`` evaluates each step once and has the highest throughput.
         rows_per_round: R, rows of a round.
         tolerance: Relative error allowed in each sample, compared with the sequential loop's.
         keep_trajectory: Keep the trajectories.
@@ -219,17 +225,17 @@ def stream(
     network = wrap_denoiser(denoise)
     check_whole("rows_per_round", rows_per_round)
     check_rows(max_rows, buckets)
-    check_solver(solver)
+    sampler, solver = as_sampler(sampler), as_solver(solver)
     check_tolerance(tolerance)
     check_errors(errors)
     if not isinstance(jobs, Iterable):
-        raise TypeError(f"jobs must be an iterable of samples to be drawn, got {jobs!r}.")
+        raise TypeError(f"jobs must be an iterable of samples to be drawn, got {describe(jobs)}.")
     first: list[Job] = []
 
     def entries() -> Iterator[tuple[Recurrence, Any, torch.Generator | None]]:
         for number, item in enumerate(jobs):
             job = item if isinstance(item, Job) else Job(item)
-            check_inputs(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, sampler, None)
+            check_inputs(job.noise[None] if isinstance(job.noise, Tensor) else job.noise, None)
             check_generators(None if job.generator is None else [job.generator], 1)
             _check_alike(number, job, first[0] if first else job)
             first[:] = first or [job]

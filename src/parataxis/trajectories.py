@@ -41,7 +41,7 @@ def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:
     """Read trajectories for ``guess=`` of :func:`parataxis.sample`.
 
     Raises:
-        ValueError: If the file cannot be read, or was written for other times.
+        ValueError: If the file cannot be read, holds no trajectories, or was written for other times.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -49,7 +49,16 @@ def load_trajectory(path: str | Path, sampler: Sampler) -> Tensor:
             trajectory: Tensor = file.get_tensor("trajectory")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a trajectory ({error}): save it with save_trajectory.") from error
-    if json.loads(metadata.get("times", "[]")) != sampler.times.tolist():
+    if trajectory.ndim < 3 or trajectory.shape[1] != sampler.steps + 1 or not trajectory.is_floating_point():
+        raise ValueError(
+            f"{path} holds {str(trajectory.dtype)[6:]} {tuple(trajectory.shape)}, expected trajectories "
+            f"(B, {sampler.steps + 1}, *shape) for this sampler: save them with save_trajectory."
+        )
+    try:
+        times = json.loads(metadata.get("times", "[]"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has times that cannot be read ({error}): save it with save_trajectory.") from error
+    if times != sampler.times.tolist():
         raise ValueError(
             f"{path} was written for {metadata.get('sampler', 'another sampler')} with other times: use the same "
             "schedule, steps and spacing."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -166,17 +168,12 @@ class Noisy(Net):
         return output + 0.3 * torch.randn(output.shape, generator=self.source)
 
 
-class Hidden(Noisy):
-    """Likewise, where nobody looks."""
-
-    def __init__(self):
-        super().__init__()
-        generator = self.__dict__.pop("source")
-        self.draw = lambda output: torch.randn(output.shape, generator=generator)
+class Hidden(Net):
+    """Likewise, where nobody looks: in a part of the standard library."""
 
     def forward(self, x, t):
         output = Net.forward(self, x, t)
-        return output + 0.3 * self.draw(output)
+        return output + 0.3 * (time.perf_counter_ns() % 1000) / 1000
 
 
 @pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
@@ -218,7 +215,7 @@ def test_large_tensors_written_by_the_network_are_warned_about():
     class Adding(Net):
         def __init__(self):
             super().__init__()
-            self.memory = torch.zeros(1 << 17)
+            self.memory = torch.zeros(1 << 21)
 
         def forward(self, x, t):
             self.memory.add_(1)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..arrays import upload
-from ..checks import check_rows
-from ..samplers.sampler import Sampler
+from ..checks import check_rows, describe
 from .rows import EvalBatch, expect
 
 if TYPE_CHECKING:
@@ -62,16 +61,12 @@ def select_condition(condition: Any, index: Tensor) -> Any:
     return condition
 
 
-def check_inputs(noise: Tensor, sampler: Sampler, condition: Any) -> None:
+def check_inputs(noise: Tensor, condition: Any) -> None:
     """Raise unless a batch can be drawn from these; see :func:`parataxis.sample`."""
-    if not isinstance(sampler, Sampler):
-        raise TypeError(
-            f"sampler must be a sampler with its steps, such as parataxis.samplers.ddim(steps=50), got {sampler!r}: "
-            "parataxis.SAMPLERS has them by name."
-        )
     if not isinstance(noise, Tensor) or noise.ndim < 2 or not noise.is_floating_point():
-        got = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {got}.")
+        raise ValueError(
+            f"noise must be a floating-point tensor (B, *shape) of at least 2 dimensions, got {describe(noise)}."
+        )
     if noise.numel() == 0:
         raise ValueError(
             f"noise has the shape {tuple(noise.shape)}, expected at least one sample of at least one element."
@@ -82,8 +77,8 @@ def check_inputs(noise: Tensor, sampler: Sampler, condition: Any) -> None:
         raise ValueError("noise has NaN or Inf: draw it by torch.randn.")
     if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
         raise ValueError(
-            f"condition must have tensors ({len(noise)}, ...), one entry a sample, got {condition!r}: make it one, or "
-            "leave it to the network if it is the same for all samples."
+            f"condition must have tensors ({len(noise)}, ...), one entry a sample, got {describe(condition)}: make it "
+            "one, or leave it to the network if it is the same for all samples."
         )
     _check_condition(condition, len(noise))
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..arrays import Indices, upload
-from ..checks import check_errors, check_generators, check_solver, check_tolerance, check_whole
+from ..checks import check_errors, check_generators, check_tolerance, check_whole
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
+from ..solvers import as_solver
 from ..solvers.base import Answer, Problem, Query, Solver
 from ..solvers.batch import Batch
 from ..solvers.sequential import PlainLoop
+from .checkpoint import restore_run, run_state
 from .rows import EvalBatch, expect
 from .solution import Round, Solution
 
@@ -233,6 +235,31 @@ class Run:
             trajectory=None if trajectory is None else trajectory.view(-1, *self.group.shape),
         )
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the run is between two rounds, to go on with it in another process, to the same bits.
+
+        A few times the window in size, whatever the number of rounds. :func:`parataxis.save_runs` writes all runs of a
+        batch to a file.
+
+        Returns:
+            Tensors by names, copies; for :meth:`load_state_dict`, or for safetensors.
+
+        Raises:
+            ValueError: For runs of a stream or of a recorded loop.
+        """
+        return run_state(self)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from where a run was when :meth:`state_dict` was called.
+
+        Args:
+            state: Of a run that was started with the same arguments.
+
+        Raises:
+            ValueError: If it was started with others, with what differs, or if this run has begun already.
+        """
+        restore_run(self, state)
+
     @property
     def slot(self) -> int:
         """What the sample is called in :class:`EvalBatch`."""
@@ -311,7 +338,7 @@ def start(
     Args:
         sampler: The equation; its ``output`` is applied to what the network returns. None where the recurrence is all.
         recurrence: From ``sampler.recurrence(noise)``; its dtype is that of the states.
-        solver: How to solve it.
+        solver: How to solve it, or its name.
         tolerance: Relative error allowed in each final sample, >= 0; with 0 it is the sequential sample up to rounding.
         guess: (B, N + 1, *shape) trajectories to start from, as ``Solutions.trajectory`` returns them; the first state
             is always the recurrence's.
@@ -330,7 +357,7 @@ def start(
         ValueError: For a negative tolerance, a guess of the wrong shape or not finite, or a solver that does not
             support this recurrence (with the reason).
     """
-    check_solver(solver)
+    solver = as_solver(solver)
     check_tolerance(tolerance)
     check_errors(errors)
     check_generators(generator, len(recurrence.start))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..fingerprint import loop_fingerprint
 from ..solvers.base import Solver
 from .loop import Loop, reachable
 from .report import Report
 from .solver import solve_loop
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
     from ..engine.distributed.ranks import Ranks
 
 __all__ = ["Parallel"]
@@ -30,7 +29,6 @@ class Parallel:
         tolerance: Relative error allowed.
         report: How the latest call went.
         loop: What is kept of the loop from call to call.
-        calibration: Compared at every call, and reported by; None without.
     """
 
     def __init__(
@@ -48,7 +46,6 @@ class Parallel:
         self._denoisers = denoisers
         self._ranks = ranks
         self.loop: Loop | None = None
-        self.calibration: Calibration | None = None
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -73,13 +70,15 @@ class Parallel:
             def run(args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
                 return self.function(*args, **kwargs)
 
-            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks)
-        if self.calibration is not None:
-            self.calibration.check(loop_fingerprint(self.function, args, kwargs))
-        value = solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
-        if self.calibration is not None:
-            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
-        return value
+            owner = (_name(self.function), self.function)
+            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks, owner=owner)
+        return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Return how messages name a function: methods by their owner."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"self.{name}" if isinstance(function, MethodType) else name
 
 
 def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:

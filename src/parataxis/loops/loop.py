@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -42,6 +43,7 @@ class Loop:
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
+        owner: (name, object) that the loop reaches besides its arguments: the function itself, the pipeline.
     """
 
     run: Callable[[tuple[Any, ...], dict[str, Any], bool], Any]
@@ -59,12 +61,19 @@ class Loop:
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     warned_slower: bool = False
+    owner: tuple[str, Any] = ("", None)
 
     @property
     def device(self) -> torch.device:
         """Where the denoisers are."""
         parameters = (parameter for denoiser in self.denoisers for parameter in denoiser.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+    def roots(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return what the loop reaches, by names: its owner, its arguments and its modules."""
+        modules = [*self.denoisers, *(module for module, _ in self.memoized)]
+        arguments = [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]
+        return [self.owner, *arguments, *((type(module).__name__, module) for module in modules)]
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
@@ -90,15 +99,17 @@ def reachable(function: Any, *values: Any, depth: int = 4) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         inside: list[Any] = []
+        if isinstance(value, type):
+            continue  # a class: what it names are no objects of the loop
         if isinstance(value, FunctionType):
             inside += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
             inside += [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
             inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         elif isinstance(value, (list, tuple, dict)):
             inside += tree_leaves(value) if len(value) < 1000 else []
-        elif hasattr(value, "func") and hasattr(value, "args"):  # functools.partial
-            inside += [value.func, *value.args, *getattr(value, "keywords", {}).values()]
-        elif not isinstance(value, (nn.Module, Tensor, type)):
+        elif isinstance(value, functools.partial):
+            inside += [value.func, *value.args, *value.keywords.values()]
+        elif not isinstance(value, (nn.Module, Tensor)):
             inside += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
             inside += list(getattr(value, "__dict__", {}).values()) if not is_library_object(value) else []
         stack += [(held, distance + 1) for held in inside if held is not None]

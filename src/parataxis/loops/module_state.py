@@ -1,123 +1,145 @@
-"""What modules hold: taken before a call or a pass that may change it, to be compared or put back."""
+"""What a denoiser writes at every call: harmless where it never reads it again, as counters of calls are.
+
+A number or a list is replaced, for one call, by something that notices when it is read; the memory of a tensor is
+filled with NaN, which shows in the output.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .loop import is_library_object
+from .world import Change, World
 
-__all__ = ["ModuleAttributes", "ModuleState"]
-
-PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))
-APART = frozenset({"_parameters", "_modules", "_compiled_call_impl"})  # of a module, no state
-SMALL = 1 << 16  # elements of tensors that are copied
-USUAL = frozenset({bool, dict, int, list, tuple, type(None), OrderedDict})  # of what modules hold
-MISSING = object()
+__all__ = ["is_counter", "watch"]
 
 
-class ModuleAttributes:
-    """What a loop may set on its modules and reset at its end, which a pass that ends early does not reach.
+class _Watched:
+    """In the place of a number or a list: it can be added to, and says whether anything else was done with it."""
 
-    Objects that modules hold (attention processors) and the dtypes of parameters (a decoder cast up).
+    def __init__(self, reads: list[str]) -> None:
+        self.__dict__["reads"] = reads
+
+    def __add__(self, other: Any) -> _Watched:
+        return self
+
+    __radd__ = __iadd__ = __sub__ = __isub__ = __add__
+
+    def append(self, item: Any) -> None:
+        """Take an item."""
+
+    extend = append
+
+    def __getattr__(self, name: str) -> Any:
+        self.reads.append(name)
+        raise AttributeError(name)
+
+
+def _reading(name: str) -> Callable[..., Any]:
+    def read(self: _Watched, *args: Any) -> Any:
+        self.reads.append(name)
+        raise TypeError(f"{name} of a counter")
+
+    return read
+
+
+for _name in [
+    "bool",
+    "int",
+    "float",
+    "index",
+    "str",
+    "repr",
+    "format",
+    "hash",
+    "len",
+    "iter",
+    "getitem",
+    "setitem",
+    "delitem",
+    "contains",
+    "call",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "rfloordiv",
+    "mod",
+    "rmod",
+    "pow",
+    "rpow",
+    "rsub",
+    "neg",
+    "abs",
+    "round",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+    "rmatmul",
+]:
+    setattr(_Watched, f"__{_name}__", _reading(f"__{_name}__"))
+
+
+@contextmanager
+def watch(changes: Sequence[Change], world: World) -> Iterator[list[str] | None]:
+    """Watch numbers that count, lists that grow and tensors that are written to, for a call of the network.
+
+    Args:
+        changes: Between two calls of the network: such numbers, lists and tensors.
+        world: In which they are.
+
+    Yields:
+        What has been done with them besides adding; None if they cannot be watched.
     """
-
-    def __init__(self, owners: Iterable[Any]) -> None:
-        modules = {id(part): part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()}
-        places = [place for part in modules.values() for place in (part.__dict__, part._modules)]
-        self._held = [
-            (place, {k: v for k, v in place.items() if _held(v) and k != "_compiled_call_impl"}) for place in places
-        ]
-        self._dtypes = [
-            (value, value.dtype)
-            for part in modules.values()
-            for value in part._parameters.values()
-            if value is not None
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for place, held in self._held:
-            for name, value in held.items():
-                if place.get(name) is not value:
-                    place[name] = value
-        for value, dtype in self._dtypes:
-            if value.dtype != dtype:
-                value.data = value.data.to(dtype)
-
-
-def _held(value: Any) -> bool:
-    return type(value) not in USUAL and not isinstance(value, PLAIN)
+    reads: list[str] = []
+    tensors = [change.place.owner for change in changes if isinstance(change.place.owner, Tensor)]
+    holders = [_holders(change, world) for change in changes if not isinstance(change.place.owner, Tensor)]
+    if not all(holders):
+        yield None
+        return
+    places = [(place, key, place.get(key)) for pairs in holders for place, key in pairs]
+    contents = [tensor.detach().clone() for tensor in tensors]
+    try:
+        for place, key, _ in places:
+            place.set(key, _Watched(reads))
+        for tensor in tensors:
+            tensor.data.fill_(float("nan") if tensor.is_floating_point() else 1)
+        yield reads
+    except (AttributeError, TypeError):
+        if not reads:
+            raise
+    finally:
+        for place, key, value in places:
+            place.set(key, value)
+        for tensor, content in zip(tensors, contents, strict=True):
+            tensor.data.copy_(content)
 
 
-class ModuleState:
-    """What a module and the objects among its arguments hold besides parameters: values, tensors, generators."""
-
-    def __init__(self, module: nn.Module, leaves: Sequence[Any]) -> None:
-        self._module, self._leaves = module, leaves
-        self.generators: list[tuple[torch.Generator, Tensor]] = []  # with their states
-        self._tensors: list[tuple[Tensor, int, Tensor | None]] = []  # with their versions, and copies of small ones
-        self._places: list[tuple[Any, Any]] = []  # dicts and lists, and what was in them
-        plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-        stack: list[tuple[Any, int]] = [(part.__dict__, -1) for part in module.modules()]
-        for leaf in leaves:
-            held = leaf if isinstance(leaf, torch.Generator) else getattr(leaf, "__dict__", None)
-            stack += [] if held is None or isinstance(leaf, (Tensor, *plain)) else [(held, -1)]
-        while stack:
-            value, depth = stack.pop()
-            if isinstance(value, Tensor):
-                small = value.numel() <= SMALL and not value.is_inference()
-                self._tensors.append((value, _version(value), value.detach().clone() if small else None))
-            elif isinstance(value, torch.Generator):
-                self.generators.append((value, value.get_state()))
-            elif isinstance(value, (list, tuple, dict)) and depth < 3:
-                content: Any = list(value)
-                if isinstance(value, dict):
-                    content = {k: v for k, v in value.items() if k not in APART}
-                self._places += [] if isinstance(value, tuple) else [(value, content)]
-                items = content.values() if isinstance(content, dict) else content
-                stack += [(item, depth + 1) for item in items if not isinstance(item, plain)]
-            elif not isinstance(value, (nn.Module, type, FunctionType)) and depth < 2 and not is_library_object(value):
-                stack += [(getattr(value, "__dict__", ()), depth)]
-
-    def now(self) -> ModuleState:
-        """Return what they hold now."""
-        return ModuleState(self._module, self._leaves)
-
-    def same_as(self, other: ModuleState) -> bool:
-        """Return whether the tensors are those of another state, and nothing was written to them."""
-        tensors, other_tensors = (
-            [(id(tensor), version) for tensor, version, _ in state._tensors] for state in (self, other)
-        )
-        return tensors == other_tensors
-
-    def restore(self) -> bool:
-        """Put back everything that has not moved to another device; return whether nothing written was lost."""
-        for place, held in self._places:
-            if isinstance(place, list):
-                place[:] = held
-                continue
-            for name in place.keys() - held.keys() - APART:
-                del place[name]
-            for name, value in held.items():
-                now = place.get(name, MISSING)
-                moved = isinstance(value, Tensor) and isinstance(now, Tensor) and value.device != now.device
-                if now is not value and not moved:
-                    place[name] = value
-        for generator, state in self.generators:
-            generator.set_state(state)
-        whole = True
-        for tensor, version, copy in self._tensors:
-            if copy is not None and _version(tensor) != version:
-                tensor.data.copy_(copy)
-            whole &= copy is not None or _version(tensor) == version
-        return whole
+def _holders(change: Change, world: World) -> list[tuple[Any, Any]]:
+    """Return the (place, key) where a number or a list is held; none if it cannot be watched."""
+    if change.key is None:
+        return world.holders(change.place.owner) if isinstance(change.place.owner, list) else []
+    return [(change.place, change.key)]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def is_counter(change: Change) -> bool:
+    """Return whether a change is of a number, of a list, or of a tensor that can be put back."""
+    if isinstance(change.place.owner, Tensor):
+        return change.place.copy is not None
+    if change.key is None:
+        return isinstance(change.place.owner, list)
+    values = change.place.get(change.key), change.place.before.get(change.key)
+    return all(type(value) in (int, float) for value in values)

@@ -10,59 +10,79 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call, copy_leaves
-from .module_state import ModuleState
+from .module_state import is_counter, watch
 from .randomness import advanced_generators, generator_states
 from .signals import NotParallelizable
+from .world import World
 
 __all__ = ["check_pure"]
 
 SAME = 5e-3  # by which answers to the same input may differ, relative
 
 
-def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call) -> Any:
+def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, world: World | None = None) -> Any:
     """Return what the denoiser answers to a call; it is called two or three times.
 
     Args:
         denoiser: The module.
         run: ``run(args, kwargs)`` calls it.
         call: With which arguments.
+        world: Of the loop: what the denoiser writes and never reads is not put back there.
 
     Raises:
         NotParallelizable: If the answer depends on anything else.
     """
-    state = ModuleState(denoiser, call.leaves)
+    held = [leaf for leaf in call.leaves if not isinstance(leaf, Tensor)]
+    roots = [(type(denoiser).__name__, denoiser), *(("an argument", leaf) for leaf in held)]
+    before = World(roots)
     try:
-        return _check_pure(run, call, state)
+        return _check_pure(run, call, roots, before, world)
     except NotParallelizable as reason:
-        if state.restore():
+        if before.restore():
             raise
         raise NotParallelizable(f"{reason} It has written to large tensors, so the result may differ.") from None
 
 
-def _check_pure(run: Callable[[Any, Any], Any], call: Call, state: ModuleState) -> Any:
-    leaves = call.leaves
-    first_result = result = call_checked(run, call, leaves, state)
-    after = state.now()
-    if not after.same_as(state):
+def _check_pure(
+    run: Callable[[Any, Any], Any], call: Call, roots: Sequence[tuple[str, Any]], before: World, world: World | None
+) -> Any:
+    leaves, generators = call.leaves, [value for value in before.random if isinstance(value, torch.Generator)]
+    first_result = result = call_checked(run, call, leaves, generators)
+    changes, after = list(before.changes()), before
+    if not all(map(is_counter, changes)):
         # Tables that fill in on the first call are no state; what was computed of one input and answers another is.
+        after = World(roots)
         leaves = flip_input(leaves, result)
-        result = call_checked(run, call, leaves, state)
-        if not state.now().same_as(after):
-            raise NotParallelizable("the denoiser has hidden state that changes with every call (a cache).")
-        state.restore()
-    if outputs_differ(result, call_checked(run, call, leaves, state)):
+        result = call_checked(run, call, leaves, generators)
+        changes = list(after.changes())
+        for change in changes:
+            if not is_counter(change):
+                raise NotParallelizable(f"the denoiser has hidden state that changes with every call: {change.name}.")
+    before.restore()
+    with watch(changes, after) as reads:
+        again = call_checked(run, call, leaves, generators) if reads is not None else None
+    if changes and (reads is None or reads):
+        names = ", ".join(change.name for change in changes)
+        raise NotParallelizable(f"the denoiser has hidden state: it counts its calls and reads the count ({names}).")
+    if outputs_differ(result, again):
         raise NotParallelizable(
             "the denoiser has hidden state: it answers the same input in different ways (a cache, a counter, its own "
             "random generator)."
         )
+    before.restore()
+    if world is not None:
+        for change in changes:
+            world.skip(change)
     return first_result
 
 
-def call_checked(run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], state: ModuleState) -> Any:
+def call_checked(
+    run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], generators: Sequence[torch.Generator]
+) -> Any:
     """Call the denoiser once on copies; raise if it draws random numbers or writes into its arguments."""
     copies = copy_leaves(leaves)
     args, kwargs = call.arguments(copies)
-    before = generator_states(generator for generator, _ in state.generators)
+    before = generator_states(generators)
     with call.context():
         result = run(args, kwargs)
     if advanced_generators(before):

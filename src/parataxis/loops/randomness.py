@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .world import World
+
 __all__ = ["RandomState", "advanced_generators", "generator_states"]
+
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+WRITES = frozenset({"__setitem__", "__set__", *(f"__i{name}__" for name in OPERATORS)})  # besides names in _
 
 
 def generator_states(generators: Iterable[torch.Generator] = ()) -> list[tuple[torch.Generator, Tensor]]:
@@ -29,11 +34,16 @@ def advanced_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> lis
 
 
 class RandomState(TorchFunctionMode):
-    """The random state of torch, numpy, Python, and of every generator that a loop uses."""
+    """The random state of torch, numpy, Python, and of every generator that a loop uses.
+
+    Attributes:
+        worlds: They hear of it before something writes to a tensor.
+    """
 
     def __init__(self, seen: Iterable[Any]) -> None:
         """Take the present state; ``seen`` are objects that may be generators, of torch, numpy or Python."""
         super().__init__()
+        self.worlds: list[World] = []
         self._numpy = np.random.get_state()  # noqa: NPY002  # what the loop may use
         self._python = random.getstate()
         self._torch = {id(generator): (generator, state) for generator, state in generator_states()}
@@ -41,17 +51,26 @@ class RandomState(TorchFunctionMode):
         for value in seen:
             if isinstance(value, np.random.Generator):
                 self._others.append((value, value.bit_generator.state))
+            elif isinstance(value, np.random.RandomState):
+                self._others.append((value, value.get_state()))
             elif isinstance(value, torch.Generator):
                 self._torch[id(value)] = (value, value.get_state())
             elif isinstance(value, random.Random):
                 self._others.append((value, value.getstate()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Keep the state of a torch generator at its first use, wherever the loop hides it."""
+        """Keep the state of a torch generator at its first use, wherever the loop hides it, and tensors as they are."""
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
             if type(value) is torch.Generator and id(value) not in self._torch:
                 self._torch[id(value)] = (value, value.get_state())
+        name = getattr(func, "__name__", "")
+        if (name[-1:] == "_" and name[-2:] != "__") or name in WRITES or "out" in kwargs:
+            written = args if name.startswith("_foreach") else (*args[:1], kwargs.get("out"))
+            for value in written:
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    for world in self.worlds:
+                        world.about_to_write(tensor)
         return func(*args, **kwargs)
 
     def restore(self) -> None:
@@ -63,5 +82,7 @@ class RandomState(TorchFunctionMode):
         for other, state in self._others:
             if isinstance(other, random.Random):
                 other.setstate(state)
+            elif isinstance(other, np.random.RandomState):
+                other.set_state(state)
             else:
                 other.bit_generator.state = state

@@ -28,6 +28,10 @@ __all__ = ["StageProgress", "probe_stage", "record_stage"]
 MIN_STEPS = 8  # shorter loops run sequentially
 MIN_FIT_ELEMENTS = 48  # of a step, to fit its coefficients to; smaller loops are recorded more often
 MAX_EXTRA_RECORDINGS = 16
+STARTS_DIFFERENTLY = (
+    "its first call differs from pass to pass: it depends on something that cannot be put back (a clock, a file, "
+    "another library's state)."
+)
 
 
 @dataclass(eq=False)
@@ -156,6 +160,8 @@ def _record_twice(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRe
     """Return two recordings with different outputs, the first of which may be made anew."""
     while True:
         second = runner.run(plans, seed=1)
+        if record.calls and second.calls and not same_leaves(record.calls[0].leaves, second.calls[0].leaves):
+            raise NotParallelizable(STARTS_DIFFERENTLY)
         at_module = record.ended_at_module and second.ended_at_module
         if not at_module or not same_leaves(record.ending, second.ending):
             return [record.recording, second.recording]

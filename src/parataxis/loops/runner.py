@@ -21,17 +21,17 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from ..engine.latency import timed
 from .answers import Answers
 from .calls import Call, Output, autocast_of, copy_leaves, equal
-from .loop import Loop, reachable
+from .loop import Loop
 from .memo import ModuleMemo
 from .merger import Merger
-from .module_state import ModuleAttributes
 from .passes import PassRecord, StageRecord
 from .purity import check_pure
 from .randomness import RandomState
-from .signals import LoopChanged, NotParallelizable, PassComplete
+from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, PassComplete
 from .stage_plan import StagePlan, answer_call
 from .structure import random_outputs
-from .stubs import AlreadyParallel, OriginalCall, StubSwitch, install
+from .stubs import AlreadyParallel, OriginalCall, Stub, StubSwitch, install
+from .world import World
 
 __all__ = ["LoopRunner", "same_leaves"]
 
@@ -65,10 +65,12 @@ class LoopRunner:
         self.memo = ModuleMemo()
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
-        self._random = RandomState(reachable(loop.run, args, kwargs))
+        self.world = World(loop.roots(args, kwargs), ignore=Stub)
+        self._random = RandomState(self.world.random)
+        self._random.worlds.append(self.world)
         self._switch = StubSwitch()
         self._originals: list[OriginalCall] = []
-        self._attributes: ModuleAttributes | None = self._take_attributes()
+        self._setting: World | None = None  # what the denoisers held when the pass around this one came to them
         self._pass: _Pass | None = None  # the one that is running; stubs answer for it
 
     def __repr__(self) -> str:
@@ -108,11 +110,9 @@ class LoopRunner:
                 networks; returns how the stage is answered from there on, or None to end the pass.
         """
         self.passes += 1
-        self._random.restore()
-        if self._attributes is None:
-            self._attributes = self._take_attributes()
+        self.restore()
         # A pass that cannot get farther than the ones before meets no generator that they have not.
-        watched = self.passes == 1 or callbacks or accept is not None or not plans
+        watched = self.passes == 1 or callbacks or accept is not None or not plans or plans[-1].answers.records_calls
         outer, current = self._pass, _Pass(self, plans, seed, callbacks, accept, at_stage)
         self._pass, started = current, time.perf_counter()
         try:
@@ -121,7 +121,7 @@ class LoopRunner:
                 current.record.ended_at_module = False
                 current.leave(tree_leaves(value))
         except BaseException as error:
-            self._attributes.restore()
+            self._end_early()
             if isinstance(error, PassComplete):
                 return current.record
             if isinstance(error, Exception) and not callbacks and current.explains(error):
@@ -134,10 +134,15 @@ class LoopRunner:
         current.record.complete, current.record.value = not current.record.calls, value
         return current.record
 
-    def sequential(self) -> Any:
-        """Run the unmodified loop, from the random state at the beginning."""
-        self.passes += 1
+    def restore(self, *, everything: bool = False) -> bool:
+        """Put back what the loop reaches, and the random state; return whether nothing was lost."""
+        whole = self.world.restore(everything=everything)
         self._random.restore()
+        return whole
+
+    def sequential(self) -> Any:
+        """Run the unmodified loop, from the state at the beginning."""
+        self.passes += 1
         value, seconds = timed(partial(self.loop.run, self.args, self.kwargs, False), self.loop.device)
         self.loop.times.add_loop(self.key, seconds)
         return value
@@ -155,14 +160,14 @@ class LoopRunner:
 
     @contextmanager
     def inner_passes(self) -> Iterator[None]:
-        """Run passes within a pass: they end at what this one has set up, and the first of them looks at that."""
-        attributes, self._attributes = self._attributes, None
+        """Run passes within a pass: each ends with the denoisers as this one has set them up."""
+        self._setting = self.denoisers_now()
         plain = {kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}
         try:
             with self._unwatched(), _autocast(plain):
                 yield
         finally:
-            self._attributes = attributes
+            self._setting = None
 
     def output_form(self, call: Call) -> Output:
         """Return the form of a call's output; a new one is found by calls of the network, which check it."""
@@ -176,6 +181,7 @@ class LoopRunner:
         """Let go of what holds this runner: a cycle would keep it until the garbage collector runs."""
         del self.merger  # it calls :meth:`evaluate`
         self.memo, self.loop_constants = ModuleMemo(), []
+        del self._random.worlds[1:]  # they hold stubs
 
     def _find_output_form(self, call: Call) -> Output:
         rows = next((len(leaf) for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
@@ -185,7 +191,7 @@ class LoopRunner:
             network = partial(self._originals[call.module], *args, **kwargs)
             return self.loop.times.call(call.signature(), network, call.device)
 
-        leaves, spec = tree_flatten(check_pure(self.loop.denoisers[call.module], run, call))
+        leaves, spec = tree_flatten(check_pure(self.loop.denoisers[call.module], run, call, self.world))
         ranks = self.loop.ranks
         if ranks is not None:
             ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
@@ -203,8 +209,21 @@ class LoopRunner:
             return original(*args, **kwargs)
         return self._pass.answer(lambda current: current.module_called(number, original, args, kwargs))
 
-    def _take_attributes(self) -> ModuleAttributes:
-        return ModuleAttributes([*self.loop.denoisers, *(owner for owner, _ in self.loop.memoized)])
+    def denoisers_now(self) -> World:
+        """Return what the denoisers hold now."""
+        modules = [(type(module).__name__, module) for module in self.loop.denoisers]
+        return World(modules, ignore=Stub, skipped=self.world.skipped)
+
+    def watch(self, world: World) -> None:
+        """Let a world of the pass that is running hear of it before something writes to a tensor."""
+        self._random.worlds[1:] = [world]
+
+    def _end_early(self) -> None:
+        """Leave nothing behind of a pass that did not come to its end."""
+        if self._setting is not None:
+            self._setting.restore()
+        else:
+            self.world.restore()
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
@@ -239,6 +258,7 @@ class _Pass:
         self._answered = False  # the loop has been given an output
         self._stub_error: Exception | None = None  # raised within a stub: by a network, a solver
         self._random_outputs: dict[int, tuple[Tensor, int, int]] = {}  # by id: tensor, call, leaf
+        self._setting: World | None = None  # what the denoisers held at the first call
 
     @property
     def calls(self) -> int:
@@ -265,7 +285,7 @@ class _Pass:
 
     def release(self) -> None:
         """Let go of what holds this pass."""
-        self.accept = self.at_stage = self._stub_error = None
+        self.accept = self.at_stage = self._stub_error = self._setting = None
         self._random_outputs = {}
 
     def denoiser_called(self, module: int, args: Any, kwargs: Any) -> Any:
@@ -283,6 +303,7 @@ class _Pass:
         self._answered = True
         with self.runner.real_calls(), torch.no_grad():
             index, self._index = self._index, self._index + 1
+            self._check_setting(index)
             for plan, record in zip(self.plans, self.record.stages, strict=True):
                 if index < plan.stop:
                     output = plan.structure.outputs[index - plan.first]
@@ -302,9 +323,13 @@ class _Pass:
                 self.leave(leaves)
 
         def run() -> Any:
+            owner = self.runner.loop.memoized[number][0]
+            state = World([(type(owner).__name__, owner)], ignore=Stub)
             with self.runner.real_calls():
                 result, seconds = timed(partial(original, *args, **kwargs), self.runner.loop.device)
             self.runner.other_seconds += seconds
+            for change in state.changes():
+                self.runner.world.skip(change)  # it runs once for all passes, and what it writes stays
             return result
 
         return self.runner.memo.call(number, leaves, spec, run, before)
@@ -329,6 +354,23 @@ class _Pass:
         if self.accept is None or not self.accept(record.last):
             raise PassComplete
         self.plans[-1] = replace(plan, accepted=True)
+
+    def _check_setting(self, index: int) -> None:
+        """Raise if the loop, or a callback, has changed what the denoisers hold since the first call."""
+        looks = self.callbacks or not self.plans or self.plans[-1].answers.records_calls
+        if not looks:
+            return
+        if self._setting is None:
+            self._setting = self.runner.denoisers_now()
+            self.runner.watch(self._setting)
+            return
+        change = next(self._setting.changes(), None)
+        if change is not None and self.callbacks:
+            raise CallbackChangedLoop
+        if change is not None:
+            raise NotParallelizable(
+                f"the loop changes its denoiser between steps: {change.name} is another one at call {index + 1}."
+            )
 
     def _check_gradients(self, module: int, leaves: Sequence[Any]) -> None:
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["AlreadyParallel", "StubSwitch", "has_stub", "install"]
+__all__ = ["AlreadyParallel", "Stub", "StubSwitch", "has_stub", "install"]
 
 _MISSING = object()
 _REPLACING = threading.Lock()
@@ -52,13 +52,14 @@ class StubSwitch:
             self._running -= 1
 
 
-class _Stub:
+class Stub:
     """In the place of a call: it answers the loop; real modules, and other threads, make the call itself."""
 
     def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         self.switch, self.original, self.answer = switch, original, answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer, or make the call itself."""
         return self.answer(args, kwargs) if self.switch.answers else self.original(*args, **kwargs)
 
 
@@ -96,7 +97,7 @@ def install(
     def put(owner: Any, name: str, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         # Through __dict__: wrapped modules send ordinary assignments on to what they wrap.
         replaced.append((owner.__dict__, name, owner.__dict__.get(name, _MISSING)))
-        owner.__dict__[name] = _Stub(switch, original, answer)
+        owner.__dict__[name] = Stub(switch, original, answer)
 
     # A module's call looks for this attribute first, whatever its class does.
     places = [(owner, "_compiled_call_impl" if name == "__call__" else name) for owner, name in methods]
@@ -126,9 +127,9 @@ def install(
                     place[name] = value
 
 
-def _stub(owner: Any, name: str) -> _Stub | None:
+def _stub(owner: Any, name: str) -> Stub | None:
     stub = owner.__dict__.get(name)
-    return stub if isinstance(stub, _Stub) else None
+    return stub if isinstance(stub, Stub) else None
 
 
 def _original(module: nn.Module) -> OriginalCall:

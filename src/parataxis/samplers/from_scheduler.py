@@ -34,11 +34,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checks import describe
 from .coefficients import Coefficients
 from .sampler import OutputTransform, Sampler, data_prediction
 from .scheduler_loop import NoiseInterceptor, SchedulerLoop, UnitResponses
 
-__all__ = ["from_scheduler"]
+__all__ = ["as_sampler", "from_scheduler"]
 
 Array = NDArray[np.float64]
 
@@ -48,6 +49,31 @@ ZERO = 1e-9  # relative to the terms that cancelled
 SAME = 1e-4  # relative, of the ratio of two predictions: schedulers keep noise levels in float32
 CLIPS = ("thresholding", "clip_sample", "clip_denoised")  # they clip the data prediction; the first that is on counts
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+def as_sampler(sampler: Any) -> Sampler:
+    """Return a sampler: this one, or that of a diffusers scheduler whose timesteps are set.
+
+    Raises:
+        TypeError: If it is neither, with the line to write.
+        ValueError: If the scheduler's timesteps are not set, or its loop is not linear.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    if isinstance(sampler, type):
+        raise TypeError(
+            f"sampler is the class {sampler.__name__}: make one, such as parataxis.samplers.ddim(steps=50)."
+        )
+    if callable(getattr(sampler, "step", None)) and hasattr(sampler, "timesteps"):
+        if getattr(sampler, "num_inference_steps", 0) is None:
+            name = type(sampler).__name__
+            raise ValueError(f"the timesteps of this {name} are not set: call scheduler.set_timesteps(50) first.")
+        return from_scheduler(sampler)
+    name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "ddim")
+    raise TypeError(
+        "sampler must be a sampler with its steps, or a diffusers scheduler, got "
+        f"{describe(sampler)}: write parataxis.samplers.{name if name.isidentifier() else 'ddim'}(steps=50)."
+    )
 
 
 def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options: Any) -> Sampler:

@@ -44,6 +44,10 @@ class Grid:
     alpha: Array
     sigma: Array
 
+    def __repr__(self) -> str:
+        """Return the length and the ends of the times, without the arrays."""
+        return f"Grid({len(self.times)} steps, times {self.times[0]:g} to {self.times[-1]:g})"
+
 
 class Schedule(Protocol):
     """What a sampler needs to know of a schedule."""
@@ -70,13 +74,19 @@ def _check_steps(steps: int, limit: int | None = None) -> None:
 class Variance:
     """A variance-preserving schedule over T training steps, t = 0..T-1.
 
-    Between whole times sigma/alpha is interpolated linearly, as Euler samplers on such schedules do.
+    While sampling, time falls from about T - 1 to 0, and the network receives it in training steps. Between whole times
+    sigma/alpha is interpolated linearly, as Euler samplers on such schedules do.
 
     Attributes:
         alphas_cumprod: (T,) alpha^2 at every training step, falling.
     """
 
     alphas_cumprod: Array
+
+    def __repr__(self) -> str:
+        """Return the number of training steps and the ends, without the array."""
+        first, last = self.alphas_cumprod[[0, -1]]
+        return f"Variance({self.training_steps} training steps, alpha^2 from {first:.3g} to {last:.3g})"
 
     @property
     def training_steps(self) -> int:
@@ -139,7 +149,7 @@ class Variance:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """Flow matching: alpha = 1 - sigma, and the network receives t = T sigma.
+    """Flow matching: alpha = 1 - sigma, and the network receives t = T sigma, falling from T (noise) towards 0.
 
     Attributes:
         shift: c in sigma <- c sigma / (1 + (c - 1) sigma), which spends more steps at high noise (SD3).
@@ -169,7 +179,7 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class Karras:
-    """EDM: alpha = 1, and the network receives t = log(sigma) / 4.
+    """EDM: alpha = 1, and the network receives t = log(sigma) / 4, falling from noise to sample.
 
     sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (2206.00364, eq. 5).
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,6 +26,14 @@ class Member(Protocol):
         """Return (dim,) the present guess of the sample."""
         ...
 
+    def state(self, sample: int) -> dict[str, Any]:
+        """Return tensors and arrays: all that the solver knows of the sample between two rounds."""
+        ...
+
+    def load(self, sample: int, state: dict[str, Tensor]) -> None:
+        """Take such a state, with tensors in the place of arrays; the solver then looks at its samples again."""
+        ...
+
 
 class Batch:
     """Places for samples; a solver fills in how far each has come.
@@ -44,7 +52,9 @@ class Batch:
         memory: The solver's working memory; None before it begins.
         trajectory: (S, N + 1, dim) accepted states, or None if they are not kept.
         returns_errors: Whether an output that is not finite ends its sample only, instead of being raised.
+        streams: Random streams of places that have been asked for.
         failures: Why samples have ended so, by their places.
+        origin: Says of a place and a step which rank evaluated it, for errors.
     """
 
     def __init__(
@@ -69,12 +79,13 @@ class Batch:
         self.memory: Member | None = None
         self.bounded = np.ones(count, bool)  # whether the solver's estimate is within the tolerance, where it has one
         self.results: dict[int, Tensor] = {}  # samples that have ended
+        self.origin: Callable[[int, int], str] = lambda place, step: ""
         self.numbers = list(range(count))  # of the samples, as errors name them
         self.refilled = False  # whether other samples take the places of those that end
         self.added: list[int] = []  # places that were filled after the solver had begun, for it to take up
         self.trajectory: Tensor | None = None
         self.noise_owner: Tensor | None = recurrence.noise  # the caller's, until a copy takes its place
-        self._streams: dict[int, np.random.Generator] = {}
+        self.streams: dict[int, np.random.Generator] = {}
         if keep_trajectory:
             self.trajectory = self.start.new_zeros(count, problem.steps + 1, problem.dim)
             self.trajectory[:, 0] = self.start
@@ -123,7 +134,7 @@ class Batch:
         self.recurrence.start[place] = recurrence.start[0]
         if self.recurrence.noise is not None and recurrence.noise is not None:
             self.recurrence.noise[place] = recurrence.noise[0]
-        self._streams.pop(place, None)
+        self.streams.pop(place, None)
         self.results.pop(place, None)
         self.failures.pop(place, None)
         self.generator[place] = generator  # type: ignore[index]  # a dict since copy_inputs
@@ -200,21 +211,21 @@ class Batch:
         when = "" if rounds is None else f"round {rounds}, "
         return OutputError(
             f"the network returned NaN or Inf at step {step} of {self.problem.steps}, sample {self.numbers[place]}, "
-            f"{when}for an accepted input, so the sequential loop meets it too: check the network at that time, its "
-            "dtype and its conditioning."
+            f"{self.origin(place, step)}{when}for an accepted input, so the sequential loop meets it too: check the "
+            "network at that time, its dtype and its conditioning."
         )
 
     def stream(self, place: int) -> np.random.Generator:
         """Return the random stream of a place, which its generator seeds when it is first asked for."""
-        if place not in self._streams:
+        if place not in self.streams:
             generator = self.generator
             if generator is None or isinstance(generator, torch.Generator):
-                self._streams = {
+                self.streams = {
                     index: np.random.default_rng(seed) for index, seed in enumerate(seeds(generator, len(self)))
                 }
             else:
-                self._streams[place] = np.random.default_rng(seeds(generator[place], 1)[0])
-        return self._streams[place]
+                self.streams[place] = np.random.default_rng(seeds(generator[place], 1)[0])
+        return self.streams[place]
 
     def replace_noise(self, steps: Tensor, rows: Tensor) -> None:
         """Put other noise (n, dim) into the places and steps (n,), counted as place N + step."""

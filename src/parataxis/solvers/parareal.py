@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -181,7 +181,19 @@ class _Cohorts:
 
     def estimate(self, place: int) -> Tensor:
         """Return (dim,) the present guess of a sample."""
-        return next(cohort.estimate(place) for cohort in self._members if place in cohort.places)
+        return self._of(place).estimate(place)
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return what is known of a sample."""
+        return self._of(place).state(place)
+
+    def load(self, place: int, state: dict[str, Tensor]) -> None:
+        """Take such a state, into a cohort of its own: samples that were saved may be at different ticks."""
+        self.separate(np.array([place]))
+        self._of(place).load(state)
+
+    def _of(self, place: int) -> _Cohort:
+        return next(cohort for cohort in self._members if place in cohort.places)
 
 
 class _Rows:
@@ -245,6 +257,24 @@ class _StopTest:
         part.changes = [[(p, change[rows]) for p, change in changes] for changes in self.changes]
         part.nonfinite_iterations = self.nonfinite_iterations[rows]
         return part
+
+    def state(self, row: int) -> dict[str, Any]:
+        """Return what is known of one sample; ``changes`` has a row (boundary, p, change) for each."""
+        changes = [(j, p, by[row]) for j, entries in enumerate(self.changes) for p, by in entries]
+        return {
+            "error": self.error[row],
+            "moved": self.moved[row],
+            "changes": np.array(changes, np.float64).reshape(-1, 3),
+            "nonfinite_iterations": self.nonfinite_iterations[row],
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take what was known of the only sample."""
+        self.error, self.moved = (np.array([float(state[name])]) for name in ("error", "moved"))
+        self.nonfinite_iterations = state["nonfinite_iterations"].numpy()[None].copy()
+        self.changes = [[] for _ in self.changes]
+        for j, p, change in state["changes"].tolist():
+            self.changes[int(j)].append((int(p), np.array([change])))
 
     def compare(self, published: Publication, numbers: Array) -> None:
         """Take up the changes of boundaries that have been known before; see :meth:`_Cohort._changes`."""
@@ -485,6 +515,24 @@ class _Cohort:
         if 0 < farthest < self.blocks and self.batch.problem.coefficients.x0_from_input is not None:
             slot = self.blocks + farthest - 1
         return self.memory.rows[int(np.searchsorted(self.places, place)), slot]
+
+    # -- stop and resume -------------------------------------------------------------------------------------------
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return the rows of a sample, and what is known of its error."""
+        row = int(np.searchsorted(self.places, place))
+        return {"ticks": np.array(self.ticks), "rows": self.memory.rows[row], **self.test.state(row)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take the state of the only sample: its schedule follows from the number of ticks."""
+        self.ticks = int(state["ticks"])
+        self.memory.rows = state["rows"].to(self.memory.rows)[None].clone()
+        self.test.load(state)
+        schedule, self._schedule = self._new_schedule()
+        self.published = schedule.opening
+        for tick in islice(self._schedule, self.ticks):
+            self.published = tick.published or self.published
+        self.tick = next(self._schedule)
 
 
 def repaired(outputs: Tensor, finite: Tensor) -> Tensor:

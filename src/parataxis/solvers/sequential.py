@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,19 @@ class PlainLoop:
             p, q = local.x0_from_input[step - 1], local.x0_from_output[step - 1]
             return p * self.evaluated[place] + q * self.f[place, 0]
         return self.u[place]
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return what the loop knows of a sample."""
+        return {name: getattr(self, name)[place] for name in STATE}
+
+    def load(self, place: int, state: dict[str, Tensor]) -> None:
+        """Take such a state."""
+        self.evaluated = self.evaluated.clone()  # may be the same tensor as u
+        for name in STATE:
+            getattr(self, name)[place] = state[name]
+
+
+STATE = ("step", "u", "f", "evaluated", "largest")
 
 
 def _loop(batch: Batch) -> Queries:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -266,6 +266,18 @@ class Proposals:
         noise = self.batch.noise
         values = Recurrence(local, u[None], None if noise is None else noise[place, None])
         return values.coarse_step(step, self.steps, u[None], f[None])[0]
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return what is known of a sample."""
+        return {name.strip("_"): getattr(self, name)[place] for name in STATE}
+
+    def load(self, place: int, state: dict[str, Tensor]) -> None:
+        """Take such a state."""
+        for name in STATE:
+            getattr(self, name)[place] = state[name.strip("_")]
+
+
+STATE = ("lo", "hi", "x", "_last_step", "_last_x", "_last_f")
 
 
 class Tested:

@@ -19,6 +19,8 @@ from .batch import Batch
 
 __all__ = ["WindowTensors"]
 
+SCRATCH = ("moved", "r")  # written anew in every round
+
 
 class WindowTensors:
     """States, outputs and residuals of S windows of W steps.
@@ -155,6 +157,19 @@ class WindowTensors:
             count = self.rows()[name]
             index = (rows[:, None] * count + np.arange(count)).reshape(-1)
         return upload(index, self.batch.start.device)
+
+    def state(self, row: int) -> dict[str, Tensor]:
+        """Return the rows of a sample that are kept from round to round."""
+        rows = np.array([row])
+        kept = {name: flat for name, flat in self.flat.items() if name not in SCRATCH}
+        return {f"rows.{name}": flat.index_select(0, self.index(name, rows)) for name, flat in kept.items()}
+
+    def load(self, row: int, state: dict[str, Tensor]) -> None:
+        """Take such rows."""
+        rows = np.array([row])
+        for name, flat in self.flat.items():
+            if name not in SCRATCH:
+                flat.index_copy_(0, self.index(name, rows), state[f"rows.{name}"].to(flat))
 
     # -- measure --------------------------------------------------------------------------------------------------
 

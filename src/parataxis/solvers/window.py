@@ -745,6 +745,21 @@ class Window:
         values = Recurrence(local, u[None], None if noise is None else noise[place, None])
         return values.coarse_step(step, steps, u[None], f[None])[0]
 
+    # -- stop and resume -------------------------------------------------------------------------------------------
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return all that is known of a sample between two rounds."""
+        row = self.row_of_place[place]
+        numbers = {name: getattr(self, name)[row] for name in self.STATES}
+        return {**numbers, **self.tensors.state(row)}
+
+    def load(self, place: int, state: dict[str, Tensor]) -> None:
+        """Take such a state."""
+        row = self.row_of_place[place]
+        for name in self.STATES:
+            getattr(self, name)[row] = state[name].numpy()
+        self.tensors.load(row, state)
+
 
 NEVER = np.zeros(1, bool)  # of rounds on all steps
 

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .plain import from_json, to_json
+
 __all__ = ["ControlChannel", "RankError", "differing"]
+
+LONGEST = 1 << 24  # bytes of a message: a plan takes some thousand
 
 
 class RankError(RuntimeError):
@@ -82,17 +86,36 @@ class ControlChannel:
         """Raise if a rank does not come."""
         self.exchange_status([self.round, 0, 0])
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in their order."""
-        values: list[Any] = [None] * len(self._members)
+    def all_gather(self, value: Any, classes: Iterable[type] = ()) -> list[Any]:
+        """Return the values of all ranks, in their order; they are sent as JSON, so what a peer sends is never run.
+
+        Args:
+            value: Of this rank; see :func:`.plain.to_json`.
+            classes: Of which values may be.
+        """
+        message = torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
+        count = len(self._members)
         try:
             with self.uninterruptible():
-                dist.all_gather_object(values, value, group=self._group)
+                sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(count)]
+                dist.all_gather(sizes, torch.tensor([len(message)], device="cpu"), group=self._group)
+                lengths = [int(size) for size in sizes]
+                if max(lengths) > LONGEST:
+                    raise RankError(f"a rank sends a message of {max(lengths)} bytes, expected at most {LONGEST}.")
+                padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
+                padded[: len(message)] = message
+                messages = [torch.empty_like(padded) for _ in range(count)]
+                dist.all_gather(messages, padded, group=self._group)
+        except RankError:
+            raise
         except RuntimeError as error:
             if self.names:
                 self.find_lost()
-            raise RankError(f"not all {len(values)} ranks came within {self.timeout:g} s: {error}") from error
-        return values
+            raise RankError(f"not all {count} ranks came within {self.timeout:g} s: {error}") from error
+        classes = tuple(classes)
+        return [
+            from_json(part[:length].numpy().tobytes(), classes) for part, length in zip(messages, lengths, strict=True)
+        ]
 
     def _or_lost(self, rank: int, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Make a call that waits for a rank, or raise that it is lost."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -21,15 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fingerprint import as_bytes, fingerprint
 from ..rows import EvalBatch, expect
+from ..run import Group
 from .control import ControlChannel, RankError, differing
-from .gather import as_bytes, byte_count, check_forms, fingerprint, pack, unpack
+from .gather import byte_count, check_forms, pack, unpack
 
 __all__ = ["Ranks", "Sharded", "sharded"]
 
 Result = TypeVar("Result")
 
 TIMEOUT = 600.0  # seconds that ranks wait for one another
+AGREE_EVERY = 4  # rounds between two looks whether all networks still give the same output for the same input
 UNLIKE = 3.0  # times sqrt(eps): relative difference of outputs for one input that rounding does not explain
 
 
@@ -89,6 +92,10 @@ class Ranks:
     def _share(self, count: int, rank: int) -> slice:
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
+    def name_of_row(self, row: int, count: int) -> str:
+        """Return what the rank is called that evaluates this one of ``count`` rows."""
+        return next(name for rank, name in enumerate(self.names) if row in range(count)[self._share(count, rank)])
+
     def compare(self, **facts: Any) -> None:
         """Raise unless all ranks state the same facts.
 
@@ -113,9 +120,9 @@ class Ranks:
                 "and pass the same arguments on all ranks."
             )
 
-    def broadcast(self, value: Result) -> Result:
-        """Return what the first rank has, on all of them."""
-        first: Result = self._control.all_gather(value)[0]
+    def broadcast(self, value: Result, classes: Iterable[type] = ()) -> Result:
+        """Return what the first rank has, on all of them; it may hold objects of these classes."""
+        first: Result = self._control.all_gather(value, classes)[0]
         return first
 
     def agree(self, output: Tensor) -> None:
@@ -232,20 +239,36 @@ class Sharded:
         """Wrap ``evaluate``."""
         self.ranks = ranks
         self._evaluate = evaluate
-        self._first = True
+        self._rounds = 0
+        self._rows: tuple[Tensor, Tensor] | None = None  # steps and samples of the latest round
 
     def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows, on all ranks together."""
         ranks, count = self.ranks, len(rows.x)
         subject = rows.step.numpy().tobytes() + rows.sample.numpy().tobytes()
-        if self._first:
-            self._first = False
+        if not self._rounds:
             ranks.compare(states=rows.x)
-            last_row = EvalBatch(*(part[-1:] for part in rows))  # at pure noise networks differ least
-            ranks.agree(ranks.run_checked(subject, lambda: self._checked(last_row)))
-        share = rows.take(torch.arange(count, device="cpu")[ranks.share(count)])
+        agrees = self._rounds % AGREE_EVERY == 0  # weights may also change on one rank later
+        self._rounds, self._rows = self._rounds + 1, (rows.step, rows.sample)
+        index = torch.arange(count, device="cpu")
+        # Every rank also evaluates the last row: in the same call it costs hardly any time.
+        share = rows.take(torch.cat([index[ranks.share(count)], index[-1:]]) if agrees else index[ranks.share(count)])
         outputs = ranks.run_checked(subject, lambda: self._checked(share) if len(share.x) else share.x)
+        if agrees:
+            ranks.agree(outputs[-1:])
+            outputs = outputs[:-1]
         return ranks.gather_rows(outputs, count)
+
+    def name_ranks(self, group: Group) -> None:
+        """Let errors of these samples say which rank an output came from."""
+        group.batch.origin = lambda place, step: self._origin(int(group.slots[place]), step)
+
+    def _origin(self, sample: int, step: int) -> str:
+        """Return which rank has evaluated a row of the latest round, as errors say it."""
+        assert self._rows is not None
+        steps, samples = self._rows
+        row = int(torch.nonzero((steps == step) & (samples == sample))[0])
+        return f"evaluated by {self.ranks.name_of_row(row, len(steps))}, "
 
     def _checked(self, rows: EvalBatch) -> Tensor:
         return expect(self._evaluate(rows), tuple(rows.x.shape), rows.x.dtype, rows.step.numpy())
@@ -262,7 +285,8 @@ def sharded(evaluate: Callable[[EvalBatch], Tensor], mesh: DeviceMesh | Ranks) -
 
     Returns:
         The same function for all ranks together: the same rows in, the same outputs out, with the same bits on all
-        ranks. The first call also compares states and networks.
+        ranks. The first call also compares states, and every fourth whether the networks of all ranks give the same
+        output for one of its rows.
 
     Raises:
         RankError: When called: a rank died, hangs, failed, has other states, rows or weights; it is named.

@@ -1,0 +1,7 @@
+"""``python -m parataxis.cli``."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())

@@ -1,0 +1,220 @@
+"""``parataxis sample``: draw samples of a model, many time steps side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import flags
+from .errors import INTERRUPTED, Failed, Wrong
+from .options import make_solver, with_options
+from .output import PICTURES, check_output, emit, is_figures, is_picture, json_writer, picture_writer, save, table
+from .plan import plan_figures
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.run import Run
+    from ..engine.solution import Solutions
+
+__all__ = ["sample"]
+
+SHOWN = 10  # samples in a picture of the rounds
+
+
+@with_options("solvers", "samplers")
+def sample(
+    options: dict[str, str],
+    model: flags.ModelName = "digits",
+    sampler: flags.Sampler = "ddim",
+    steps: flags.Steps = 50,
+    solver: flags.Solver = "secant",
+    tolerance: flags.Tolerance = 1e-2,
+    label: flags.Label = None,
+    guidance: flags.Guidance = 1.0,
+    count: flags.Count = 10,
+    seed: flags.Seed = 0,
+    max_rows: flags.MaxRows = 128,
+    device: flags.Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Image grid to write; its figures go beside it as .json.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Picture to write of the samples after every round.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the sequential loop too and compare with it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that parataxis has not written.")] = False,
+    as_json: flags.Json = False,
+    config: flags.Config = None,
+) -> None:
+    """Draw samples of a model, many time steps side by side."""
+    pictures = [path for path in (out, trace) if path is not None]
+    _check_files(out, pictures, force=force)
+    method = make_solver(solver, options)
+    problem = Problem.load(
+        model=model,
+        sampler=sampler,
+        steps=steps,
+        options=options,
+        tolerance=tolerance,
+        label=label,
+        guidance=guidance,
+        count=count,
+        device=device,
+        seed=seed,
+        window=getattr(method, "window", None),
+    )
+    rounds: list[Tensor] = []
+
+    def remember(runs: Sequence[Run]) -> None:
+        import torch
+
+        rounds.append(torch.stack([run.estimate for run in runs[:SHOWN]]))
+
+    solve = _solving(problem, tolerance, max_rows, progress=sys.stderr.isatty() and not as_json)
+    result = solve(method, None if trace is None else remember)
+    figures = _figures(problem, result, solver, tolerance)
+    if compare and result[0].reason != "interrupted":
+        _compare(figures, result, solve)
+    files = {}
+    if pictures:
+        from ..plots import image_grid, trace_grid
+
+        if out is not None:
+            files[out] = picture_writer(image_grid(result.x, zoom=3))
+            files[out.with_suffix(".json")] = json_writer(figures)
+        if trace is not None and rounds:
+            files[trace] = picture_writer(trace_grid(rounds, zoom=2))
+    save(files)
+    emit(json.dumps(figures, indent=2) if as_json else _text(figures, result, pictures))
+    if not result.converged:
+        reason = result[0].reason
+        raise Failed(
+            f"not every sample was finished ({reason}): what was written is the last estimate.",
+            **({"status": INTERRUPTED} if reason == "interrupted" else {}),
+        )
+
+
+def _check_files(out: Path | None, pictures: list[Path], *, force: bool) -> None:
+    """Raise unless the pictures, and the figures beside the first, can be written."""
+    for path in pictures:
+        if path.suffix.lower() not in PICTURES:
+            raise Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
+    if pictures:
+        try:
+            import PIL  # noqa: F401
+        except ModuleNotFoundError:
+            raise Wrong("pictures need Pillow: install it with  pip install 'parataxis[plots]'.") from None
+    check_output(pictures, is_picture, force=force)
+    if out is not None:
+        check_output([out.with_suffix(".json")], is_figures, force=force)
+
+
+Solve = Callable[[Any, Any], "Solutions"]
+
+
+def _solving(problem: Problem, tolerance: float, max_rows: int, *, progress: bool) -> Solve:
+    """Return ``solve(solver, on_round)``, which draws the same samples each time."""
+    from .. import sample as draw
+
+    noise, denoise = problem.noise(), problem.denoise
+
+    def solve(solver: Any, on_round: Any = None) -> Solutions:
+        return draw(
+            denoise,
+            noise,
+            problem.sampler,
+            solver,
+            tolerance=tolerance,
+            condition=problem.labels,
+            generator=problem.generators(),
+            max_rows=max_rows,
+            progress=progress,
+            on_round=on_round,
+        )
+
+    return solve
+
+
+def _compare(figures: dict[str, Any], result: Solutions, solve: Solve) -> None:
+    """Run the sequential loop, and fill in how long it took and how far the samples are from it."""
+    from ..solvers.sequential import Sequential
+
+    reference = solve(Sequential(), None)
+    figures["sequential_seconds"] = reference.seconds
+    if not figures["exact_in_distribution"]:
+        errors = (result.x - reference.x).flatten(1).norm(dim=1) / reference.x.flatten(1).norm(dim=1)
+        figures["relative_error"] = _median(errors.tolist())
+        figures["relative_error_worst"] = float(errors.max())
+
+
+def _figures(problem: Problem, result: Solutions, solver: str, tolerance: float) -> dict[str, Any]:
+    """Return what is printed of a batch; errors to the sequential loop are filled in later."""
+    from ..solvers import EXACT_IN_DISTRIBUTION
+
+    exact = solver in EXACT_IN_DISTRIBUTION
+    return {
+        "model": problem.model.name,
+        "sampler": problem.sampler.name,
+        "solver": repr(result[0].solver),
+        "steps": problem.sampler.steps,
+        "samples": problem.count,
+        "seed": problem.seed,
+        "exact_in_distribution": exact,
+        "tolerance": None if exact else tolerance,
+        "rounds": result.rounds,
+        "evaluations": _median([solution.evaluations for solution in result]),
+        "nfe_ratio": _median([solution.nfe_ratio for solution in result]),
+        "peak_width": max(solution.peak_width for solution in result),
+        "rows_per_step": 1 if problem.guidance == 1 else 2,
+        "converged": result.converged,
+        # None while it is not known, as JSON has no infinity
+        "error_estimate": max(solution.error_estimate for solution in result) if result.converged else None,
+        "relative_error": None,
+        "relative_error_worst": None,
+        "seconds": result.seconds,
+        "sequential_seconds": None,
+        "plan": None if result.plan is None else plan_figures(result.plan),
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    import torch
+
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def _text(figures: dict[str, Any], result: Solutions, pictures: list[Path]) -> str:
+    """Return the figures as a table, with the plan where there is one."""
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    worst, middle = figures["relative_error_worst"], figures["relative_error"]
+    rows = [
+        ("rounds", str(figures["steps"]), str(figures["rounds"])),
+        ("evaluations a sample", str(figures["steps"]), f"{figures['evaluations']:g}"),
+        ("NFE ratio (evaluations / N)", "1.00", f"{figures['nfe_ratio']:.2f}"),
+        ("peak width", "1", str(figures["peak_width"])),
+        ("seconds", seconds(figures["sequential_seconds"]), seconds(figures["seconds"])),
+    ]
+    if not figures["exact_in_distribution"]:
+        rows[-1:-1] = [
+            ("relative error, median", "0", "-" if middle is None else f"{middle:.1e}"),
+            ("relative error, worst", "0", "-" if worst is None else f"{worst:.1e}"),
+        ]
+    kind = "other samples than the sequential loop's, of exactly the same distribution"
+    if not figures["exact_in_distribution"]:
+        kind = f"tolerance {figures['tolerance']:g}"
+    heading = (
+        f"{figures['samples']} samples of {figures['model']}: {figures['sampler']}, N = {figures['steps']}\n"
+        f"{figures['solver']}, {kind}"
+    )
+    parts = [heading, table("", ["", "sequential", "parallel"], rows, numbers=(1, 2))]
+    if result.plan is not None:
+        parts = [str(result.plan), *parts, result.plan.compare(result.seconds)]
+    return "\n".join([*parts, *(f"wrote {path}" for path in pictures)])
