@@ -18,6 +18,7 @@ from .checks import describe
 from .engine.executor import ranks_of
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
+from .loops.schedulers import schedulers_in
 from .loops.solver import check_options, solve_loop
 from .solvers.base import Solver
 
@@ -168,6 +169,7 @@ class ParallelPipeline:
                 unsupported=lambda: _unsupported(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
+                schedulers=lambda args, kwargs: schedulers_in(self.pipe.components.values()),
                 ranks=self._ranks,
                 owner=("pipe", self.pipe),
             )

@@ -11,11 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .rows import RowMap, RowRequest, has_rows
 
-__all__ = ["Call", "CallKind", "Output", "RecordedCalls", "Role", "autocast_of", "copy_leaves", "equal", "feeders_of"]
+__all__ = [
+    "Call",
+    "CallKind",
+    "Output",
+    "RecordedCalls",
+    "Role",
+    "autocast_of",
+    "copy_call",
+    "copy_leaves",
+    "equal",
+    "feeders_of",
+]
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -63,6 +74,13 @@ class Output:
 
     spec: TreeSpec
     leaves: list[Any]
+
+    @classmethod
+    def of(cls, result: Any) -> Output:
+        """Return the form of what a denoiser returned."""
+        leaves, spec = tree_flatten(result)
+        forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(spec, forms)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""
@@ -116,6 +134,20 @@ class Call:
     def __repr__(self) -> str:
         """Return the sizes, without the tensors."""
         return f"Call(module {self.module}, {len(self.leaves)} leaves)"
+
+
+def copy_call(
+    module: int, spec: TreeSpec, leaves: Sequence[Any], outputs_before: Sequence[Sequence[Any]], output: Output | None
+) -> Call:
+    """Return a call with copies of its leaves; those that are outputs of calls before it feed it."""
+    feeds = {
+        i: (c, o)
+        for c, outputs in enumerate(outputs_before)
+        for o, output_leaf in enumerate(outputs)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf is output_leaf
+    }
+    return Call(module, spec, copy_leaves(leaves), feeds, autocast_of(leaves), output or Output(spec, []))
 
 
 def feeders_of(call: Call) -> dict[int, list[tuple[int, int]]]:

@@ -12,6 +12,7 @@ from torch import nn
 from ..solvers.base import Solver
 from .loop import Loop, reachable
 from .report import Report
+from .schedulers import schedulers_in
 from .solver import solve_loop
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ class Parallel:
                 return self.function(*args, **kwargs)
 
             owner = (_name(self.function), self.function)
-            loop = self.loop = Loop(run, denoisers, others, ranks=self._ranks, owner=owner)
+            loop = self.loop = Loop(run, denoisers, others, schedulers=self._schedulers, ranks=self._ranks, owner=owner)
         return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+
+    def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        return schedulers_in(reachable(self.function, args, kwargs))
 
 
 def _name(function: Callable[..., Any]) -> str:

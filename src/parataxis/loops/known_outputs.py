@@ -73,6 +73,13 @@ class KnownOutputs:
                 self.slopes[start : start + count, samples] = row[:count, None]
                 self.extrapolation_slope[samples] = row[count - 1]
 
+    def forget(self, step: int) -> None:
+        """Let go of the evaluations of a step."""
+        self.evaluated[step] = False
+        self.inputs_at_evaluation[step] = None
+        for call in self.structure.calls_of_step[step]:
+            self.outputs[call] = None
+
     def answer(self, call: int, step: int, states: Tensor) -> list[Any]:
         """Return f_q + d_q (u - u_q) at these states, of this step or of the last evaluated one before it."""
         structure, row_map = self.structure, self.structure.row_maps[call]

@@ -40,6 +40,8 @@ class Loop:
         limit: Most rows that memory has had room for.
         structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
+        schedulers: Returns the schedulers that a call with these arguments can see.
+        recorded: Keys of calls that are recorded, because one pass found no step of a scheduler that it could foresee.
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
@@ -58,6 +60,8 @@ class Loop:
     limit: int | None = None
     structures: dict[Any, Structure] = field(default_factory=dict)
     changed_by_callbacks: set[Any] = field(default_factory=set)
+    schedulers: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]] = lambda args, kwargs: []
+    recorded: set[Any] = field(default_factory=set)
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     warned_slower: bool = False

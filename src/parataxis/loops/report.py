@@ -22,7 +22,8 @@ class Report:
             :func:`parataxis.plan`, else estimated from the seconds of single network calls and of the loop's own
             Python, as the smallest of a few. 0 while it is not known.
         estimated: Whether ``sequential_seconds`` is an estimate.
-        mode: ``recurrence`` (the loop's recurrence was solved), ``replay`` (the loop's Python answered every round),
+        mode: ``one pass`` (the loop ran once, with outputs that were solved ahead of it by its scheduler's recurrence),
+            ``recurrence`` (the loop's recurrence was solved), ``replay`` (the loop's Python answered every round),
             ``sequential`` (the unmodified loop), or ``none`` before the first call.
         reason: Why so.
         steps: N, over all stages.
@@ -34,6 +35,8 @@ class Report:
         peak_width: Most steps of one sample in a round.
         peak_rows: Most rows of one call.
         passes: Runs of the loop's Python.
+        real_calls: In one pass, the calls of the loop that were evaluated for themselves.
+        misses: In one pass, how often the loop went another way than expected, and the rest was solved again.
         error_estimate: Estimated relative error of the result to the sequential loop's, with a margin; at least the
             floor, where that is above the tolerance.
         floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
@@ -56,6 +59,8 @@ class Report:
     peak_width: int = 0
     peak_rows: int = 0
     passes: int = 0
+    real_calls: int = 0
+    misses: int = 0
     error_estimate: float = 0.0
     floor: float = 0.0
     tolerance: float = 0.0
@@ -84,6 +89,12 @@ class Report:
             setattr(self, field.name, field.default)
         self.tolerance = tolerance
 
+    def _passes(self) -> str:
+        """Return how the loop's own Python was run."""
+        if self.mode != "one pass":
+            return f"{self.passes} passes"
+        return f"{self.real_calls} real calls" + (f", {self.misses} misses" if self.misses else "")
+
     def __str__(self) -> str:
         """Return one readable line, seconds first."""
         if self.mode in ("none", "sequential"):
@@ -92,7 +103,7 @@ class Report:
         nfe_ratio = self.evaluations / max(self.steps * self.samples, 1)
         return (
             f"{self._timing()}{self.mode}: {self.steps} steps in {self.rounds} rounds ({nfe_ratio:.2f} evaluations a "
-            f"step, {self.calls} network calls of up to {self.peak_rows} rows, {self.passes} passes); error estimate "
+            f"step, {self.calls} network calls of up to {self.peak_rows} rows, {self._passes()}); error estimate "
             f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
             + ("" if self.converged else "; NOT CONVERGED")
             + (f"; {self.reason}" if self.reason else "")

@@ -191,13 +191,12 @@ class LoopRunner:
             network = partial(self._originals[call.module], *args, **kwargs)
             return self.loop.times.call(call.signature(), network, call.device)
 
-        leaves, spec = tree_flatten(check_pure(self.loop.denoisers[call.module], run, call, self.world))
+        result = check_pure(self.loop.denoisers[call.module], run, call, self.world)
         ranks = self.loop.ranks
         if ranks is not None:
             ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
-            ranks.agree(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-        forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return Output(spec, forms)
+            ranks.agree(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        return Output.of(result)
 
     def _answer_denoiser(self, number: int, args: Any, kwargs: Any) -> Any:
         if self._pass is None:

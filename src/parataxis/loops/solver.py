@@ -39,6 +39,7 @@ from .equation import RecordedRecurrence, ReplayedRecurrence
 from .error_estimate import largest_relative_distance
 from .evaluate import StageEvaluator
 from .loop import Loop
+from .one_pass import OnePass
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
@@ -85,6 +86,10 @@ def solve_loop(
     report.reset(tolerance)
     reason = "the solver is Sequential." if isinstance(solver, Sequential) else loop.unsupported()
     raised = False  # by the loop, on trial outputs
+    schedulers = [] if reason is not None or loop.ranks is not None else loop.schedulers(args, kwargs)
+    key = loop.key(args, kwargs)
+    if schedulers and key not in loop.recorded:
+        return _run_once(OnePass(loop, schedulers, solver, tolerance, report), key, args, kwargs)
     runner = LoopRunner(loop, args, kwargs)
     if reason is None and runner.world.obstacles:
         reason = f"it reaches {runner.world.obstacles[0]}, which cannot be put back between its passes."
@@ -123,6 +128,33 @@ def solve_loop(
     report.error_estimate, report.rounds = 0.0, 0
     report.sequential_seconds = loop.times.latest
     report.seconds = time.perf_counter() - started
+    return value
+
+
+def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a loop once; say why if that was by itself."""
+    started = time.perf_counter()
+    loop, report = one_pass.loop, one_pass.report
+    value = one_pass.run(args, kwargs)
+    synchronize(loop.device)
+    report.seconds = time.perf_counter() - started
+    if report.mode == "sequential":
+        loop.times.add_loop(key, report.seconds)
+    measured = loop.times.loops.get(key)
+    report.estimated = measured is None
+    report.sequential_seconds = one_pass.networks.sequential_seconds(report.seconds) if measured is None else measured
+    if one_pass.refused:
+        loop.recorded.add(key)
+    reason = report.reason if report.mode == "sequential" else one_pass.alone
+    warned = [GRADIENTS] if one_pass.networks.trainable else []
+    if reason and not reason.startswith("the loop has only"):
+        part = "the rest of the loop" if report.mode == "one pass" else "the loop"
+        warned.append(f"{part} runs sequentially: {reason}")
+    elif not loop.warned_slower and (slower := report.slower()) is not None:
+        loop.warned_slower = True
+        warned.append(slower)
+    for message in warned:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     return value
 
 

@@ -157,6 +157,7 @@ def _build(loop: SchedulerLoop, rows: UnitResponses, clips: list[str]) -> Sample
         loop.first() * rows.scale[0],
         transform,
         draws=tuple(tuple((int(i), float(factors[i])) for i in np.flatnonzero(factors)) for factors in form.noise.T),
+        draw_steps=rows.draw_steps,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -86,6 +86,7 @@ class Sampler:
         draws: The steps that each draw of noise enters and its factors there, in the loop's order; None for one draw
             for each step that adds noise.
         draw_dtype: What the loop draws noise in, or None for the dtype of its states.
+        draw_steps: The step that makes each of these draws, or None where they are not listed.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Sampler:
     transform: OutputTransform | None = None
     draws: tuple[tuple[tuple[int, float], ...], ...] | None = None
     draw_dtype: torch.dtype | None = None
+    draw_steps: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -162,6 +164,45 @@ class Sampler:
                     factors[i] = factor
                 drawn *= upload(factors, noise).view(-1, *(1,) * (noise.ndim - 1))
         return Recurrence(self.coefficients, noise * self.start_scale, drawn)
+
+    def tail(self, first: int) -> Sampler:
+        """Return the sampler of the steps from ``first`` on, which begins at u_first: its ``start_scale`` is 1.
+
+        Outputs of earlier steps have no part in it: what they add is to be added to its noise. It is made once, as it
+        holds what solvers derive from coefficients.
+        """
+        tails: dict[int, Sampler] = self.__dict__.setdefault("_tails", {})
+        if first not in tails:
+            local, draws = self.coefficients, self.draws
+            cut = {
+                field.name: getattr(local, field.name)[first:]
+                for field in fields(local)
+                if getattr(local, field.name) is not None
+            }
+            # Step i of the rest has i outputs before it.
+            cut["output_weight"] = np.tril(cut["output_weight"])
+            transform = self.transform
+            if transform is not None:
+                parts = (transform.x0_from_input, transform.x0_from_output, transform.gain)
+                p, q, gain = (part[first:] for part in parts)
+                transform = replace(transform, x0_from_input=p, x0_from_output=q, gain=gain)
+            if draws is not None:
+                made_by = self.draw_steps or tuple(min((i for i, _ in draw), default=first) for draw in draws)
+                draws = tuple(
+                    tuple((i - first, factor) for i, factor in draw)
+                    for step, draw in zip(made_by, draws, strict=True)
+                    if step >= first
+                )
+            tails[first] = replace(
+                self,
+                times=self.times[first:],
+                coefficients=replace(local, **cut),
+                start_scale=1.0,
+                transform=transform,
+                draws=draws,
+                draw_steps=None,
+            )
+        return tails[first]
 
     def output(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Return what enters the recurrence for the network's outputs f at inputs u; the engine applies it."""

@@ -34,6 +34,7 @@ class UnitResponses(NamedTuple):
         scale: (N + 1,) network input over state; the last is 1.
         memory: (N, 2) p and q of what the scheduler remembers of each step; 0 and 1 where that is the output itself.
         data: (N, 2) p and q of the data prediction that it returns, or None.
+        draw_steps: (K,) the step that makes each draw.
     """
 
     states: Array
@@ -42,6 +43,7 @@ class UnitResponses(NamedTuple):
     scale: Array
     memory: Array
     data: Array | None
+    draw_steps: tuple[int, ...]
 
 
 class SchedulerLoop:
@@ -144,7 +146,8 @@ class SchedulerLoop:
 
         rows, scale = np.zeros((steps, size)), np.ones(steps + 1)
         memory, data = np.tile([0.0, 1.0], (steps, 1)), np.full((steps, 2), np.nan)
-        with NoiseInterceptor(self, (1, 1, 1, size), lambda k: unit(2 * steps + k)):
+        draw_steps: list[int] = []
+        with NoiseInterceptor(self, (1, 1, 1, size), lambda k: unit(2 * steps + k)) as interceptor:
             for i in range(steps):
                 x = unit(i)
                 u = self.scale_input(scheduler, i, x)
@@ -152,6 +155,7 @@ class SchedulerLoop:
                 if scale[i] == 0 or not torch.equal(u, scale[i] * x):
                     raise self.unsupported(f"scale_model_input of step {i} does not multiply the state by a number")
                 x, predicted = self.step(scheduler, i, unit(steps + i), x, generator)
+                draw_steps += [i] * (interceptor.count - len(draw_steps))
                 rows[i] = x.flatten().numpy()
                 for target, tensors in ((memory, _tensors(vars(scheduler))), (data, [predicted])):
                     for tensor in tensors:
@@ -165,7 +169,9 @@ class SchedulerLoop:
         rows *= scale[1:, None]
         has_data = bool(np.isfinite(data).all() and data[:, 1].all())
         states, outputs, noise = np.split(rows, [steps, 2 * steps], axis=1)
-        return UnitResponses(states / scale[:-1], outputs, noise, scale, memory, data if has_data else None)
+        return UnitResponses(
+            states / scale[:-1], outputs, noise, scale, memory, data if has_data else None, tuple(draw_steps)
+        )
 
     def alpha_sigma(self) -> tuple[Array, Array] | None:
         """Return (alpha, sigma) of the times, (N,) each, by the scheduler's own way to add noise, or None."""

@@ -55,6 +55,7 @@ class Batch:
         streams: Random streams of places that have been asked for.
         failures: Why samples have ended so, by their places.
         origin: Says of a place and a step which rank evaluated it, for errors.
+        on_accept: Called with the arguments of every :meth:`accept` but the error, before they are noted; or None.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Batch:
         self.refilled = False  # whether other samples take the places of those that end
         self.added: list[int] = []  # places that were filled after the solver had begun, for it to take up
         self.trajectory: Tensor | None = None
+        self.on_accept: Callable[[Indices, Indices, Tensor], None] | None = None
         self.noise_owner: Tensor | None = recurrence.noise  # the caller's, until a copy takes its place
         self.streams: dict[int, np.random.Generator] = {}
         if keep_trajectory:
@@ -153,6 +155,8 @@ class Batch:
             states: (S', n, dim) what they lead to, n at least the largest count; entries beyond a count are ignored.
             error: (S',) estimated relative error of the sample accepted so far.
         """
+        if self.on_accept is not None:
+            self.on_accept(places, counts, states)
         if self.trajectory is not None:
             offset = np.arange(states.shape[1])
             inside = offset < counts[:, None]

@@ -1,0 +1,248 @@
+"""A loop that steps a scheduler, run once, every line of it in its order: observe, speculate, verify.
+
+1. *Observe.* A step is real: the network's calls and the scheduler's ``step`` are watched, which shows what the rows of
+   a call are and what the loop makes of their outputs (:mod:`.observation`).
+2. *Speculate.* The rest of the trajectory is solved by the scheduler's own recurrence, with the noise of a copy of the
+   loop's generator (:mod:`.speculation`): when the loop makes a call, rounds are made until its step is accepted.
+3. *Verify.* Every call is compared with what was expected of it. What differs throws away all that was solved: the call
+   is evaluated for itself, its step is observed, and the rest is solved again from the state that is there.
+
+Nothing has to be undone, because the loop is only ever given outputs that belong to its own inputs. After a few misses
+in a row it goes on by itself, from where it is: it is never started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from ..solvers.base import Solver
+from .calls import Call, Output, copy_call
+from .chain import Chain
+from .loop import Loop
+from .networks import Networks
+from .observation import ObservedStep, StepForm
+from .report import Report
+from .schedulers import SchedulerStep, watch
+from .signals import NotParallelizable
+from .speculation import Speculation
+
+__all__ = ["OnePass"]
+
+MIN_STEPS = 8  # shorter loops run sequentially
+MAX_MISSES = 3  # more than a loop may have without steps between them that went as expected
+STEPS_A_MISS = 8  # steps that went as expected and make up for a miss
+MAX_CALLS = 64  # of denoisers without a step of a scheduler
+NO_STEP = "the loop does not step its scheduler."
+ONE_STEP = "the window is one step."
+
+
+class OnePass:
+    """One run of a loop.
+
+    Args:
+        loop: The loop.
+        schedulers: That it can see.
+        solver: How the steps are solved.
+        tolerance: Relative error allowed in the result.
+        report: To be filled in.
+
+    Attributes:
+        networks: The denoisers.
+        alone: Why the loop goes on by itself; empty while it does not.
+        refused: Whether another call of the loop had better be recorded.
+    """
+
+    def __init__(self, loop: Loop, schedulers: Sequence[Any], solver: Solver, tolerance: float, report: Report) -> None:
+        self.loop, self.schedulers, self.report = loop, schedulers, report
+        self.solver, self.tolerance = solver, tolerance
+        self.networks = Networks(loop)
+        self.alone, self.refused = "", False
+        self._single = getattr(solver, "window", None) == 1
+        self._observed: ObservedStep | None = ObservedStep()  # the real step that is going on
+        self._form: StepForm | None = None
+        self._chain: Chain | None = None
+        self._speculation: Speculation | None = None
+        self._answered: list[tuple[Call, list[Any]]] = []  # calls of the present step that were answered ahead
+        self._good_steps = 0
+        self._rounding = 0.0  # what is no error, whatever the tolerance
+        self._solved = False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the loop."""
+        report, networks = self.report, self.networks
+        try:
+            with networks.installed(self._called), watch(self.schedulers, self._stepped):
+                value = self.loop.run(args, kwargs, False)
+        finally:
+            self._discard()
+            report.calls, report.rows, report.real_calls = networks.calls, networks.merger.rows, networks.real_calls
+            report.peak_rows, report.passes = networks.merger.peak_rows, 1
+            networks.close()
+        if self._solved or (self._single and not self.alone):
+            report.mode = "one pass"
+            report.reason = self.alone or (ONE_STEP if self._single else report.reason if report.misses else "")
+            report.converged = report.error_estimate <= max(self.tolerance, self._rounding)
+            return value
+        self.refused = self.refused or not self.alone
+        report.mode, report.reason = "sequential", self.alone or NO_STEP
+        report.rounds, report.converged = 0, True
+        return value
+
+    def _called(self, module: int, args: Any, kwargs: Any) -> Any:
+        """Answer a call of a denoiser."""
+        if self.alone:
+            return self.networks.real(module, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        try:
+            self.networks.check_gradients(module, leaves)
+            with self.networks.switch.off(), torch.no_grad():
+                if self._speculation is None and self._observed is None:
+                    self._speculate(module, spec, leaves)
+                if self._speculation is not None:
+                    answer = self._expected(self._speculation, module, spec, leaves)
+                    if answer is not None:
+                        return answer
+            if not self.alone:
+                return self._observe(module, spec, leaves, args, kwargs)
+        except NotParallelizable as reason:
+            self._go_alone(str(reason))
+        return self.networks.real(module, args, kwargs)
+
+    def _expected(self, speculation: Speculation, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
+        """Return the answer to a call that is as it was expected; else None, and what was solved is thrown away."""
+        place = len(self._answered)
+        if self.networks.changed():
+            difference: str | None = "the denoiser itself changes"
+        elif place == speculation.width:
+            difference = "the denoiser is called more often in a step"
+        else:
+            difference = speculation.difference(place, module, spec, leaves)
+        if difference is None:
+            outputs = speculation.answer(place, leaves)
+            self.networks.look()
+            if outputs is not None:
+                call = self._call(module, spec, leaves, speculation.predicted.calls[place].output)
+                self._answered.append((call, outputs))
+                return call.output.tree(outputs)
+            difference = "the loop changes the state between the scheduler's steps"
+        self._miss(difference)
+        return None
+
+    def _observe(self, module: int, spec: TreeSpec, leaves: list[Any], args: Any, kwargs: Any) -> Any:
+        """Evaluate a call for itself, as a part of a real step."""
+        if self._observed is None:
+            self._observed, self._answered = ObservedStep.of(self._answered), []
+        call = self._call(module, spec, leaves, None)
+        result, outputs = self.networks.observe(call, args, kwargs)
+        self._observed.calls.append(call)
+        self._observed.outputs.append(outputs)
+        if len(self._observed.calls) > MAX_CALLS:
+            self.refused = True
+            raise NotParallelizable(NO_STEP)
+        return result
+
+    def _call(self, module: int, spec: TreeSpec, leaves: list[Any], output: Output | None) -> Call:
+        """Return a call of the present step, with copies of its arguments."""
+        observed, answered = self._observed, [outputs for _, outputs in self._answered]
+        return copy_call(module, spec, leaves, answered if observed is None else observed.outputs, output)
+
+    def _stepped(self, step: SchedulerStep, run: Callable[[], Any]) -> Any:
+        """Watch a step of a scheduler."""
+        if not self.networks.switch.answers:
+            return run()
+        observed = self._observed
+        if observed is not None:
+            observed.take(step)
+        result = run()
+        if self.alone or observed is not None:
+            self.report.rounds += 1
+            self.report.evaluations += len(step.sample)
+        if self.alone:
+            return result
+        with torch.no_grad():
+            if observed is None:
+                self._take_answered(step, result)
+            else:
+                self._take_observed(observed)
+        return result
+
+    def _take_observed(self, observed: ObservedStep) -> None:
+        """Take from a real step what it shows."""
+        step, report = observed.step, self.report
+        assert step is not None
+        self._observed = ObservedStep() if self._single else None
+        try:
+            form = self._form = observed.form()
+            if self._chain is None or not self._chain.expects(step):
+                chain = self._chain = Chain.begin(observed)
+                report.steps, report.samples = report.steps + chain.left, form.shape[0]
+                if report.steps <= MIN_STEPS:
+                    raise NotParallelizable(f"the loop has only {chain.left} steps.")
+            self._chain.generator = step.generator
+            self._chain.take(step, form.inputs(form.calls[0]))
+        except NotParallelizable as reason:
+            self.refused = True
+            self._go_alone(str(reason))
+
+    def _take_answered(self, step: SchedulerStep, result: Any) -> None:
+        """Take a step whose calls were answered ahead."""
+        speculation, chain, answered = self._speculation, self._chain, self._answered
+        self._answered = []
+        if speculation is None or chain is None or not chain.expects(step) or len(answered) != speculation.width:
+            self._miss("the scheduler's steps are others")
+            self._observed = ObservedStep()
+            return
+        chain.take(step, speculation.form.inputs(answered[0][0]))
+        speculation.take_step()
+        self._good_steps += 1
+        self.loop.on_round(speculation.first + speculation.accepted, len(chain.times))
+        if not chain.left:
+            speculation.finish(result.prev_sample if hasattr(result, "prev_sample") else result[0])
+            self._discard()
+
+    def _speculate(self, module: int, spec: TreeSpec, leaves: list[Any]) -> None:
+        """Begin to solve the steps that are left, at the first call of a step."""
+        form, chain = self._form, self._chain
+        if form is None or chain is None or chain.left < 2:
+            return
+        call = self._call(module, spec, leaves, form.calls[0].output)
+        if call.signature() == form.calls[0].signature():
+            merger = self.networks.merger
+            self._speculation = Speculation.begin(form, chain, call, merger, self.solver, self.tolerance)
+            self._solved = True
+
+    def _miss(self, difference: str) -> None:
+        """Throw away what was solved, because the loop has gone another way."""
+        self._discard()
+        self.report.misses += 1
+        self.report.reason = f"solved again because {difference}."
+        if self.report.misses > MAX_MISSES + self._good_steps // STEPS_A_MISS:
+            self.refused = True
+            self._go_alone(f"{difference}.")
+
+    def _discard(self) -> None:
+        """Throw away what was solved, and count what it took."""
+        speculation, self._speculation = self._speculation, None
+        if speculation is not None:
+            _count(self.report, speculation)
+            self._rounding = speculation.rounding
+
+    def _go_alone(self, reason: str) -> None:
+        """Let the loop go on by itself."""
+        self.alone = reason
+        self._discard()
+        self._observed, self._answered = None, []
+        self._form = self._chain = None
+
+
+def _count(report: Report, speculation: Speculation) -> None:
+    """Add what was solved ahead."""
+    runs = speculation.runs
+    report.rounds += max(run.rounds for run in runs)
+    report.evaluations += sum(run.evaluations for run in runs) * report.samples // len(runs)
+    report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+    report.error_estimate += speculation.error + speculation.distance
