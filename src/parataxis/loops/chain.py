@@ -79,6 +79,10 @@ class Chain:
             sampler = read_sampler(before, first, step.options)
         except (TypeError, ValueError) as error:
             raise NotParallelizable(f"its scheduler cannot be read: {error}") from error
+        made_by = sampler.draw_steps or ()
+        if any(i > made for made, draw in zip(made_by, sampler.draws or (), strict=True) for i, _ in draw):
+            # The rest of such a loop would depend on noise that has been drawn and that nobody keeps.
+            raise NotParallelizable(f"noise that {sampler.name} draws in one step enters later ones as well.")
         dtype = step.model_output.dtype
         lags = sampler.coefficients.lags
         return cls(
