@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import galaxies
 import parataxis as px
 from parataxis import models
-from parataxis.denoisers import mixture
+from parataxis.denoisers import empirical, mixture
 
 OUT = Path(__file__).parent / "results" / "rounds.csv"
 COLUMNS = ["model", "sampler", "steps", "solver", "options", "width", "seed", "target"]
@@ -37,6 +38,8 @@ COLUMNS += ["rounds", "evaluations", "peak_width", "relative_error"]
 TARGETS = (1e-1, 1e-2, 1e-3)
 STEPS = (25, 50, 100, 250, 1000)
 EXACT = {"mixture-64": 64, "mixture-256": 256}
+DATA = {"data-0": 0.0, "data-0.01": 0.01}  # ideal denoisers of a data set, by how far its points are blurred
+DATA_DIM = 64
 
 
 def solvers(width: int | None, steps: int) -> Iterator[tuple[str, Any, Sequence[float]]]:
@@ -73,26 +76,43 @@ class Problem:
 
 
 def problem(name: str) -> Problem:
-    """Return a shipped model or an exact mixture by name."""
-    if name in EXACT:
-        dim = EXACT[name]
-        exact = mixture(dim)
+    """Return a shipped model, a network of galaxies, an exact mixture or the ideal denoiser of a data set by name."""
+    spacing = {"dpmpp_2m": {"spacing": "trailing"}}
+    if name in galaxies.FILES:
+        denoise, shape = galaxies.load(name)
+
+        def on_vp(sampler: str, steps: int) -> px.Sampler:
+            return px.SAMPLERS[sampler](steps=steps, **spacing.get(sampler, {}))
+
+        return Problem(name, denoise, on_vp, ("ddim", "ddpm", "dpmpp_2m"), shape, None, (shape[-1] / 40) ** 2)
+    if name in EXACT or name in DATA:
+        dim = EXACT.get(name, DATA_DIM)
+        exact = mixture(dim) if name in EXACT else empirical(_data(), DATA[name])
         vp, flow = exact.network(px.vp()), exact.network(px.flow(), "flow")
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return flow(x, t) if t.is_floating_point() else vp(x, t)
 
         def make(sampler: str, steps: int) -> px.Sampler:
-            return px.SAMPLERS[sampler](steps=steps, **({} if sampler != "dpmpp_2m" else {"spacing": "trailing"}))
+            return px.SAMPLERS[sampler](steps=steps, **spacing.get(sampler, {}))
 
         return Problem(name, denoise, make, ("ddim", "ddpm", "flow_euler", "dpmpp_2m"), (dim,), None, 0.01)
     model = models.load(name)
 
     def trained(sampler: str, steps: int) -> px.Sampler:
-        return model.sampler(sampler, steps, **({} if sampler != "dpmpp_2m" else {"spacing": "trailing"}))
+        return model.sampler(sampler, steps, **spacing.get(sampler, {}))
 
-    names = ("flow_euler",) if model.prediction == "flow" else ("ddim", "ddpm", "dpmpp_2m")
+    exploding = ("euler", "euler_ancestral")
+    kinds = {"flow": ("flow_euler",), "edm": exploding}
+    names = kinds.get(model.prediction, ("ddim", "ddpm", "dpmpp_2m"))
     return Problem(name, model.denoiser(), trained, names, model.shape, model.classes, 1.0)
+
+
+def _data() -> Tensor:
+    """Return points of a data set as uneven as images: of 40 in 64 dimensions, some lie close together."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(8, DATA_DIM, generator=generator)
+    return centres[torch.arange(40) % 8] + 0.3 * torch.randn(40, DATA_DIM, generator=generator)
 
 
 def seeds_of(steps: int) -> int:
@@ -141,17 +161,19 @@ def run(chosen: Problem, sampler: px.Sampler, solver: Any, tolerance: float, ref
     full = getattr(solver, "window", None) is None
     reached: dict[tuple[int, float], tuple[int, int, int, float]] = {}
 
+    numbers: dict[px.Run, int] = {}  # of runs, in the order of the batch
+
     def watch(runs: Sequence[px.Run]) -> None:
-        for one in runs:
-            if full and (one.index, TARGETS[-1]) not in reached:
-                now = error(one.estimate, one.index)
+        for index, run in enumerate(runs):
+            numbers[run] = index
+            if full and (index, TARGETS[-1]) not in reached:
+                now = error(run.estimate, index)
                 for target in TARGETS:
                     if now <= target:
-                        found = (one.rounds, one.evaluations, one.peak_width, now)
-                        reached.setdefault((one.index, target), found)
+                        reached.setdefault((index, target), (run.rounds, run.evaluations, run.peak_width, now))
 
-    def enough(one: px.Run) -> bool:
-        return full and (one.index, TARGETS[-1]) in reached
+    def enough(run: px.Run) -> bool:
+        return full and (numbers[run], TARGETS[-1]) in reached
 
     result = solve(solver, tolerance=tolerance, on_round=watch, stop=enough)
     if full:

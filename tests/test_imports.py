@@ -33,6 +33,7 @@ ORDER = [
     "pipelines",
     "kdiffusion",
     "parallel",
+    "loop_calibration",
     "_api",
     "cli",
     "__main__",

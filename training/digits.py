@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def network(classes: int | None, name: str = "digits") -> UNet2DModel | DiTTrans
             in_channels=1,
             out_channels=1,
             patch_size=4,
-            num_layers=4,
+            num_layers=3,
             num_attention_heads=4,
             attention_head_dim=16,
             num_embeds_ada_norm=classes,
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: the package's own folder")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this long; go on another time")
     parser.add_argument("--state", type=Path, default=Path("out/training"))
     options = parser.parse_args()
     out = options.out or MODELS / options.name
@@ -213,6 +215,7 @@ def main() -> None:
         torch.manual_seed(options.seed + first)
 
     losses: list[float] = []
+    begun = time.monotonic()
     progress = tqdm(range(first, options.steps), initial=first, total=options.steps, mininterval=20)
     for step in progress:
         warm = min(1.0, (step + 1) / 200)
@@ -234,11 +237,14 @@ def main() -> None:
                 average[key].lerp_(value, 1 - decay)
         losses.append(loss.item())
         progress.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == options.steps:
+        stopping = time.monotonic() - begun > options.seconds
+        if (step + 1) % 500 == 0 or step + 1 == options.steps or stopping:
             export(options.name, average, classes, scheduler, out)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
             torch.save({**state, "step": step + 1}, state_path)
             tqdm.write(f"step {step + 1}: loss {np.mean(losses[-500:]):.4f}")
+        if stopping:
+            break
 
 
 if __name__ == "__main__":

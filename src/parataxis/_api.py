@@ -8,6 +8,7 @@ from .engine.latency import Latency, latency
 from .engine.rows import OutputError
 from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
+from .loop_calibration import calibrate_loop
 from .loops.report import Report
 from .parallel import parallel
 from .planning import Plan, plan
@@ -54,6 +55,7 @@ __all__ = [
     "Solutions",
     "Recurrence",
     "calibrate",
+    "calibrate_loop",
     "cosine",
     "cuda_graph",
     "numerical_floor",

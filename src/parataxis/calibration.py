@@ -48,7 +48,17 @@ from .solvers.base import Solver
 from .solvers.secant import Secant
 from .solvers.sequential import Sequential
 
-__all__ = ["Calibration", "Outcome", "Setting", "Trial", "calibrate", "choose_setting", "relative_errors", "sequences"]
+__all__ = [
+    "Calibration",
+    "Outcome",
+    "Setting",
+    "Trial",
+    "calibrate",
+    "certified",
+    "choose_setting",
+    "relative_errors",
+    "sequences",
+]
 
 SCALES = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # the first for networks of which the test expects too much
 
@@ -160,12 +170,16 @@ class Calibration:
         self, network: Callable[..., Any], noise: Tensor, sampler: Sampler, condition: Any, tolerance: float
     ) -> None:
         """Raise unless this is the network, sampler, kind of noise and condition, and tolerance that was calibrated."""
-        if tolerance not in (1e-2, self.tolerance):  # the default of every function, or the same
+        self.check_tolerance(tolerance)
+        self.check(fingerprint(network, noise, sampler, condition))
+
+    def check_tolerance(self, tolerance: float) -> None:
+        """Raise unless a tolerance is the default of every function, or the calibration's own."""
+        if tolerance not in (1e-2, self.tolerance):
             raise ValueError(
                 f"tolerance {tolerance:g} was asked for and {self.tolerance:g} was calibrated: leave it out, or "
                 "calibrate for this one."
             )
-        self.check(fingerprint(network, noise, sampler, condition))
 
     def bounded(self, estimate: float) -> float:
         """Return what bounds the error of a run with this estimate; the estimate itself with too few runs."""
@@ -278,6 +292,8 @@ def calibrate(
 ) -> Calibration:
     """Measure how far the error test may be loosened for a network and a sampler; see :mod:`parataxis.calibration`.
 
+    For a loop or a pipeline of somebody else, see :func:`parataxis.calibrate_loop`.
+
     Costs one sequential loop for each row of ``noise`` and one solve for each row and setting that is tried. Use other
     noise, and conditions as they will be used: what is guaranteed is about runs like these.
 
@@ -338,22 +354,39 @@ def calibrate(
             for error, solution in zip(errors, solutions, strict=True)
         ]
 
-    chosen, quantile, trials = choose_setting(lists, outcomes, tolerance, coverage, confidence, sampler.steps)
-    failures = next((trial.failures for trial in trials if trial.setting == chosen), 0)
+    choice = choose_setting(lists, outcomes, tolerance, coverage, confidence, sampler.steps)
     loops = sampler.steps * len(noise)
-    return Calibration(
-        setting=chosen,
+    return certified(
+        lists,
+        choice,
         tolerance=tolerance,
         coverage=coverage,
         confidence=confidence,
         runs=len(noise),
-        trials=trials,
-        promised=_promised(failures, len(noise), confidence, len(lists), chosen),
-        quantile=quantile,
+        # What counts calls, or changes with them, says nothing of the network.
         fingerprint=without_counters(before, fingerprint(denoise, noise, sampler, condition)),
-        evaluations=loops + round(sum(trial.nfe_ratio for trial in trials) * loops),
+        evaluations=loops + round(sum(trial.nfe_ratio for trial in choice[2]) * loops),
         seconds=time.perf_counter() - begun,
         moments=moments,
+    )
+
+
+def certified(
+    lists: Sequence[Sequence[Setting]],
+    choice: tuple[Setting, float, tuple[Trial, ...]],
+    *,
+    confidence: float,
+    runs: int,
+    **facts: Any,
+) -> Calibration:
+    """Return the calibration of a choice, with the share of runs that it proves."""
+    chosen, quantile, trials = choice
+    promised = 1.0
+    if not isinstance(chosen.solver, Sequential):
+        failures = next(trial.failures for trial in trials if trial.setting == chosen)
+        promised -= failure_bound(failures, runs, 1 - (1 - confidence) / len(lists))
+    return Calibration(
+        chosen, trials=trials, promised=promised, quantile=quantile, confidence=confidence, runs=runs, **facts
     )
 
 
@@ -432,13 +465,6 @@ def _score(error: float, estimate: float) -> float:
     if error == 0 or math.isinf(estimate):
         return 0.0
     return error / estimate if estimate > 0 else math.inf
-
-
-def _promised(failures: int, runs: int, confidence: float, lists: int, chosen: Setting) -> float:
-    """Return the share of runs within the tolerance that is proved."""
-    if isinstance(chosen.solver, Sequential):
-        return 1.0
-    return 1 - failure_bound(failures, runs, 1 - (1 - confidence) / lists)
 
 
 def _runs_needed(coverage: float, confidence: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType, ModuleType
@@ -23,7 +24,7 @@ import parataxis  # for its version, which stands there alone
 
 from .samplers.sampler import Sampler
 
-__all__ = ["Fingerprint", "changes", "fingerprint", "without_counters"]
+__all__ = ["Fingerprint", "changes", "fingerprint", "loop_fingerprint", "without_counters"]
 
 Fingerprint = dict[str, str]
 SCALARS = (bool, int, float, str)
@@ -43,21 +44,38 @@ def fingerprint(network: Callable[..., Any], noise: Tensor, sampler: Sampler | N
         sampler: The equation, or None where a loop holds it.
         condition: As in :func:`parataxis.sample`.
     """
-    tensors, settings = _contents(network)
-    name = torch.cuda.get_device_name(noise.device) if noise.is_cuda else noise.device.type
     facts = {
-        "parataxis": parataxis.__version__,
-        "torch": torch.__version__,
-        "device": name,
+        **_facts(network, noise.device),
         "dtype": str(noise.dtype)[6:],
         "shape of a sample": str(tuple(noise.shape[1:])),
-        "condition": _layout(condition),
-        "parameters": _digest_of(network, tensors),
-        **settings,
+        "condition": _layout(condition, batched=True),
     }
     if sampler is not None:
         facts["sampler"] = sampler_text(sampler)
     return facts
+
+
+def loop_fingerprint(loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fingerprint:
+    """Return what a measurement of a sampling loop depends on, for a call with these arguments.
+
+    Numbers and the shapes of tensors belong to it; texts and the contents of tensors do not.
+    """
+    device = next((tensor.device for _, tensor in _contents(loop)[0]), torch.device("cpu"))
+    arguments = {f"argument {place}": value for place, value in enumerate(args)}
+    arguments.update({f"argument {name}": value for name, value in kwargs.items()})
+    return {**_facts(loop, device), **{name: _layout(value) for name, value in arguments.items()}}
+
+
+def _facts(network: Callable[..., Any], device: torch.device) -> Fingerprint:
+    """Return versions, device, and what a callable holds."""
+    tensors, settings = _contents(network)
+    return {
+        "parataxis": parataxis.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "parameters": _digest_of(network, tensors),
+        **settings,
+    }
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -69,9 +87,11 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     ]
 
 
-def without_counters(before: Fingerprint, after: Fingerprint) -> Fingerprint:
-    """Return a fingerprint in which what calls of the network have changed, such as their number, may be anything."""
-    return {name: text if before.get(name) == text else VARIES for name, text in after.items()}
+def without_counters(*seen: Fingerprint) -> Fingerprint:
+    """Return a fingerprint in which what differs among those seen, such as a count of calls, may be anything."""
+    names = dict.fromkeys(name for facts in seen for name in facts)
+    values = {name: {facts.get(name, "none") for facts in seen} for name in names}
+    return {name: texts.pop() if len(texts) == 1 else VARIES for name, texts in values.items()}
 
 
 def sampler_text(sampler: Sampler) -> str:
@@ -90,19 +110,23 @@ def sampler_text(sampler: Sampler) -> str:
     return text
 
 
-def _layout(condition: Any) -> str:
-    """Return the structure of a condition, with shape and dtype of each sample's entry."""
-    if condition is None:
+def _layout(value: Any, *, batched: bool = False) -> str:
+    """Return the structure of arguments: shapes (of one sample, if batched) and dtypes of tensors, numbers."""
+    if value is None:
         return "none"
-    leaves, spec = tree_flatten(condition)
-    texts = [
-        f"{str(leaf.dtype)[6:]} {tuple(leaf.shape[1:])}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    ]
+    leaves, spec = tree_flatten(value)
+    texts = [_trait(leaf, batched) for leaf in leaves]
     return ", ".join(texts) if spec.is_leaf() else f"{spec}: {', '.join(texts)}"
 
 
+def _trait(leaf: Any, batched: bool) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype)[6:]} {tuple(leaf.shape[1:] if batched else leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, (bool, int, float)) or leaf is None else type(leaf).__name__
+
+
 def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
-    """Return the tensors that a callable holds, and the settings, both by name."""
+    """Return the tensors of the modules that a callable holds, and all else that it holds, both by name."""
     tensors: list[tuple[str, Tensor]] = []
     settings: Fingerprint = {}
     for name, value in _held("network", network, 0, set()):
@@ -121,7 +145,7 @@ def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
                         if plain:
                             settings[f"{name}.{key}.{attribute}" if key else f"{name}.{attribute}"] = repr(number)
         elif isinstance(value, Tensor):
-            tensors.append((name, value))
+            settings[name] = _digest([(name, value)])
         elif isinstance(value, FunctionType):
             code = value.__code__
             settings[name] = hashlib.blake2b(code.co_code + repr(code.co_names).encode(), digest_size=8).hexdigest()
@@ -161,7 +185,7 @@ def _held(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[s
     elif not type(value).__module__.startswith(("torch", "numpy", "builtins")):
         inside = dict(getattr(value, "__dict__", {}))
         if callable(value):
-            inside["call"] = getattr(type(value).__call__, "__wrapped__", type(value).__call__)
+            inside["call"] = inspect.unwrap(type(value).__call__)
     for key, held in inside.items():
         yield from _held(f"{name}.{key}", held, depth + 1, seen)
 
@@ -193,13 +217,17 @@ def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
         before = None
     if before is not None and before[0] == key:
         return before[1]
+    text = _digest(tensors)
+    with contextlib.suppress(TypeError):
+        _known[network] = key, text
+    return text
+
+
+def _digest(tensors: list[tuple[str, Tensor]]) -> str:
+    """Return the number of elements and a digest of names, shapes, dtypes and bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    count = sum(tensor.numel() for _, tensor in tensors)
-    text = f"{count} in {len(tensors)} tensors, {digest.hexdigest()}"
-    with contextlib.suppress(TypeError):
-        _known[network] = key, text
-    return text
+    return f"{sum(tensor.numel() for _, tensor in tensors)} in {len(tensors)} tensors, {digest.hexdigest()}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import pipelines
+from .calibration import Calibration
 from .checks import describe
 from .engine.executor import ranks_of
 from .loops.function import Parallel
@@ -26,7 +27,7 @@ __all__ = ["parallel"]
 
 def parallel(
     target: Any,
-    solver: Solver | str | None = None,
+    solver: Solver | Calibration | str | None = None,
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
@@ -36,7 +37,8 @@ def parallel(
 
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline.
-        solver: A solver, or its name; default ``Secant(window=8)``.
+        solver: A solver, or its name; default ``Secant(window=8)``. Or what :func:`parataxis.calibrate_loop` found for
+            this loop, which is compared with what is run at every call, has its own tolerance, and reports its bound.
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
@@ -52,6 +54,13 @@ def parallel(
         TypeError: If the target is neither, or the denoisers are not modules.
         ValueError: If the denoisers cannot be found, or the tolerance is negative or infinite.
     """
+    if isinstance(solver, Calibration):
+        calibration = solver
+        calibration.check_tolerance(tolerance)
+        tolerance = calibration.solver_tolerance
+        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
+        running.calibration = calibration
+        return running
     if not isinstance(target, type) and hasattr(target, "components") and hasattr(target, "register_modules"):
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     _check_target(target)

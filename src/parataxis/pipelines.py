@@ -16,6 +16,7 @@ from torch import nn
 
 from .checks import describe
 from .engine.executor import ranks_of
+from .fingerprint import loop_fingerprint
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.schedulers import schedulers_in
@@ -25,6 +26,7 @@ from .solvers.base import Solver
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .calibration import Calibration
     from .engine.distributed.ranks import Ranks
 
 __all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
@@ -97,6 +99,7 @@ class ParallelPipeline:
         solver: How its loop is solved.
         tolerance: Relative error allowed.
         report: How the latest call went.
+        calibration: Compared at every call, and reported by; None without.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class ParallelPipeline:
         self._chosen = denoisers
         self._ranks = ranks
         self._loop: Loop | None = None
+        self.calibration: Calibration | None = None
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -120,7 +124,12 @@ class ParallelPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline."""
-        return solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        if self.calibration is not None:
+            self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
+        value = solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        if self.calibration is not None:
+            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
+        return value
 
     def __enter__(self) -> Report:
         """Enable the pipeline."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..fingerprint import loop_fingerprint
 from ..solvers.base import Solver
 from .loop import Loop, reachable
 from .report import Report
@@ -16,6 +17,7 @@ from .schedulers import schedulers_in
 from .solver import solve_loop
 
 if TYPE_CHECKING:
+    from ..calibration import Calibration
     from ..engine.distributed.ranks import Ranks
 
 __all__ = ["Parallel"]
@@ -30,6 +32,7 @@ class Parallel:
         tolerance: Relative error allowed.
         report: How the latest call went.
         loop: What is kept of the loop from call to call.
+        calibration: Compared at every call, and reported by; None without.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Parallel:
         self._denoisers = denoisers
         self._ranks = ranks
         self.loop: Loop | None = None
+        self.calibration: Calibration | None = None
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -73,7 +77,12 @@ class Parallel:
 
             owner = (_name(self.function), self.function)
             loop = self.loop = Loop(run, denoisers, others, schedulers=self._schedulers, ranks=self._ranks, owner=owner)
-        return solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        if self.calibration is not None:
+            self.calibration.check(loop_fingerprint(self.function, args, kwargs))
+        value = solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        if self.calibration is not None:
+            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
+        return value
 
     def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return schedulers_in(reachable(self.function, args, kwargs))

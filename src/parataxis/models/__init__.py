@@ -18,7 +18,7 @@ from ..checks import is_finite
 from ..denoisers import guided
 from ..samplers import SAMPLERS
 from ..samplers.sampler import Prediction, Sampler
-from ..samplers.schedules import Schedule, Variance, cosine, flow, vp
+from ..samplers.schedules import Karras, Schedule, Variance, cosine, flow, karras, vp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Model", "available", "load"]
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_CLASSES = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}  # diffusers' own, by their folders
+_EXPLODING = ("euler", "euler_ancestral", "heun")  # samplers in coordinates alpha = 1, with the input scaled
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -35,7 +37,7 @@ class Model:
 
     Attributes:
         name: Name of its folder.
-        network: The diffusers ``UNet2DModel``, in float32, frozen.
+        network: The diffusers ``UNet2DModel`` or ``DiTTransformer2DModel``, in float32, frozen.
         schedule: The schedule it was trained on.
         prediction: What it returns.
         shape: Shape of a sample; values are in [-1, 1].
@@ -76,12 +78,12 @@ class Model:
         Raises:
             ValueError: If there is no such sampler, or it does not fit the model's schedule.
         """
-        preserving = isinstance(self.schedule, Variance)
-        fitting = [other for other in SAMPLERS if (other == "flow_euler") != preserving]
+        kind = _kind(self.schedule)
+        fitting = [other for other in SAMPLERS if other in _EXPLODING] if kind == "variance-exploding" else []
+        fitting = fitting or [other for other in SAMPLERS if (other == "flow_euler") == (kind == "flow-matching")]
         if name not in SAMPLERS:
             raise ValueError(f"there is no sampler {name!r}: choose one of {', '.join(fitting)}.")
         if name not in fitting:
-            kind = "variance-preserving" if preserving else "flow-matching"
             raise ValueError(
                 f"{self.name} was trained on a {kind} schedule, which {name} is not for: choose one of "
                 f"{', '.join(fitting)}."
@@ -91,14 +93,25 @@ class Model:
 
 def available() -> list[str]:
     """Return the names of the models in the package."""
-    return sorted(path.name for path in FOLDER.iterdir() if (path / "unet" / "config.json").is_file())
+    return sorted(path.name for path in FOLDER.iterdir() if _network_folder(path) is not None)
+
+
+def _network_folder(folder: Path) -> Path | None:
+    """Return where a model has its network, or None."""
+    return next((folder / name for name in _CLASSES if (folder / name / "config.json").is_file()), None)
+
+
+def _kind(schedule: Schedule) -> str:
+    if isinstance(schedule, Karras):
+        return "variance-exploding"
+    return "variance-preserving" if isinstance(schedule, Variance) else "flow-matching"
 
 
 def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """Load a model of the package, or of a folder with the same layout.
 
     Args:
-        name: One of :func:`available`, or the path of a folder with ``unet/`` and ``scheduler/``.
+        name: One of :func:`available`, or the path of a folder with ``unet/`` or ``transformer/``, and ``scheduler/``.
         device: Where to put the network.
         dtype: Of the weights; they are stored in float16.
 
@@ -108,10 +121,11 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     """
     folder = FOLDER / name if str(name) in available() else Path(name)
     config_path = folder / "scheduler" / "scheduler_config.json"
-    if not config_path.is_file():
+    network_folder = _network_folder(folder)
+    if not config_path.is_file() or network_folder is None:
         raise ValueError(
             f"there is no model {str(name)!r}: choose one of {', '.join(available())}, or give the path of a "
-            "folder with unet/ and scheduler/."
+            "folder with unet/ or transformer/, and scheduler/."
         )
     try:
         import diffusers  # noqa: F401
@@ -120,19 +134,23 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
             "the shipped models need diffusers: install it with  pip install 'parataxis[models]'"
         ) from error
     config = _read_config(config_path)
-    network = _load_network(folder / "unet")
+    network = _load_network(network_folder)
     network = network.to(device).eval().requires_grad_(False)
     if dtype != torch.float32:
         network = network.to(dtype)
     schedule, prediction = _schedule(config, config_path)
-    size, classes = network.config.sample_size, network.config.num_class_embeds
+    size = network.config.sample_size
+    # A U-Net counts the class that stands for none, the transformer does not.
+    classes = network.config.get("num_embeds_ada_norm")
+    if network.config.get("num_class_embeds") is not None:
+        classes = network.config.num_class_embeds - 1
     return Model(
         name=folder.name,
         network=network,
         schedule=schedule,
         prediction=prediction,
         shape=(network.config.in_channels, size, size),
-        classes=None if classes is None else classes - 1,
+        classes=classes,
         folder=folder,
     )
 
@@ -149,8 +167,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_network(folder: Path) -> Any:
-    """Return the U-Net of a folder; nothing is allocated before its form is known to be that of its weights."""
-    from diffusers import UNet2DModel
+    """Return the network of a folder; nothing is allocated before its form is known to be that of its weights."""
+    import diffusers
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -164,16 +182,18 @@ def _load_network(folder: Path) -> Any:
             "the package or copy the model again."
         ) from error
     # Building layers one by one takes long even where they hold no memory, and each has tensors of its own.
-    layers = config.get("layers_per_block", 2)
+    network_class = getattr(diffusers, _CLASSES[folder.name])
+    count = "num_layers" if folder.name == "transformer" else "layers_per_block"
+    layers = config.get(count, 2)
     if not isinstance(layers, int) or layers > len(shapes):
-        raise ValueError(f"{folder / 'config.json'} does not fit its weights: layers_per_block is {layers!r}.")
+        raise ValueError(f"{folder / 'config.json'} does not fit its weights: {count} is {layers!r}.")
     try:
         with torch.device("meta"):
             expected = {
-                name: tuple(value.shape) for name, value in UNet2DModel.from_config(config).state_dict().items()
+                name: tuple(value.shape) for name, value in network_class.from_config(config).state_dict().items()
             }
     except Exception as error:  # whatever diffusers says of a wrong configuration
-        raise ValueError(f"{folder / 'config.json'} is not of a UNet2DModel ({error}).") from error
+        raise ValueError(f"{folder / 'config.json'} is not of a {network_class.__name__} ({error}).") from error
     different = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if different:
         name = different[0]
@@ -181,7 +201,7 @@ def _load_network(folder: Path) -> Any:
             f"{folder / 'config.json'} does not fit its weights: {name} is {expected.get(name, 'missing')} by the one "
             f"and {shapes.get(name, 'missing')} by the other."
         )
-    network = UNet2DModel.from_config(config)
+    network = network_class.from_config(config)
     network.load_state_dict(load_file(weights))
     return network
 
@@ -190,6 +210,8 @@ def _schedule(config: dict[str, Any], path: Path) -> tuple[Schedule, Prediction]
     """Return the noise schedule of a scheduler's configuration, and what the network predicts."""
     try:
         steps = config["num_train_timesteps"]
+        if "sigma_data" in config:
+            return karras(config["sigma_min"], config["sigma_max"], config["rho"]), "edm"
         if "beta_schedule" not in config:
             return flow(config.get("shift", 1.0), steps), "flow"
         prediction = _PREDICTIONS[config["prediction_type"]]

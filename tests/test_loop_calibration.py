@@ -1,0 +1,81 @@
+"""Calibrations of loops that belong to somebody else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parataxis as px
+from loop_problems import DIM, Net, ddim, guided
+
+NET = Net()
+
+
+def draw(label, generator, count=20, scale=1.0):
+    """A loop with a condition, a generator and numbers."""
+    x = torch.randn(1, DIM, generator=generator) + label
+
+    def shifted(net, x, t):
+        return net(x, t, scale * label.expand_as(x))
+
+    torch.manual_seed(int(x.abs().sum() * 1e4) % 2**31)
+    return ddim(NET, batch=1, count=count, predict=shifted)
+
+
+def call(seed, **options):
+    return {"label": torch.full((1, 1), seed / 10), "generator": torch.Generator().manual_seed(seed), **options}
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    settings = [px.Setting(px.Secant(window=8), scale) for scale in (1.0, 4.0)]
+    return px.calibrate_loop(draw, [call(seed) for seed in range(6)], settings, denoisers=[NET])
+
+
+def test_calibrated_loop_keeps_the_tolerance(calibration):
+    """Conditions and seeds may differ from those of the calibration; its scale and its bound are used."""
+    assert calibration.setting.scale > 1
+    assert calibration.promised == pytest.approx(0.05 ** (1 / 6), abs=1e-6)
+    run = px.parallel(draw, calibration, denoisers=[NET])
+    for seed in range(20, 22):
+        expected, x = draw(**call(seed)), run(**call(seed))
+        assert (x - expected).norm() / expected.norm() <= 1e-2
+        assert run.report.rounds < 20
+
+
+def test_fewer_steps_or_other_weights_are_refused(calibration):
+    run = px.parallel(draw, calibration, denoisers=[NET])
+    with pytest.raises(ValueError, match="argument count: none -> 10"):
+        run(**call(20, count=10))
+    NET.outer[0, 0] += 0.01
+    with pytest.raises(ValueError, match="guarantees nothing here: parameters: "):
+        run(**call(20))
+    NET.outer[0, 0] -= 0.01
+
+
+def test_pipeline_call_by_tuples_and_the_loop_s_own_random_numbers():
+    """Each run draws its own noise from torch's random numbers, the same with every setting."""
+    calibrated = px.calibrate_loop(ddim_guided, [(NET,)] * 2, [px.Setting(px.Secant(window=8))], denoisers=[NET])
+    (trial,) = calibrated.trials
+    assert trial.failures == 0
+    assert 0 < trial.worst <= 1e-2
+    before = torch.get_rng_state()
+    px.calibrate_loop(ddim_guided, [(NET,)] * 2, [px.Setting(px.Picard(window=8))], denoisers=[NET])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def ddim_guided(net):
+    return ddim(net, predict=guided)
+
+
+def test_what_cannot_be_calibrated_says_why():
+    with pytest.raises(TypeError, match="a tuple of positional or a dict of keyword ones"):
+        px.calibrate_loop(draw, [call(0), 3], denoisers=[NET])
+    with pytest.raises(ValueError, match="runs sequentially, so there is nothing to calibrate: the loop has only"):
+        px.calibrate_loop(draw, [call(seed, count=3) for seed in range(2)], denoisers=[NET])
+
+    def silent(net):
+        ddim(net)
+
+    with pytest.raises(ValueError, match="returned NoneType, without a tensor, array or image"):
+        px.calibrate_loop(silent, [(NET,)], denoisers=[NET])
