@@ -219,7 +219,7 @@ def test_bad_arguments_are_named(options, message):
     arguments = {"sampler": SAMPLER, **options}
     with pytest.raises(ValueError, match=message):
         px.calibrate(EXACT, noise(2), **arguments)
-    with pytest.raises(TypeError, match="solver must be a solver"):
-        px.calibrate(EXACT, noise(2), SAMPLER, ["secant"])
+    with pytest.raises(ValueError, match="there is no solver 'secnat'"):
+        px.calibrate(EXACT, noise(2), SAMPLER, ["secnat"])
     with pytest.raises(ValueError, match="scale must be a positive number"):
         px.Setting(px.Secant(), -1.0)

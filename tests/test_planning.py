@@ -302,7 +302,7 @@ def test_auto_needs_a_start_from_noise(costing):
     for options in ({"guess": kept}, {"guess": kept, "frozen_steps": 3}):
         with pytest.raises(ValueError, match="a guess saves rounds: choose a solver"):
             px.sample(denoise, noise, sampler, "auto", **options)
-    with pytest.raises(TypeError, match="solver must be a solver with its options"):
+    with pytest.raises(ValueError, match="there is no solver 'automatic'"):
         px.sample(denoise, noise, sampler, "automatic")
 
 

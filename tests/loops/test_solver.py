@@ -295,7 +295,7 @@ def test_solvers_that_need_a_recurrence_raise_without_one():
 def test_wrong_options_are_named():
     with pytest.raises(TypeError, match="a function that runs a sampling loop"):
         parallel(3)
-    with pytest.raises(TypeError, match="solver must be a solver"):
+    with pytest.raises(TypeError, match="solver is the class Secant: make one"):
         parallel(ddim, px.Secant)
     for wrong in (-1, None, "a", float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"finite and at least 0, got {wrong!r}"):
