@@ -13,6 +13,8 @@ PACKAGE = Path(parataxis.__file__).parent
 # A part may import its own files and parts named before it.
 ORDER = [
     "checks",
+    "html",
+    "plots",
     "arrays",
     "samplers",
     "solvers",
@@ -21,7 +23,6 @@ ORDER = [
     "trajectories",
     "denoisers",
     "models",
-    "plots",
     "guarantees",
     "fingerprint",
     "moments",

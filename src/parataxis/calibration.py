@@ -39,6 +39,7 @@ from .engine.run import drive, drive_sequential, start
 from .engine.solution import Solution
 from .fingerprint import Fingerprint, changes, fingerprint, without_counters
 from .guarantees import allowed_failures, conformal_quantile, failure_bound
+from .html import preformatted
 from .moments import Moments
 from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
@@ -247,6 +248,10 @@ class Calibration:
             f"Calibration({self.setting.solver!r}, scale {self.setting.scale:g}, tolerance {self.tolerance:g}: "
             f"{self.promised:.1%} of runs, {self.runs} runs)"
         )
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return preformatted(str(self))
 
     def __str__(self) -> str:
         """Return what was tried as a table, and what is guaranteed."""

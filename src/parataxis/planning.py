@@ -23,19 +23,21 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from . import plots
 from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check_inputs
 from .engine.latency import NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, drive_sequential, start
 from .engine.solution import Solution
+from .html import preformatted
 from .samplers.coefficients import Coefficients
 from .samplers.from_scheduler import as_sampler
 from .samplers.recurrence import Recurrence
@@ -44,6 +46,9 @@ from .solvers import SOLVERS
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
 from .solvers.window import check_window
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Candidate", "Plan", "Range", "RoundsCurve", "plan"]
 
@@ -200,6 +205,14 @@ class Plan:
     def __repr__(self) -> str:
         """Return the choice, without the table."""
         return f"Plan({self.solver!r}, {self.speedup.text('{:.2f}'.format)} times as fast as the loop)"
+
+    def plot(self) -> Figure:
+        """Return a figure of the seconds of a call by its rows; see :func:`parataxis.plots.latency`."""
+        return plots.latency(self.latency)
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return preformatted(str(self))
 
     def __str__(self) -> str:
         """Return the plan as a table."""

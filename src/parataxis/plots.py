@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["image_grid", "trace_grid"]
+    from .engine.latency import Latency
+
+__all__ = ["image_grid", "figure_image", "latency", "rounds", "trace_grid", "work_precision"]
+
+STATES = {"not evaluated yet": "#f1f3f5", "evaluated in this round": "#f59f00", "accepted": "#1c7ed6"}
 
 
 def image_grid(x: Tensor, columns: int = 10, zoom: int = 2) -> Image:
@@ -57,3 +64,119 @@ def trace_grid(rounds: Sequence[Tensor], columns: int = 10, zoom: int = 2) -> Im
         raise ValueError("there is no round to show: pass at least one estimate.")
     shown = [estimate[:columns] for estimate in rounds]
     return image_grid(torch.cat(shown), len(shown[0]), zoom)
+
+
+def rounds(result: Any, sample: int = 0) -> Figure:
+    """Show how the solve of a sample went: which steps were evaluated and accepted in every round, and its error.
+
+    Args:
+        result: What :func:`parataxis.sample` returned, or one of its solutions.
+        sample: Which of a batch.
+
+    Raises:
+        ValueError: If the result has no rounds.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    solution = result[sample] if isinstance(result, Sequence) else result
+    history, steps = solution.history, solution.steps
+    if not history:
+        raise ValueError(f"there is no round to show: this sample is {solution.reason!r}.")
+    accepted = [entry.accepted for entry in history] + [steps if solution.converged else history[-1].accepted]
+    raster = np.zeros((len(history), steps))
+    for number, entry in enumerate(history):
+        raster[number, : entry.accepted] = 2
+        raster[number, entry.accepted : entry.accepted + entry.width] = 1
+    figure = _figure()
+    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    extent = (0.5, len(history) + 0.5, 0, steps)
+    colours = ListedColormap(list(STATES.values()))
+    axes[0].imshow(raster.T, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=2)
+    axes[0].step(range(1, len(accepted)), accepted[1:], where="mid", color="black", label="accepted after the round")
+    handles = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in STATES.items()]
+    front = axes[0].get_legend_handles_labels()[0]
+    axes[0].legend(handles=[*handles, *front], fontsize="small", loc="lower right")
+    axes[0].set_ylabel("step of the sampler")
+    axes[0].set_title(f"{_name(solution.solver)}: {solution.rounds} rounds for {steps} steps", loc="left")
+    known = [(number, entry.error) for number, entry in enumerate(history) if 0 < entry.error < math.inf]
+    if 0 < solution.error_estimate < math.inf:
+        known.append((len(history), solution.error_estimate))
+    if known:
+        axes[1].semilogy(*zip(*known, strict=True), marker=".", color="black", label="estimated error")
+    if solution.problem.tolerance > 0:
+        axes[1].axhline(solution.problem.tolerance, color="#e03131", linestyle="--", label="tolerance")
+    if axes[1].get_legend_handles_labels()[0]:
+        axes[1].legend(fontsize="small")
+    axes[1].set_ylabel("relative error")
+    axes[1].set_xlabel("round (network calls that wait for one another)")
+    return _signed(figure)
+
+
+def latency(measured: Latency) -> Figure:
+    """Show the seconds of a network call against its rows, and what one row at a time would take."""
+    figure = _figure()
+    axes = figure.subplots()
+    rows, times = list(measured.rows), [1e3 * seconds for seconds in measured.times]
+    axes.loglog(rows, times, marker="o", label="one call, measured")
+    axes.loglog(rows, [times[0] / rows[0] * count for count in rows], "--", color="grey", label="one row after another")
+    axes.set_xlabel("rows of the call")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(f"batch headroom b* = {measured.batch_headroom:.2g}", loc="left")
+    axes.legend()
+    return _signed(figure)
+
+
+def work_precision(curves: Mapping[str, Sequence[tuple[float, float]]], work: str = "rounds") -> Figure:
+    """Show error against work, a curve for each method: lower and further left is better.
+
+    Args:
+        curves: By the name of the method, its points (work, relative error); points without an error are left out.
+        work: What is counted, with its unit: ``rounds``, ``seconds``, ``evaluations / N``.
+    """
+    if not curves:
+        raise ValueError("there is no curve to show: pass at least one method.")
+    figure = _figure()
+    axes = figure.subplots()
+    for name, points in curves.items():
+        known = sorted(point for point in points if point[1] > 0)
+        if known:
+            axes.loglog(*zip(*known, strict=True), marker="o", label=name)
+    axes.set_xlabel(work)
+    axes.set_ylabel("relative error to the sequential sample")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    return _signed(figure)
+
+
+def figure_image(figure: Figure) -> Image:
+    """Return a figure as a Pillow image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("figures need matplotlib: install it with  pip install 'parataxis[plots]'") from error
+    return Figure(figsize=(7.0, 4.0), layout="constrained")  # not of pyplot, which would keep it and need a display
+
+
+def _name(solver: Any) -> str:
+    window = getattr(solver, "window", 0)
+    return type(solver).__name__ + ("" if window == 0 else f", window {window or 'all'}")
+
+
+def _signed(figure: Figure) -> Figure:
+    """Say in a corner what has measured it."""
+    from importlib.metadata import version
+
+    source = f"measured by parataxis with torch {version('torch')}"
+    figure.supxlabel(source, x=0.99, ha="right", fontsize="xx-small", color="grey")
+    return figure

@@ -39,13 +39,14 @@ def test_what_is_wrong_with_a_plan_is_said_in_one_line(arguments, message, capsy
     assert errors.count("\n") == 1
 
 
-def test_bench_times_solvers_against_the_loop(capsys):
+def test_bench_times_solvers_against_the_loop(capsys, tmp_path):
     arguments = ["bench", "--steps", "6", "--repeat", "1", "--solvers", "secant,parareal", "--windows", "4,all"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     for line in ("N = 6", "Sequential", "Secant, window 4", "Secant, window all", "Parareal", "speed-up"):
         assert line in printed
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--plot", str(tmp_path / "bench.png")]) == 0
+    assert (tmp_path / "bench.png").stat().st_size > 0
     first, *others = json.loads(capsys.readouterr().out)["solvers"]
     assert first["solver"] == "Sequential()"
     assert first["speedup"] == 1

@@ -27,11 +27,12 @@ KEYS = [
 
 
 def test_sample_writes_pictures_and_figures(tmp_path, capsys):
-    out, trace = tmp_path / "new" / "sample.png", tmp_path / "trace.png"
+    out, trace, plot = tmp_path / "new" / "sample.png", tmp_path / "trace.png", tmp_path / "plot.png"
     arguments = ["sample", "--steps", "10", "--count", "3", "--label", "7,1", "--guidance", "2", "--compare"]
-    assert main([*arguments, "--out", str(out), "--trace", str(trace)]) == 0
+    assert main([*arguments, "--out", str(out), "--trace", str(trace), "--plot", str(plot)]) == 0
     assert out.stat().st_size > 0
     assert trace.stat().st_size > 0
+    assert plot.stat().st_size > 0
     figures = json.loads(out.with_suffix(".json").read_text())
     assert set(KEYS) <= set(figures)
     assert figures["relative_error_worst"] <= 1e-2

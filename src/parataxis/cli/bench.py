@@ -11,7 +11,7 @@ import typer
 from . import flags
 from .errors import Wrong
 from .options import SOLVER_NAMES, TABLE, make_solver, with_options
-from .output import emit, table
+from .output import check_pictures, emit, picture_writer, save, table
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -40,10 +40,13 @@ def bench(
     seed: flags.Seed = 0,
     max_rows: flags.MaxRows = 128,
     device: flags.Device = "cpu",
+    plot: flags.Plot = None,
+    force: flags.Force = False,
     as_json: flags.Json = False,
     config: flags.Config = None,
 ) -> None:
     """Time solvers against the sequential loop on a model, and say how far their samples are from the loop's."""
+    check_pictures([] if plot is None else [plot], force=force)
     if repeat < 1:
         raise Wrong(f"--repeat must be at least 1, got {repeat}.")
     methods = [method for name in solvers.split(",") for method in _methods(name.strip(), windows)]
@@ -60,6 +63,14 @@ def bench(
         seed=seed,
     )
     rows = _measure(problem, methods, repeat, tolerance, max_rows)
+    if plot is not None:
+        from ..plots import figure_image, work_precision
+
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in rows[1:]:
+            name = row["name"].split(",")[0]
+            points.setdefault(name, []).append((row["seconds"], row["relative_error"] or 0.0))
+        save({plot: picture_writer(figure_image(work_precision(points, "seconds")))})
     if as_json:
         setting = {"model": problem.model.name, "sampler": sampler, "steps": steps, "samples": count, "device": device}
         emit(json.dumps({**setting, "tolerance": tolerance, "repeat": repeat, "solvers": rows}, indent=2))

@@ -16,11 +16,13 @@ __all__ = [
     "Config",
     "Count",
     "Device",
+    "Force",
     "Guidance",
     "Json",
     "Label",
     "MaxRows",
     "ModelName",
+    "Plot",
     "Sampler",
     "Seed",
     "Solver",
@@ -74,6 +76,8 @@ def _text(value: Any) -> Any:
     return value if isinstance(value, bool) else str(value)
 
 
+Plot = Annotated[Path | None, typer.Option("--plot", help="Figure to write of the result: .png, .jpg or .webp.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that parataxis has not written.")]
 Config = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file with defaults of these flags.", is_eager=True, callback=read_config),

@@ -14,12 +14,13 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .errors import Failed, NoReader, Wrong
 
-__all__ = ["PICTURES", "check_output", "check_standard_output", "emit", "is_figures", "is_picture", "save"]
+__all__ = ["check_output", "check_pictures", "check_standard_output", "emit", "is_figures", "is_picture", "save"]
 
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 SOFTWARE = 0x0131  # the EXIF tag for the program that wrote a picture
@@ -54,6 +55,16 @@ def check_output(paths: Sequence[Path], is_ours: Callable[[Path], bool], *, forc
         if not force and not is_ours(path):
             raise Wrong(f"{path} was not written by parataxis: give another path, or --force to replace it.")
         _check_folder(path)
+
+
+def check_pictures(paths: Sequence[Path], *, force: bool = False) -> None:
+    """Raise unless pictures can be made, and written at these paths."""
+    for path in paths:
+        if path.suffix.lower() not in PICTURES:
+            raise Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
+    if paths and not (find_spec("PIL") and find_spec("matplotlib")):
+        raise Wrong("pictures need an extra: install it with  pip install 'parataxis[plots]'.")
+    check_output(paths, is_picture, force=force)
 
 
 def _check_folder(path: Path) -> None:

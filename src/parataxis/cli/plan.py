@@ -9,7 +9,7 @@ import typer
 
 from . import flags
 from .options import with_options
-from .output import emit
+from .output import check_pictures, emit, picture_writer, save
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -31,10 +31,13 @@ def plan(
     max_rows: flags.MaxRows = 128,
     device: flags.Device = "cpu",
     devices: Annotated[int, typer.Option(help="Equal devices that would share the rows.")] = 1,
+    plot: flags.Plot = None,
+    force: flags.Force = False,
     as_json: flags.Json = False,
     config: flags.Config = None,
 ) -> None:
     """Measure what calls of a model cost here, and say which solver is fastest and by how much."""
+    check_pictures([] if plot is None else [plot], force=force)
     problem = Problem.load(
         model=model,
         sampler=sampler,
@@ -59,6 +62,10 @@ def plan(
         devices=devices,
         max_rows=max_rows,
     )
+    if plot is not None:
+        from ..plots import figure_image
+
+        save({plot: picture_writer(figure_image(made.plot()))})
     emit(json.dumps(plan_figures(made), indent=2) if as_json else f"{problem.model.name}: {made}")
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import flags
-from .errors import INTERRUPTED, Failed, Wrong
+from .errors import INTERRUPTED, Failed
 from .options import make_solver, with_options
-from .output import PICTURES, check_output, emit, is_figures, is_picture, json_writer, picture_writer, save, table
+from .output import check_output, check_pictures, emit, is_figures, json_writer, picture_writer, save, table
 from .plan import plan_figures
 from .problem import Problem
 
@@ -44,16 +44,19 @@ def sample(
     device: flags.Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Image grid to write; its figures go beside it as .json.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Picture to write of the samples after every round.")] = None,
+    plot: flags.Plot = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the sequential loop too and compare with it.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that parataxis has not written.")] = False,
+    force: flags.Force = False,
     as_json: flags.Json = False,
     config: flags.Config = None,
 ) -> None:
     """Draw samples of a model, many time steps side by side."""
-    pictures = [path for path in (out, trace) if path is not None]
-    _check_files(out, pictures, force=force)
+    pictures = [path for path in (out, trace, plot) if path is not None]
+    check_pictures(pictures, force=force)
+    if out is not None:
+        check_output([out.with_suffix(".json")], is_figures, force=force)
     method = make_solver(solver, options)
     problem = Problem.load(
         model=model,
@@ -82,13 +85,16 @@ def sample(
         _compare(figures, result, solve)
     files = {}
     if pictures:
-        from ..plots import image_grid, trace_grid
+        from ..plots import figure_image, image_grid, trace_grid
+        from ..plots import rounds as rounds_figure
 
         if out is not None:
             files[out] = picture_writer(image_grid(result.x, zoom=3))
             files[out.with_suffix(".json")] = json_writer(figures)
         if trace is not None and rounds:
             files[trace] = picture_writer(trace_grid(rounds, zoom=2))
+        if plot is not None:
+            files[plot] = picture_writer(figure_image(rounds_figure(result)))
     save(files)
     emit(json.dumps(figures, indent=2) if as_json else _text(figures, result, pictures))
     if not result.converged:
@@ -97,21 +103,6 @@ def sample(
             f"not every sample was finished ({reason}): what was written is the last estimate.",
             **({"status": INTERRUPTED} if reason == "interrupted" else {}),
         )
-
-
-def _check_files(out: Path | None, pictures: list[Path], *, force: bool) -> None:
-    """Raise unless the pictures, and the figures beside the first, can be written."""
-    for path in pictures:
-        if path.suffix.lower() not in PICTURES:
-            raise Wrong(f"{path} has no picture's ending: use .png, .jpg or .webp.")
-    if pictures:
-        try:
-            import PIL  # noqa: F401
-        except ModuleNotFoundError:
-            raise Wrong("pictures need Pillow: install it with  pip install 'parataxis[plots]'.") from None
-    check_output(pictures, is_picture, force=force)
-    if out is not None:
-        check_output([out.with_suffix(".json")], is_figures, force=force)
 
 
 Solve = Callable[[Any, Any], "Solutions"]

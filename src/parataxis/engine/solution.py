@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import plots
+from ..html import figures, preformatted
 from ..solvers.base import Problem, Solver
 from .latency import format_seconds
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..planning import Plan
 
 __all__ = ["Round", "Solution", "Solutions"]
@@ -72,6 +77,23 @@ class Solution:
         """Evaluations over N: 1 for the sequential loop."""
         return self.evaluations / self.steps
 
+    def plot(self) -> Figure:
+        """Return a figure of how the solve went; see :func:`parataxis.plots.rounds`."""
+        return plots.rounds(self)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        return figures(f"{self.reason}: {tuple(self.x.shape)}", self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        error = "not known" if math.isinf(self.error_estimate) else f"{self.error_estimate:.1e}"
+        return [
+            ("solver", repr(self.solver)),
+            ("rounds", f"{self.rounds} for {self.steps} steps"),
+            ("evaluations / N", f"{self.nfe_ratio:.2f}"),
+            ("estimated error", f"{error} (tolerance {self.problem.tolerance:g})"),
+        ]
+
     def __repr__(self) -> str:
         """Return one line, without tensors."""
         return (
@@ -109,6 +131,24 @@ class Solutions(Sequence[Solution]):
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self._solutions)
+
+    def plot(self, sample: int = 0) -> Figure:
+        """Return a figure of how the solve of one sample went; see :func:`parataxis.plots.rounds`."""
+        return plots.rounds(self, sample)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        worst = max((solution.error_estimate for solution in self), default=math.inf)
+        reasons = ", ".join(sorted({solution.reason for solution in self}))
+        rows = [
+            ("solver", repr(self[0].solver)),
+            ("rounds", f"{self.rounds} for {self[0].steps} steps"),
+            ("evaluations / N", f"{self.evaluations / sum(solution.steps for solution in self):.2f}"),
+            ("estimated error, worst", "not known" if math.isinf(worst) else f"{worst:.1e}"),
+            ("seconds", format_seconds(self.seconds)),
+        ]
+        table = figures(f"{len(self)} x {tuple(self[0].x.shape)}: {reasons}", rows)
+        return table if self.plan is None else table + preformatted(self.plan.compare(self.seconds))
 
     def __repr__(self) -> str:
         """Return one line, without tensors."""

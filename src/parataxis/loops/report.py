@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from ..engine.latency import format_seconds
+from ..html import figures
 
 __all__ = ["Report"]
 
@@ -94,6 +95,32 @@ class Report:
         if self.mode != "one pass":
             return f"{self.passes} passes"
         return f"{self.real_calls} real calls" + (f", {self.misses} misses" if self.misses else "")
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        rows = [("why", self.reason)] if self.reason else []
+        if math.isfinite(self.speedup):
+            about = "about " if self.estimated else ""
+            rows = [
+                (
+                    "seconds",
+                    f"{format_seconds(self.seconds)}; the loop: {about}{format_seconds(self.sequential_seconds)}",
+                ),
+                ("times as fast as the loop", f"{self.speedup:.2g}"),
+                *rows,
+            ]
+        if self.mode not in ("none", "sequential"):
+            rows += [
+                ("rounds", f"{self.rounds} for {self.steps} steps"),
+                ("evaluations a step", f"{self.evaluations / max(self.steps * self.samples, 1):.2f}"),
+                ("network calls", f"{self.calls} of up to {self.peak_rows} rows"),
+                (
+                    "error estimate",
+                    f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})",
+                ),
+                ("converged", "yes" if self.converged else "NO"),
+            ]
+        return figures(f"{self.mode}, {self.samples} samples" if self.samples else self.mode, rows)
 
     def __str__(self) -> str:
         """Return one readable line, seconds first."""
