@@ -1,0 +1,57 @@
+"""Sphinx: ``make docs`` builds this folder, without a network and with warnings as errors."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "src"))
+
+project = "parataxis"
+author = "The parataxis developers"
+copyright = "The parataxis developers"
+version = release = re.search(r'__version__ = "(.*)"', (DOCS.parent / "src/parataxis/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
+
+extensions = [
+    "myst_parser",  # pages in Markdown
+    "sphinx.ext.autodoc",  # the API from docstrings
+    "sphinx.ext.napoleon",  # which are in Google's style
+    "sphinx.ext.mathjax",  # formulas
+    "sphinx_copybutton",  # code blocks with a button
+]
+html_theme = "furo"
+html_title = f"parataxis {release}"
+html_theme_options = {"source_repository": "https://github.com/parataxis-dev/parataxis", "source_directory": "docs/"}
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"  # signatures stay readable; docstrings give the types
+autodoc_member_order = "bysource"
+nitpicky = False  # docstrings name private modules, which have no page
+suppress_warnings = ["ref.python"]  # a class is shown by its public name only
+
+
+def _outside(app: Any, docname: str, source: list[str]) -> None:
+    """Point links to files outside of this folder at the repository."""
+    base = "https://github.com/parataxis-dev/parataxis/blob/main/"
+    source[0] = re.sub(r"\]\(\.\./([^)#]+)", rf"]({base}\1", source[0])
+
+
+def _plain(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Escape what docstrings write as formulas and reStructuredText reads as markup, such as (B, *shape) and |x|."""
+    for number, line in enumerate(lines):
+        parts = re.split(r"(``.*?``|:\w+:`.*?`)", line)
+        parts[::2] = [re.sub(r"(?<!\\)([*|])|(?<=\w)_(?=\W|$)", lambda m: "\\" + m.group(), part) for part in parts[::2]]
+        lines[number] = "".join(parts)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Connect the two rules above."""
+    app.connect("source-read", _outside)
+    app.connect("autodoc-process-docstring", _plain, priority=100)  # before napoleon makes markup
+    return {"parallel_read_safe": True}
+
+
