@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 DEVICE ?= cuda
 
-.PHONY: sample test lint matrix gpu figures options format clean
+.PHONY: sample test lint matrix gpu figures options docs demo format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,13 @@ figures: $(READY)
 # The command line's flags, from the options of solvers and samplers.
 options: $(READY)
 	$(BIN)/python -c 'from parataxis.cli.options import write; write()'
+
+# Without a network, and with warnings as errors.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
+
+demo: $(READY)
+	$(BIN)/parataxis demo
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -141,31 +141,6 @@ def own_end(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(rows: list[Row]) -> None:
-    """Put the tables of N = 100 on the shipped models between the marks in the README."""
-    shown = [row for row in rows if row["steps"] == 100 and row["model"] in ("digits", "digits-flow")]
-    text = f"""`px.Secant(window=W)` with the default tolerance of 1e-2, which it keeps by its own estimate.
-N = 100: the sequential loop takes 100 rounds. Median (worst) of 16 seeds.
-
-{own_end(shown)}
-
-Solvers side by side, all steps in one call: the first round, median (worst), after which the sample is within 1e-2 of
-the sequential one, and evaluations / N so far. It compares methods; no solver knows that round.
-
-{full_width(shown)}
-
-Windows of 8, 16 and 32 steps, where both methods reach the same median error: rounds and evaluations / N of each, and
-ours over theirs.
-
-{equal_error(shown)}
-"""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split("<!-- rounds: written by `make figures` -->\n")
-    after = rest.split("<!-- end -->")[1]
-    mark = "<!-- rounds: written by `make figures` -->\n"
-    readme.write_text(f"{before}{mark}{text}<!-- end -->{after}")
-
-
 def draw(rows: list[Row], steps: int = 100) -> None:
     """Draw error against rounds and against evaluations, full width, one column a model and sampler."""
     chosen = [row for row in rows if row["width"] == "full" and row["steps"] == steps]
@@ -247,7 +222,6 @@ def main() -> None:
     draw_methods()
     rows = rounds()
     draw(rows)
-    write_readme(rows)
     text = f"""# Rounds
 
 Made by `make figures` from `benchmarks/results/rounds.csv`, which `benchmarks/rounds.py` fills (it is not complete: the

@@ -44,7 +44,9 @@ def _plain(app: Any, what: str, name: str, obj: object, options: Any, lines: lis
     """Escape what docstrings write as formulas and reStructuredText reads as markup, such as (B, *shape) and |x|."""
     for number, line in enumerate(lines):
         parts = re.split(r"(``.*?``|:\w+:`.*?`)", line)
-        parts[::2] = [re.sub(r"(?<!\\)([*|])|(?<=\w)_(?=\W|$)", lambda m: "\\" + m.group(), part) for part in parts[::2]]
+        parts[::2] = [
+            re.sub(r"(?<!\\)([*|])|(?<=\w)_(?=\W|$)", lambda m: "\\" + m.group(), part) for part in parts[::2]
+        ]
         lines[number] = "".join(parts)
 
 
@@ -53,5 +55,3 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", _outside)
     app.connect("autodoc-process-docstring", _plain, priority=100)  # before napoleon makes markup
     return {"parallel_read_safe": True}
-
-

@@ -24,15 +24,6 @@ def test_example_runs(path, capsys, monkeypatch, tmp_path):
         assert float(names["error"].max()) <= 1e-2
 
 
-def test_python_of_the_readme_runs(monkeypatch, tmp_path):
-    """The python of the readme runs."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 def test_readme_names_targets_and_pictures_that_exist():
     """The readme names targets and pictures that exist."""
     text = (ROOT / "README.md").read_text()
