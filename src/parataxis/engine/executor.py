@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..arrays import upload
@@ -73,6 +74,12 @@ def check_inputs(noise: Tensor, condition: Any) -> None:
         )
     if noise.layout != torch.strided or noise.is_meta:
         raise ValueError(f"noise must be a dense tensor with values, got layout {noise.layout} on {noise.device}.")
+    if _is_transformed(noise):
+        raise ValueError(
+            "noise is inside a transform (vmap, jvp or grad of torch.func, or forward-mode derivatives), which cannot "
+            "follow a parallel solve, as it reads numbers in every round: call parataxis outside of it, with all "
+            "samples in one batch."
+        )
     if not bool(torch.isfinite(noise).all()):
         raise ValueError("noise has NaN or Inf: draw it by torch.randn.")
     if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
@@ -81,6 +88,13 @@ def check_inputs(noise: Tensor, condition: Any) -> None:
             "one, or leave it to the network if it is the same for all samples."
         )
     _check_condition(condition, len(noise))
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of torch.func, or carries a forward-mode derivative."""
+    level = getattr(torch._C._functorch, "maybe_get_level", None)  # torch has no public question for this
+    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None or (level is not None and level(x) != -1)
 
 
 def _check_condition(condition: Any, batch: int) -> None:
