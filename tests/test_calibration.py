@@ -221,5 +221,7 @@ def test_bad_arguments_are_named(options, message):
         px.calibrate(EXACT, noise(2), **arguments)
     with pytest.raises(ValueError, match="there is no solver 'secnat'"):
         px.calibrate(EXACT, noise(2), SAMPLER, ["secnat"])
+    with pytest.raises(TypeError, match="solver must be a name"):
+        px.calibrate(EXACT, noise(2), SAMPLER, [3])
     with pytest.raises(ValueError, match="scale must be a positive number"):
         px.Setting(px.Secant(), -1.0)

@@ -20,10 +20,14 @@ VARIANTS = problems.variants()
 
 def test_promised_models_ship():
     """The promised models ship."""
-    assert {"digits", "digits-flow", "digits-unconditional"} <= set(NAMES)
+    assert {"digits", "digits-flow", "digits-unconditional", "digits-v", "digits-edm"} <= set(NAMES)
 
 
 def samplers_of(model):
+    if isinstance(model.schedule, px.samplers.schedules.Karras):
+        return ["euler", "euler_ancestral"]
+    if model.prediction == "v":  # the others are much like the eps-prediction's
+        return ["ddpm", "dpmpp_2m"]
     if isinstance(model.schedule, px.samplers.schedules.Variance):
         return [name for name in px.SAMPLERS if name != "flow_euler"]
     return ["flow_euler"]
@@ -72,7 +76,7 @@ def test_laws_hold_on_trained_networks(name, sampler, solver):
 def test_model_is_small_and_says_what_it_is(name):
     """A model is small and says what it is."""
     model = models.load(name)
-    weights = model.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    (weights,) = model.folder.glob("*/diffusion_pytorch_model.safetensors")
     assert weights.stat().st_size <= 5_000_000
     card = (model.folder / "README.md").read_text()
     for word in ("MNIST", "licence", "training/digits.py", "MFLOP"):
@@ -100,7 +104,7 @@ def test_unconditional_model_is_a_pipeline_that_diffusers_opens_unmodified():
 
 def test_unknown_model_is_named_with_the_list():
     """An unknown model is named with the list."""
-    with pytest.raises(ValueError, match=r"no model 'digit': choose one of digits, digits-flow"):
+    with pytest.raises(ValueError, match=r"no model 'digit': choose one of digits, digits-edm, digits-flow"):
         models.load("digit")
 
 
@@ -135,6 +139,8 @@ def test_sampler_that_the_schedule_does_not_admit_raises():
         models.load("digits").sampler("flow_euler", 10)
     with pytest.raises(ValueError, match="flow-matching schedule, which ddim is not for: choose one of flow_euler"):
         models.load("digits-flow").sampler("ddim", 10)
+    with pytest.raises(ValueError, match="variance-exploding schedule, which ddim is not for: choose one of euler, "):
+        models.load("digits-edm").sampler("ddim", 10)
     with pytest.raises(ValueError, match="there is no sampler 'dd': choose one of ddim, ddpm"):
         models.load("digits").sampler("dd", 10)
     for guidance in ("a", float("nan")):
