@@ -77,6 +77,7 @@ LOOPS = [
     "speculation",
     "one_pass",
     "solver",
+    "auto",
     "function",
 ]
 

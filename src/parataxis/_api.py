@@ -10,8 +10,8 @@ from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
 from .loop_calibration import calibrate_loop
 from .loops.report import Report
-from .parallel import parallel
-from .planning import Plan, plan
+from .parallel import parallel, plan
+from .planning import Plan
 from .sample import numerical_floor, sample
 from .samplers import SAMPLERS
 from .samplers.coefficients import Coefficients

@@ -34,11 +34,12 @@ from .checks import describe, is_finite
 from .engine.executor import Executor
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
+from .loops.auto import run_loop
 from .loops.loop import Loop, reachable
 from .loops.randomness import RandomState
 from .loops.report import Report
 from .loops.signals import NotParallelizable
-from .loops.solver import check_options, solve_loop
+from .loops.solver import check_options
 from .loops.stubs import has_stub
 from .samplers.coefficients import Coefficients
 from .samplers.recurrence import Recurrence
@@ -435,7 +436,7 @@ class Parallel:
 
         loop.on_round = update_progress
         try:
-            return solve_loop(loop, (proxy, x, sigmas), keywords, self.solver, self.tolerance, self.report)
+            return run_loop(loop, (proxy, x, sigmas), keywords, self.solver, self.tolerance, self.report)
         except OutputError:
             self.loops = {form: known for form, known in self.loops.items() if known is not loop}
             raise

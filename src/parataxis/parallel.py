@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import pipelines
+from . import pipelines, planning
 from .calibration import Calibration
 from .checks import describe
 from .engine.executor import ranks_of
 from .loops.function import Parallel
 from .loops.loop import check_denoisers
 from .loops.solver import check_options
+from .planning import Plan
+from .samplers.sampler import Sampler
 from .solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from .engine.distributed.ranks import Ranks
 
-__all__ = ["parallel"]
+__all__ = ["parallel", "plan"]
 
 
 def parallel(
@@ -37,8 +39,11 @@ def parallel(
 
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline.
-        solver: A solver, or its name; default ``Secant(window=8)``. Or what :func:`parataxis.calibrate_loop` found for
-            this loop, which is compared with what is run at every call, has its own tolerance, and reports its bound.
+        solver: A solver, or its name; default ``Secant(window=8)``. Or ``auto``: what :func:`plan` expects to be
+            fastest for the arguments of a call, or the loop as it is, chosen at the first call and given up if calls by
+            it turn out slower than the loop (``report.reason`` says so). Or what :func:`parataxis.calibrate_loop` found
+            for this loop, which is compared with what is run at every call, has its own tolerance, and reports its
+            bound.
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
@@ -65,6 +70,37 @@ def parallel(
         return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
     _check_target(target)
     return Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+
+
+def plan(target: Any, *args: Any, **kwargs: Any) -> Plan:
+    """Measure what the network costs, and choose the solver that is expected to be fastest, or the loop as it is.
+
+    For a network of your own, ``plan(network, noise, sampler, ...)`` as :func:`parataxis.sample`: see
+    :func:`parataxis.planning.plan` for its options. For a pipeline, a function that runs a sampling loop, or what
+    :func:`parallel` made of them, ``plan(target, *args, **kwargs)`` with the arguments of a call: its Python runs once
+    with stubs in the place of the networks, which are timed with the arguments that it gives them.
+    ``parallel(target, plan.solver)`` follows it, and ``parallel(target, "auto")`` plans by itself.
+
+    Args:
+        target: A network, a function, a pipeline, or what :func:`parallel` returned, which says tolerance and
+            denoisers.
+        args: See above.
+        kwargs: See above.
+
+    Raises:
+        ValueError: If a loop cannot be solved in parallel, with the reason; see also :func:`parataxis.planning.plan`.
+        TypeError: If the target is none of these.
+    """
+    if isinstance(target, (Parallel, pipelines.ParallelPipeline)):
+        return target.plan(*args, **kwargs)
+    pipeline = hasattr(target, "components") and hasattr(target, "register_modules")
+    sampler = kwargs["sampler"] if "sampler" in kwargs else args[1] if len(args) > 1 else None
+    network = isinstance(target, nn.Module) or "sampler" in kwargs or isinstance(sampler, Sampler)
+    network |= hasattr(sampler, "step") and hasattr(sampler, "timesteps")
+    if network and not pipeline:
+        return planning.plan(target, *args, **kwargs)
+    planned: Plan = parallel(target).plan(*args, **kwargs)
+    return planned
 
 
 def _check_target(target: Any) -> None:

@@ -17,10 +17,11 @@ from torch import nn
 from .checks import describe
 from .engine.executor import ranks_of
 from .fingerprint import loop_fingerprint
+from .loops.auto import plan_loop, run_loop
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.schedulers import schedulers_in
-from .loops.solver import check_options, solve_loop
+from .loops.solver import check_options
 from .solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from .calibration import Calibration
     from .engine.distributed.ranks import Ranks
+    from .planning import Plan
 
 __all__ = ["ParallelPipeline", "disable", "enable", "parallel"]
 
@@ -105,7 +107,7 @@ class ParallelPipeline:
     def __init__(
         self,
         pipe: Any,
-        solver: Solver,
+        solver: Solver | str,
         tolerance: float,
         denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
@@ -126,10 +128,14 @@ class ParallelPipeline:
         """Run the pipeline."""
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
-        value = solve_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        value = run_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
         if self.calibration is not None:
             self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
         return value
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan of a call with these arguments; see :func:`parataxis.plan`."""
+        return plan_loop(self._current(), args, kwargs, self.tolerance)
 
     def __enter__(self) -> Report:
         """Enable the pipeline."""

@@ -244,6 +244,7 @@ def plan(
     buckets: Sequence[int] | None = None,
     known: Latency | None = None,
     measured: Sequence[Solution] = (),
+    trials: bool = True,
 ) -> Plan:
     """Measure what calls of the network cost, and choose the solver that is expected to be fastest.
 
@@ -265,6 +266,8 @@ def plan(
         known: tau(n), if it has been measured already.
         measured: Earlier solves with this network: where a solver took more or fewer rounds than forecast, the new
             forecast follows. Solves with other solvers or with samplers of the other kind are ignored.
+        trials: Where a loop takes less than a second, run it and the best solvers a few times, from this noise, and
+            plan by what they take, unless something has been measured already.
 
     Raises:
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf.
@@ -295,7 +298,7 @@ def plan(
                 "network's dtype and its conditioning."
             )
         # What is planned for runs here, and nothing of it has been measured yet.
-        trials = known is None and not measured and devices == 1 and rows_per_step == 1
+        trials = trials and known is None and not measured and devices == 1 and rows_per_step == 1
         known = _measure_latency(network, example, setting, forecasts, max_rows, execute.buckets, known)
         states = example.x.to(torch.promote_types(noise.dtype, torch.float32))
         overheads = _measure_overheads(forecasts, sampler, states, call, float(known.seconds(1)))

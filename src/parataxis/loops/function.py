@@ -11,14 +11,15 @@ from torch import nn
 
 from ..fingerprint import loop_fingerprint
 from ..solvers.base import Solver
+from .auto import plan_loop, run_loop
 from .loop import Loop, reachable
 from .report import Report
 from .schedulers import schedulers_in
-from .solver import solve_loop
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
     from ..engine.distributed.ranks import Ranks
+    from ..planning import Plan
 
 __all__ = ["Parallel"]
 
@@ -38,7 +39,7 @@ class Parallel:
     def __init__(
         self,
         function: Callable[..., Any],
-        solver: Solver,
+        solver: Solver | str,
         tolerance: float,
         denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
@@ -59,6 +60,20 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""
+        loop = self._current(args, kwargs)
+        if self.calibration is not None:
+            self.calibration.check(loop_fingerprint(self.function, args, kwargs))
+        value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        if self.calibration is not None:
+            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
+        return value
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan of a call with these arguments; see :func:`parataxis.plan`."""
+        return plan_loop(self._current(args, kwargs), args, kwargs, self.tolerance)
+
+    def _current(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loop:
+        """Return the loop; a new one if it calls other modules than before."""
         denoisers = self._denoisers
         modules = _modules(self.function, args, kwargs)
         if denoisers is None:
@@ -77,12 +92,7 @@ class Parallel:
 
             owner = (_name(self.function), self.function)
             loop = self.loop = Loop(run, denoisers, others, schedulers=self._schedulers, ranks=self._ranks, owner=owner)
-        if self.calibration is not None:
-            self.calibration.check(loop_fingerprint(self.function, args, kwargs))
-        value = solve_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
-        if self.calibration is not None:
-            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
-        return value
+        return loop
 
     def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return schedulers_in(reachable(self.function, args, kwargs))

@@ -39,6 +39,7 @@ class Loop:
         layouts: How each kind of call is batched.
         limit: Most rows that memory has had room for.
         structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
+        choices: Which solver was chosen, by :meth:`key`; the latest ones.
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
         schedulers: Returns the schedulers that a call with these arguments can see.
         recorded: Keys of calls that are recorded, because one pass found no step of a scheduler that it could foresee.
@@ -59,6 +60,7 @@ class Loop:
     layouts: dict[Any, Layout] = field(default_factory=dict)
     limit: int | None = None
     structures: dict[Any, Structure] = field(default_factory=dict)
+    choices: dict[Any, Any] = field(default_factory=dict)
     changed_by_callbacks: set[Any] = field(default_factory=set)
     schedulers: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]] = lambda args, kwargs: []
     recorded: set[Any] = field(default_factory=set)

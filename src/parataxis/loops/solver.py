@@ -71,11 +71,11 @@ class Phase(Enum):
     DONE = auto()
 
 
-def check_options(solver: Solver | str | None, tolerance: Any) -> tuple[Solver, float]:
-    """Return the solver, ``Secant(window=8)`` by default, and the tolerance, or raise."""
+def check_options(solver: Solver | str | None, tolerance: Any) -> tuple[Any, float]:
+    """Return the solver, ``Secant(window=8)`` by default, or ``auto``, and the tolerance, or raise."""
     if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
-    return as_solver(solver), float(tolerance)
+    return "auto" if isinstance(solver, str) and solver == "auto" else as_solver(solver), float(tolerance)
 
 
 def solve_loop(
