@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Networks:
 
     def sequential_seconds(self, seconds: float) -> float:
         """Return about how long the loop takes by itself, if this run took so many seconds; 0 if that is not known."""
-        single = [min(times) for kind in self._kinds if (times := self.loop.times.calls.get(kind))]
+        single = [median(times) for kind in self._kinds if (times := self.loop.times.calls.get(kind))]
         return seconds - self._seconds + self.answers * sum(single) / len(single) if single else 0.0
 
     def changed(self) -> bool:

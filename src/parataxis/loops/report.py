@@ -20,8 +20,8 @@ class Report:
     Attributes:
         seconds: How long the call took, with everything that it did besides the loop.
         sequential_seconds: How long the unmodified loop takes: measured where it ran in this call, an earlier one or
-            :func:`parataxis.plan`, else estimated from the seconds of single network calls and of the loop's own
-            Python, as the smallest of a few. 0 while it is not known.
+            :func:`parataxis.plan`, else estimated from the median of a few single network calls and from the
+            loop's own Python. 0 while it is not known.
         estimated: Whether ``sequential_seconds`` is an estimate.
         mode: ``one pass`` (the loop ran once, with outputs that were solved ahead of it by its scheduler's recurrence),
             ``recurrence`` (the loop's recurrence was solved), ``replay`` (the loop's Python answered every round),

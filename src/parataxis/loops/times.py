@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ MIN_CALLS = 8  # calls in a pass whose own Python is timed
 class LoopTimes:
     """Seconds of single network calls, of the loop's own Python, and of whole loops; kept from call to call.
 
-    The smallest time counts, because what else a machine does only makes times longer. An estimate is therefore rather
-    too small than too large, and so is the speed-up that is reported.
+    Of single calls the median counts: on a busy machine the loop would not have had the quickest call every time. Of
+    the loop's own Python, which passes slow down by watching it, and of whole loops the smallest time does.
 
     Attributes:
         calls: Seconds of single calls, a few by kind of call.
@@ -65,4 +66,4 @@ class LoopTimes:
         if not all(self.calls.get(kind) for kind in kinds):
             return 0.0
         python = self.python if self.python < float("inf") else 0.0
-        return sum(min(self.calls[kind]) for kind in kinds) + len(kinds) * python + other
+        return sum(median(self.calls[kind]) for kind in kinds) + len(kinds) * python + other
