@@ -54,8 +54,11 @@ class Packed:
         self._host = torch.zeros(total, dtype=torch.float64, device="cpu", pin_memory=cuda)
         # On the CPU the host memory is the device memory; elsewhere it has a twin there.
         self._device = self._host if like.device.type == "cpu" else torch.zeros_like(self._host, device=like.device)
-        raw = self._device[:count]
-        self._cast = raw if like.dtype == torch.float64 else torch.zeros(count, dtype=like.dtype, device=like.device)
+        self._raw = self._device[:count]
+        self._casts = bool(count) and like.dtype != torch.float64
+        self._cast = self._raw
+        if self._casts:
+            self._cast = torch.zeros(count, dtype=like.dtype, device=like.device)
         self._sent: torch.cuda.Event | None = None
         self.numbers: dict[str, Array] = {}
         self.indices: dict[str, Indices] = {}
@@ -83,5 +86,5 @@ class Packed:
             # Inside a CUDA graph the host waits by other means.
             if self._device.is_cuda and not torch.cuda.is_current_stream_capturing():
                 self._sent = torch.cuda.current_stream(self._device.device).record_event()
-        if len(self._cast) and self._cast.data_ptr() != self._device.data_ptr():
-            self._cast.copy_(self._device[: len(self._cast)])
+        if self._casts:
+            self._cast.copy_(self._raw)

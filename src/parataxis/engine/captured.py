@@ -21,7 +21,8 @@ from ..arrays import Array
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
 from ..solvers.batch import Batch
-from ..solvers.window import Window, split
+from ..solvers.instructions import write_frame
+from ..solvers.window import Window
 from ..solvers.windowed import Windowed
 from .run import Group, Run
 from .solution import Round
@@ -120,7 +121,8 @@ class CapturedRounds:
         leaves, self.spec = tree_flatten(condition)
         rows = self.window.W
         self.leaves = [leaf.repeat_interleave(rows, 0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.shapes: list[tuple[int, ...]] = []
+        measured = self.window.tensors.measured
+        self.measured = torch.zeros(measured.shape, dtype=measured.dtype, device="cpu", pin_memory=measured.is_cuda)
         self._capture()
 
     def load(self, batch: Batch, condition: Any) -> None:
@@ -142,7 +144,7 @@ class CapturedRounds:
         )
         state.results, state.numbers = {}, batch.numbers
         self.window.reset(self.window.rows)
-        self.window.write_frame()
+        write_frame(self.window)
         self.window.pack.send()
 
     def evaluate(self) -> None:
@@ -161,12 +163,8 @@ class CapturedRounds:
             outputs = self.sampler.transform.apply(self.columns.index_select(1, sent["step"]), x, outputs)
         outputs = outputs.reshape(-1, tensors.outputs.shape[2])
         tensors.outputs.copy_(outputs.view(tensors.outputs.shape))
-        parts = [*tensors.measure(pairs=tensors.keeps_pairs), torch.linalg.vector_norm(outputs, float("inf"), dim=1)]
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        if not self.shapes:
-            self.shapes = [tuple(part.shape) for part in parts]
-            self.measured = torch.zeros(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=flat.is_cuda)
-        self.measured.copy_(flat, non_blocking=True)
+        tensors.measure(outputs, pairs=tensors.keeps_pairs)
+        self.measured.copy_(tensors.measured, non_blocking=True)
 
     def move(self) -> None:
         """Send what the host has written, and move the tensors."""
@@ -175,11 +173,11 @@ class CapturedRounds:
         tensors.overflowed = True  # costs one operation, and saves a second graph
         tensors.move(enter=True)
 
-    def read(self) -> list[Array]:
+    def read(self) -> dict[str, Array]:
         """Return what has been measured, once it is there."""
         if self.measured.is_pinned():
             torch.cuda.current_stream().synchronize()
-        return split(self.measured.double().numpy(), self.shapes)
+        return self.window.tensors.split(self.measured.double().numpy())
 
     def _capture(self) -> None:
         if self.batch.start.is_cuda:
@@ -229,12 +227,12 @@ class Captured(Iterator[int]):
             raise StopIteration
         if active[0].group.changed:
             window.refresh()
-            window.write_frame()
+            write_frame(window)
             window.pack.send()
             active[0].group.changed = False
         rounds.replay_evaluate()
-        gram, pairs, size, corrections, largest = rounds.read()
-        finite = np.isfinite(largest).reshape(window.inside.shape) | ~window.inside
+        values = rounds.read()
+        finite = np.isfinite(values["largest"]).reshape(window.inside.shape) | ~window.inside
         if not finite.all():
             raise NotFinite
         batch = rounds.batch
@@ -242,7 +240,7 @@ class Captured(Iterator[int]):
             Round(int(batch.accepted[run.place]), int(window.width[run.place]), float(batch.error[run.place]))
             for run in active
         ]
-        measured = window.take_measured(gram, pairs, size, corrections, None)
+        measured = window.take_measured(values, None)
         assert isinstance(solver, Windowed)
         solver.decide(window, measured)
         if window.overflow:

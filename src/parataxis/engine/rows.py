@@ -31,6 +31,8 @@ class EvalBatch(NamedTuple):
 
 def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, step: Indices) -> Tensor:
     """Return the outputs of the network at these steps, or raise an :class:`OutputError` unless they have this form."""
+    if isinstance(outputs, Tensor) and outputs.shape == shape and outputs.dtype == dtype:
+        return outputs
     first, last = int(step.min()), int(step.max())
     where = f"at step {first}" if first == last else f"at steps {first} to {last}"
     if not isinstance(outputs, Tensor):
@@ -42,8 +44,6 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, step: Indic
         raise OutputError(
             f"the network returned the shape {tuple(outputs.shape)}, expected that of its input, {shape}, {where}."
         )
-    if outputs.dtype != dtype:
-        raise OutputError(
-            f"the network returned {outputs.dtype}, expected that of its input, {dtype}, {where}: convert it."
-        )
-    return outputs
+    raise OutputError(
+        f"the network returned {outputs.dtype}, expected that of its input, {dtype}, {where}: convert it."
+    )

@@ -418,7 +418,7 @@ class Share(NamedTuple):
     Attributes:
         group: Whose query.
         rows: Their numbers in the query; None for all.
-        parts: (place, rows now, whether the place is through then) in the order of the rows.
+        parts: (place, rows now, whether the place is through then) in the order of the rows; not looked at for all.
     """
 
     group: Group
@@ -430,6 +430,11 @@ class Share(NamedTuple):
         """(R,) the steps of the rows."""
         steps = self.group.ask().step
         return steps if self.rows is None else steps[self.rows]
+
+    @classmethod
+    def whole(cls, group: Group) -> Share:
+        """Return all of a pending query, of whose rows none has been evaluated."""
+        return cls(group, None, [])
 
 
 def shares_of(runs: Sequence[Run], limit: int | None = None) -> list[Share]:
@@ -462,9 +467,12 @@ def evaluation(shares: Sequence[Share]) -> EvalBatch:
 
 def answer_shares(shares: Sequence[Share], outputs: Tensor) -> None:
     """Give the network's outputs for the rows of shares, and let their solvers go on where a sample is through."""
-    counts = [sum(rows for _, rows, _ in share.parts) for share in shares]
-    group, steps = shares[0].group, np.concatenate([share.steps for share in shares])
-    outputs = expect(outputs, (sum(counts), *group.shape), group.dtype, steps)
+    group, steps = shares[0].group, [share.steps for share in shares]
+    if len(shares) == 1:
+        group.take(shares[0], expect(outputs, (len(steps[0]), *group.shape), group.dtype, steps[0]))
+        return
+    counts = [len(part) for part in steps]
+    outputs = expect(outputs, (sum(counts), *group.shape), group.dtype, np.concatenate(steps))
     for share, part in zip(shares, torch.split(outputs, counts), strict=True):
         share.group.take(share, part)
 
@@ -493,11 +501,13 @@ def drive(
         ValueError: For runs of several calls.
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for an accepted input.
     """
-    if any(run.group is not runs[0].group for run in runs):
+    if len({run.group for run in runs}) > 1:
         raise ValueError("runs that are driven together must be of one call of start: make one recurrence of all.")
-    rounds = 0
+    rounds, complete = 0, len(runs) > 0 and len(set(runs)) == len(runs[0].group.runs)
     while active := [run for run in runs if not run.done]:
-        shares = shares_of(active)
+        group = active[0].group
+        # All rows of a query are wanted, unless somebody else holds runs of the call, or has answered some in part.
+        shares = [Share.whole(group)] if complete and not group.partial else shares_of(active)
         answer_shares(shares, evaluate(evaluation(shares)))
         rounds += 1
         if on_round is not None:

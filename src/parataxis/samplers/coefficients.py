@@ -98,19 +98,6 @@ class Coefficients:
         total = self.output_weight[steps].sum(1)
         return np.divide(growth - self.state_weight[steps], total, out=np.zeros(len(growth)), where=total != 0)
 
-    def gaussian_slopes(self, variance: float) -> Array:
-        """Return (N,) d_i of the exact network for Gaussian data of this variance v.
-
-        The data prediction then has the slope alpha v / (alpha^2 v + sigma^2) in x. Where alpha and sigma are unknown
-        the growth is taken as 1.
-        """
-        if self.alpha is None or self.sigma is None or self.scale is None or self.x0_from_output is None:
-            return self.slopes(np.ones(self.steps))
-        assert self.x0_from_input is not None
-        alpha, sigma, scale = self.alpha[:-1], self.sigma[:-1], self.scale[:-1]
-        target = alpha * variance / (alpha**2 * variance + sigma**2) / scale
-        return (target - self.x0_from_input) / self.x0_from_output
-
     def frozen_prediction_slopes(self) -> Array:
         """Return (N,) d_i with which later steps freeze the prediction of a step.
 

@@ -23,14 +23,13 @@ accepted in a round, among them always the first, take the plain update N: so at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..arrays import Array, Indices
+from ..arrays import Array, Indices, read
 from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from .base import Answer
@@ -145,7 +144,7 @@ class Anderson(Windowed):
                 window.mix(self._factors(corrections, window, count))
         window.move(count, self.entry)
 
-    def _factors(self, gram: Array, window: Window, count: Indices) -> Array:
+    def _factors(self, gram: Array, window: _Accelerated, count: Indices) -> Array:
         """Return (S, W, m) factors of the last rounds in the next states: plain up to ``count``, then accelerated."""
         state = window.steps[..., None] + 1
         low = np.concatenate([window.lo[:, None], window.spans[:, 0]], 1)[:, None]
@@ -199,26 +198,30 @@ class _AcceleratedTensors(WindowTensors):
 
     corrected = False  # whether the corrected states of this round are in place already
 
-    def rows(self) -> dict[str, int]:
-        history_rows = {f"{kind}{age}": self.width + 1 for age in range(1, self.history) for kind in ("new", "old")}
-        return {**super().rows(), **history_rows}
+    def regions(self) -> dict[str, int]:
+        # The corrections of earlier rounds lie behind the residuals, whose place those of this round take.
+        kept = {f"{kind}{age}": self.width for kind in ("correction", "new") for age in range(1, self.history)}
+        return super().regions() | kept
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
-        return {**super().numbers(), "mix": (self.history, self.count, self.width, 1)}
+        return {**super().numbers(), **{f"mix{age}": (self.count, self.width, 1) for age in range(self.history)}}
 
     def indices(self) -> dict[str, int]:
-        return {**super().indices(), "shift_history": (self.width + 1) * self.count}
+        return {**super().indices(), "shift_history": self.width * self.count}
+
+    def measured_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = (self.count, self.width, self.history, self.history) if self.history > 1 else (0,)
+        return {**super().measured_shapes(), "corrections": shape}
 
     def look(self) -> None:
         super().look()
-        self.history_states = [
-            (self._states("moved"), self._states("x")),
-            *((self._states(f"new{age}"), self._states(f"old{age}")) for age in range(1, self.history)),
-        ]
-
-    def _states(self, name: str) -> Tensor:
-        """Return the states lo + 1 .. lo + W of a tensor, (S, W, dim)."""
-        return self.flat[name][:-1].view(self.x.shape)[:, 1:]
+        length, dim, m = self.count * self.width + 1, self.all.shape[1], self.history
+        first = self.first["r"]
+        self.corrections = self.all[first : first + m * length].view(m, length, dim)[:, :-1].transpose(0, 1)
+        self.corrections_transposed = self.corrections.mT
+        self.older = [self.flat[f"new{age}"][:-1].view(self.step.shape) for age in range(1, m)]
+        if m > 1:
+            self.correction_products = self.pieces["corrections"].view(-1, m, m)
 
     def correct(self) -> None:
         """Put the corrected states in place, once."""
@@ -226,72 +229,86 @@ class _AcceleratedTensors(WindowTensors):
             super().correct()
         self.corrected = True
 
-    def measure_corrections(self) -> Tensor:
-        """Correct, and return the inner products of the corrections of the last rounds, (S, W, m, m)."""
+    def measure_residuals(self) -> None:
+        """Measure the residuals, and the corrections that follow from them."""
+        super().measure_residuals()
+        self.measure_corrections()
+
+    def measure_corrections(self) -> None:
+        """Correct, and take the inner products of the corrections of the last rounds, (S, W, m, m)."""
         self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
         self.corrected = False
         self.correct()
-        if self.history == 1:
-            return self.r.new_zeros(0)
-        stacked = self.r.new_empty(self.count, self.width, self.history, self.r.shape[2])
-        for age, (new, old) in enumerate(self.history_states):
-            torch.sub(new, old, out=stacked[:, :, age])
-        stacked = stacked.flatten(0, 1)
-        return torch.bmm(stacked, stacked.mT).view(self.count, self.width, self.history, self.history)
+        if self.history > 1:
+            torch.sub(self.step, self.targets, out=self.r)
+            torch.bmm(self.corrections, self.corrections_transposed, out=self.correction_products)
 
     def move(self, *, enter: bool) -> None:
         """Mix the corrections, and move what is kept of them."""
         if self.history > 1:
-            sent, flat = self.pack.tensors, self.flat
+            sent = self.pack.tensors
             self.correct()
-            mixed = flat["moved"].clone()
-            states = mixed[:-1].view(self.x.shape)[:, 1:]
-            states.mul_(sent["mix"][0])
-            for age in range(1, self.history):
-                states.addcmul_(self.history_states[age][0], sent["mix"][age])
             for age in range(self.history - 1, 0, -1):
-                before = ("moved", "x") if age == 1 else (f"new{age - 1}", f"old{age - 1}")
-                for kind, source in zip(("new", "old"), before, strict=True):
-                    torch.index_select(flat[source], 0, sent["shift_history"], out=flat[f"{kind}{age}"][:-1])
-            flat["moved"].copy_(mixed)
+                self._shift("r" if age == 1 else f"correction{age - 1}", f"correction{age}")
+            # The corrections of this round are kept now: their place is free.
+            mixed = torch.mul(self.step, sent["mix0"], out=self.r)
+            for age, states in enumerate(self.older, 1):
+                mixed.addcmul_(states, sent[f"mix{age}"])
+            for age in range(self.history - 1, 0, -1):
+                self._shift("step" if age == 1 else f"new{age - 1}", f"new{age}")
+            self.step.copy_(mixed)
         super().move(enter=enter)
+
+    def _shift(self, source: str, target: str) -> None:
+        """Move states lo + 1 .. lo + W with their windows into the place of older ones."""
+        index = self.pack.tensors["shift_history"]
+        torch.index_select(self.flat[source], 0, index, out=self.flat[target][:-1])
 
 
 class _Accelerated(Window):
     """Windows that combine the corrections of the last rounds."""
 
     tensors_type: type[WindowTensors] = _AcceleratedTensors
+    STATES: ClassVar[dict[str, Any]] = {**Window.STATES, "spans": 0.0}
 
     def correct(self, slopes: Array, measured: Measured | None = None) -> None:
         """Take the slopes, which are known before anything is measured."""
         super().correct(slopes, measured)
-        self._frame_sent = False  # they are sent with what the measurement needs
+        self.frame_sent = False  # they are sent with what the measurement needs
+
+    def seat(self, places: Indices, tensors: WindowTensors) -> None:
+        """Begin anew with the samples at these places."""
+        super().seat(places, tensors)
+        self.spans = np.zeros((len(places), 2, self.history - 1))  # lo and hi of the rounds kept, the latest first
 
     def measure_corrections(self) -> Array:
         """Return the inner products of the corrections by a read of their own."""
-        return self.tensors.measure_corrections().cpu().double().numpy()
+        self.tensors.measure_corrections()  # type: ignore[attr-defined]
+        return read(self.tensors.pieces["corrections"])
 
     def mix(self, factors: Array) -> None:
         """Take the factors (S, W, m) of the last rounds in the next states."""
-        self.pack.numbers["mix"][..., 0] = factors.transpose(2, 0, 1)
+        for age in range(self.history):
+            self.pack.numbers[f"mix{age}"][..., 0] = factors[..., age]
 
-    def _write_shift(self, count: Indices, last: Indices) -> None:
-        super()._write_shift(count, last)
-        source, nothing = count[:, None] + self.offset, len(count) * (self.W + 1)
-        here = np.where(source <= self.width[:, None], self.rows[:, None] * (self.W + 1) + source, nothing)
-        self.pack.indices["shift_history"][:] = here.reshape(-1)
+    def move(self, count: Indices, entry: str) -> None:
+        """Accept states and move, with what is kept of the last rounds."""
+        # State lo + 1 + j of the window comes from what lies count further on.
+        source = count[:, None] + self.offset[:-1]
+        here = np.where(source < self.width[:, None], self.rows[:, None] * self.W + source, len(count) * self.W)
+        self.pack.indices["shift_history"].reshape(here.shape)[:] = here
         # Rounds on interpolated outputs begin a new history.
         now = np.stack([self.lo, self.hi], 1)[..., None]
         before = np.where(self.coarse[:, None, None], 0, self.spans)
         self.spans = np.concatenate([now, before], 2)[..., : self.history - 1]
+        super().move(count, entry)
 
 
 class _ReplayedTensors(_AcceleratedTensors):
     """The same where a pass of the loop puts the corrected states in place."""
 
-    def gram(self) -> Tensor:
-        """Return nothing: residuals are not known."""
-        return self.r.new_zeros(0)
+    def measure_residuals(self) -> None:
+        """Do nothing: residuals are not known."""
 
     def correct(self) -> None:
         """Do nothing: the corrected states are there."""

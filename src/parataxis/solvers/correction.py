@@ -16,8 +16,10 @@ matrix would cost W^3 on the host. Each chunk starts from the changes of the L +
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import Array
 
@@ -54,18 +56,35 @@ def propagation(state_weight: Array, output_weight: Array, slopes: Array, order:
     width, lags = slopes.shape[1], output_weight.shape[2] - 1
     if order is not None:
         return [_truncated(state_weight, output_weight, slopes, order)]
-    chunks = []
-    for a in range(0, width, CHUNK):
-        steps = slice(a, min(a + CHUNK, width))
-        if lags == 0:
-            spread = products(state_weight[:, steps] + output_weight[:, steps, 0] * slopes[:, steps])
-            # Column c of the products carries the state before step c: of the first chunk that one never moves.
-            moved = np.zeros_like(spread)
-            moved[:, :, :-1] = spread[:, :, 1:]
-            chunks.append(moved if a == 0 else np.concatenate([spread[:, :, :1], moved], 2))
-        else:
-            chunks.append(_multistep(state_weight, output_weight, slopes, steps))
+    if lags:
+        return [
+            _multistep(state_weight, output_weight, slopes, slice(a, min(a + CHUNK, width)))
+            for a in range(0, width, CHUNK)
+        ]
+    growth = state_weight + output_weight[:, :, 0] * slopes
+    chunks, first = [], 0
+    for rows, columns in chunk_shapes(width, 0):
+        # Column c carries the state behind step c, which the steps behind it move; of the states before the first
+        # chunk none moves.
+        behind = _behind(rows, columns)
+        chunk = np.where(behind, growth[:, first : first + rows, None], 1.0)
+        np.multiply.accumulate(chunk, axis=1, out=chunk)
+        chunk *= behind
+        chunks.append(chunk)
+        first += rows
     return chunks
+
+
+@cache
+def _behind(rows: int, columns: int) -> NDArray[np.bool_]:
+    """Return (rows, columns) which states lie behind that of a column: the last one's lies before the first row's."""
+    return np.tri(rows, columns, columns - rows - 1, dtype=bool)
+
+
+@cache
+def _identity(rows: int, columns: int) -> Array:
+    """Return (rows, columns) ones where a state is its own."""
+    return np.eye(rows, columns, columns - rows)
 
 
 def _multistep(state_weight: Array, output_weight: Array, slopes: Array, steps: slice) -> Array:
@@ -116,7 +135,7 @@ def rows_of(chunks: Sequence[Array]) -> Iterator[slice]:
 
 
 def corrected_norms(chunks: Sequence[Array], lags: int, gram: Array) -> tuple[Array, Array]:
-    """Return the squared norms of the changes delta and of the residuals of all states, (S, W) each.
+    """Return the norms of the changes delta and of the residuals of all states, (S, W) each.
 
     Infinite where a residual overflowed, and for all states behind it: nothing is known of them.
 
@@ -126,22 +145,22 @@ def corrected_norms(chunks: Sequence[Array], lags: int, gram: Array) -> tuple[Ar
         gram: (S, W, W) inner products of the residuals.
     """
     samples = len(gram)
-    diagonal = np.diagonal(gram, axis1=1, axis2=2)
-    lost = ~np.isfinite(diagonal)
-    overflow = bool(lost.any())
+    diagonal = gram.diagonal(0, 1, 2)
+    overflow = not np.isfinite(gram.sum())
     if overflow:
+        lost = ~np.isfinite(diagonal)
         gram = np.where(lost[:, :, None] | lost[:, None], 0, gram)
-        diagonal = np.diagonal(gram, axis1=1, axis2=2)
+        diagonal = gram.diagonal(0, 1, 2)
     if len(chunks) == 1:
-        change = chunks[0] + np.eye(chunks[0].shape[1])
-        changes = np.einsum("sij,sij->si", change @ gram, change)
+        change = chunks[0] + _identity(*chunks[0].shape[1:])
+        changes = ((change @ gram) * change).sum(2)
     else:
         squares = []
         before = np.zeros((samples, 0, gram.shape[1]))  # the changes of the states before a chunk, as sums of residuals
         inner = before @ gram  # and their inner products with all residuals
         for rows, chunk in zip(rows_of(chunks), chunks, strict=True):
             size, known = chunk.shape[1], before.shape[1]
-            change = chunk + np.eye(size, known + size, known)
+            change = chunk + _identity(size, known + size)
             joint = np.empty((samples, known + size, known + size))
             joint[:, :known, :known] = inner @ before.transpose(0, 2, 1)
             joint[:, :known, known:] = inner[:, :, rows]
@@ -153,7 +172,7 @@ def corrected_norms(chunks: Sequence[Array], lags: int, gram: Array) -> tuple[Ar
             before[:, :, rows] += last[:, :, known:]
             inner = last[:, :, :known] @ inner + last[:, :, known:] @ gram[:, rows]
         changes = np.concatenate(squares, 1)
-    changes, residuals = np.maximum(changes, 0), np.maximum(diagonal, 0)
+    changes, residuals = np.sqrt(np.maximum(changes, 0)), np.sqrt(np.maximum(diagonal, 0))
     if overflow:
         behind = np.logical_or.accumulate(lost, 1)
         changes, residuals = np.where(behind, np.inf, changes), np.where(behind, np.inf, residuals)

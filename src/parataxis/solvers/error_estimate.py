@@ -87,16 +87,15 @@ def gain_to_sample(gamma: Array, measured: Flags, reach: Array, at_end: Flags) -
         at_end: (S, W) whether that state is the sample.
     """
     # A state gains what the measured steps behind it make of it, then what may happen from the first that is not.
-    known = np.logical_and.accumulate(measured[:, ::-1], 1)[:, ::-1]
-    width = gamma.shape[1]
+    samples, width = gamma.shape
     behind = np.ones_like(gamma)
-    behind[:, :-1] = np.multiply.accumulate(gamma[:, :0:-1], 1)[:, ::-1]
+    np.multiply.accumulate(gamma[:, :0:-1], 1, out=behind[:, -2::-1])
     whole = np.where(at_end, 1.0, reach)
-    # Up to the first step that was never measured: its input state has index first - 1.
-    first = np.where(known[:, 0], width, np.argmin(measured, 1))
-    rows = np.arange(len(gamma))
-    last = np.maximum(first - 1, 0)
-    gain = behind / behind[rows, last][:, None] * whole[rows, last][:, None]
+    # Up to the first step that was never measured: its input state has index first - 1. Where all are, first is 0 too,
+    # and the last state counts; where already the first is not, its own does.
+    last = np.where(measured[:, 0], (np.argmin(measured, 1) - 1) % width, 0)
+    at = np.arange(samples) * width + last
+    gain = behind * (whole.take(at) / behind.take(at))[:, None]
     return np.where(np.arange(width) <= last[:, None], gain, whole)
 
 

@@ -22,7 +22,7 @@ from ..samplers.coefficients import Coefficients
 from .correction import products
 
 if TYPE_CHECKING:
-    from .window import Tables
+    from .tables import Tables
 
 __all__ = ["between_nodes", "copied", "frozen", "line"]
 

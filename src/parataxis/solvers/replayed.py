@@ -39,9 +39,8 @@ class Replays(Protocol):
 class ReplayedTensors(WindowTensors):
     """Tensors of windows whose corrected states are put in place by a pass of the loop."""
 
-    def gram(self) -> Tensor:
-        """Return nothing: residuals are not known."""
-        return self.r.new_zeros(0)
+    def measure_residuals(self) -> None:
+        """Do nothing: residuals are not known."""
 
     def correct(self) -> None:
         """Do nothing: the corrected states are there."""
@@ -56,13 +55,13 @@ class ReplayedWindow(Window):
         """Run one pass of the loop with these slopes; the norms are those of what it gives."""
         super().correct(slopes, None)
         slopes = np.where(self.inside, slopes, 0.0)
-        loop, moved, x = self._loop, self.tensors.moved, self.tensors.x
+        loop, moved, before = self._loop, self.tensors.step, self.tensors.targets
         loop.run_pass(min(int(self.hi.max()) + int(self.width.max()), self.problem.steps))
         for row in np.flatnonzero(self.width):
             states = loop.states(int(self.places[row]), int(self.lo[row]) + 1, int(self.hi[row]))
-            moved[row, 1 : 1 + self.width[row]] = states.to(moved)
+            moved[row, : self.width[row]] = states.to(moved)
         inside = upload(self.inside, moved.device)
-        change = torch.where(inside[..., None], moved[:, 1:] - x[:, 1:], 0)
+        change = torch.where(inside[..., None], moved - before, 0)
         # What the steps' own growth does not carry on stands for the residual.
         growth = upload(self.growth(slopes), change)
         remainder = change.clone()

@@ -4,7 +4,8 @@ Everything here is a fixed sequence of tensor operations on tensors that stay wh
 indices that the host sends in one copy (:class:`parataxis.arrays.Packed`). So a round has few operations, whatever the
 number of samples and steps, and a CUDA graph can hold all of it.
 
-Tensors are flat, (rows + 1, dim), with one more row that stays zero, for indices that are to point to nothing.
+All lie in one block of rows (rows, dim), region behind region. Each region ends with a row that stays zero, for indices
+that are to point to nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices, Packed, upload
+from ..arrays import Array, Indices, Packed, upload
 from . import correction, extrapolation
 from .batch import Batch
 
@@ -36,13 +37,16 @@ class WindowTensors:
         history: Rounds of corrections kept, of accelerated methods.
 
     Attributes:
+        rows: How many rows each region has for a sample.
+        first: Where each region begins.
         x: (S, W + 1, dim) the states lo .. lo + W; ``inputs`` the first W of them, ``targets`` the last W.
         f: (S, L + W, dim) the outputs of the steps lo - L .. lo + W - 1; ``outputs`` the last W.
         step: (S, W, dim) the step of each state, later the corrected states lo + 1 .. lo + W.
         r: (S, W, dim) residuals.
         dx, df: (S, W, dim) input and output of the evaluation before, and once measured the moves since then.
-        end_x, end_f: (S, 2, dim) input and output of the first and of the last step of each window; ``last_x`` and
-            ``last_f`` (S, dim) those of the last.
+        ends: (4 or 5, S, dim) input of the last step of each window as it was evaluated last, the state behind it where
+            that stands for the size of data, input of the first step, and outputs of the last and of the first step.
+        measured: What a round measures, in one piece: the arrays of :meth:`measured_shapes`, one behind the other.
     """
 
     def __init__(
@@ -60,9 +64,8 @@ class WindowTensors:
         self.batch, self.count, self.width, self.lags = batch, count, width, lags
         self.keeps_pairs, self.predicts, self.order, self.history = keeps_pairs, predicts, order, history
         self.overflowed = False  # whether a residual may be infinite
-        like = batch.start
-        self.flat = {name: like.new_zeros(rows * count + 1, like.shape[1]) for name, rows in self.rows().items()}
-        self.pack = Packed(self.numbers(), self.indices(), like)
+        self.rows = self.regions()
+        self.all = batch.start.new_zeros(sum(rows * count + 1 for rows in self.rows.values()), batch.start.shape[1])
         self.look()
 
     def like(self, count: int) -> WindowTensors:
@@ -70,24 +73,25 @@ class WindowTensors:
         options = {"keeps_pairs": self.keeps_pairs, "predicts": self.predicts, "order": self.order}
         return type(self)(self.batch, count, self.width, self.lags, **options, history=self.history)  # type: ignore[arg-type]
 
-    def rows(self) -> dict[str, int]:
-        """Return how many rows each tensor has for a sample."""
+    def regions(self) -> dict[str, int]:
+        """Return how many rows each region has for a sample."""
         width = self.width
-        rows = {"x": width + 1, "moved": width + 1, "r": width, "f": self.lags + width, "end_x": 2, "end_f": 2}
-        return rows | ({"pairs": 2 * width} if self.keeps_pairs else {})
+        rows = {"x": width + 1, "step": width, "f": self.lags + width}
+        return rows | ({"dx": width, "df": width} if self.keeps_pairs else {}) | {"r": width}
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the numbers that the host sends."""
         width, lags, count = self.width, self.lags, self.count
-        tail = extrapolation.HISTORY + lags + (width + 1 if self.batch.noise is not None else 0)
         numbers: dict[str, tuple[int, ...]] = {
             "a": (count, width, 1),
             **{f"b{lag}": (count, width, 1) for lag in range(lags + 1)},
-            "p": (count, 2, 1),
-            "q": (count, 2, 1),
+            "p": (2, count, 1),
+            "q": (2, count, 1),
             "slopes": (count, width, 1),
-            "enter": (count, width + 1, tail),
+            "enter": (count, width + 1, extrapolation.HISTORY + lags),
         }
+        if self.batch.noise is not None:
+            numbers["enter_noise"] = (count, width + 1, width + 1)
         for i, shape in enumerate(correction.chunk_shapes(width, lags, whole=self.order is not None)):
             numbers[f"chunk{i}"] = (count, *shape)
         return numbers
@@ -95,68 +99,110 @@ class WindowTensors:
     def indices(self) -> dict[str, int]:
         """Return how many indices of each kind the host sends."""
         width, lags = self.width, self.lags
-        indices = {
-            "step": width,
-            "noise": width,
-            "end_x": 2,
-            "end_f": 2,
-            "size_x": 2,
-            "before_x": width,
-            "before_f": width,
-        }
-        indices |= {"shift": width + 1, "history": lags}
-        indices |= {"tail_moved": 2, "tail_f": 1, "tail_history": lags, "tail_noise": width + 1}
+        indices = {"step": width, "noise": width, "ends": 4 if self.predicts else 5, "before_x": width}
+        indices |= {"before_f": width, "shift": width + 1, "history": lags}
+        indices |= {"tail": extrapolation.HISTORY, "tail_history": lags, "tail_noise": width + 1}
         return {name: size * self.count for name, size in indices.items()}
+
+    def measured_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what a round measures.
+
+        The Gram matrix of the residuals, the products of (dx, df) of each step, the norms of the data prediction at
+        the last and at the first step, the products of corrections of accelerated methods, and the largest element of
+        each output.
+        """
+        count, width = self.count, self.width
+        pairs = (count, width, 2, 2) if self.keeps_pairs else (0,)
+        return {
+            "gram": (count, width, width),
+            "pairs": pairs,
+            "sizes": (2, count),
+            "corrections": (0,),
+            "largest": (count * width,),
+        }
 
     def look(self) -> None:
         """Make the views that every round uses: slicing them anew would cost as much as a small product."""
         width, lags, count = self.width, self.lags, self.count
-        dim = self.batch.start.shape[1]
+        dim = self.all.shape[1]
+        self.pack = Packed(self.numbers(), self.indices(), self.batch.start)
+        self.first, self.flat, first = {}, {}, 0
+        for name, rows in self.rows.items():
+            self.first[name], self.flat[name] = first, self.all[first : first + rows * count + 1]
+            first += rows * count + 1
+        self.nothing = {name: self.first[name] + rows * count for name, rows in self.rows.items()}
 
         def view(name: str) -> Tensor:
             return self.flat[name][:-1].view(count, -1, dim)
 
-        self.x, self.f, self.moved, self.r = (view(name) for name in ("x", "f", "moved", "r"))
-        self.r_transposed = self.r.mT
-        self.inputs, self.targets, self.first = self.x[:, :width], self.x[:, 1:], self.x[:, :1]
-        self.step, self.moved_inputs, self.moved_first = self.moved[:, 1:], self.moved[:, :width], self.moved[:, :1]
+        self.x, self.f, self.step, self.r = (view(name) for name in ("x", "f", "step", "r"))
+        self.x_rows, self.step_rows, self.r_transposed = self.flat["x"][:-1], self.flat["step"][:-1], self.r.mT
+        self.inputs, self.targets = self.x[:, :width], self.x[:, 1:]
         self.lagged = [self.f[:, lags - lag : lags - lag + width] for lag in range(lags + 1)]
         self.outputs, self.past = self.lagged[0], self.f[:, :lags]
-        self.x_rows, self.end_x, self.end_f = self.flat["x"][:-1], view("end_x"), view("end_f")
-        self.last_x, self.last_f = self.end_x[:, 1], self.end_f[:, 1]
-        self.last_rows = self.end_x[:, 1:], self.end_f[:, 1:]
+        self.ends = self.all.new_zeros(4 if self.predicts else 5, count, dim)
+        self.end_rows, self.last_x, self.last_f = self.ends.view(-1, dim), self.ends[0], self.ends[-2]
+        self.end_inputs, self.end_outputs = self.ends[-4:-2], self.ends[-2:]
         if self.keeps_pairs:
-            halves = self.flat["pairs"][:-1].view(2, count * width, dim)
-            self.dx_rows, self.df_rows = halves[0], halves[1]
-            self.dx, self.df = (rows.view(count, width, dim) for rows in halves)
-            self.pairs = halves.transpose(0, 1)
-            self.pairs_transposed = self.pairs.transpose(1, 2)
+            self.dx, self.df = view("dx"), view("df")
+            self.dx_rows, self.df_rows = self.flat["dx"][:-1], self.flat["df"][:-1]
+            # (S W, 2, dim): both regions are as long, so that a stride leads from one to the other.
+            first, length = self.first["dx"], count * width + 1
+            self.pairs = self.all[first : first + 2 * length].view(2, length, dim)[:, :-1].transpose(0, 1)
+            self.pairs_transposed = self.pairs.mT
+        shapes = self.measured_shapes()
+        self.measured = self.all.new_zeros(sum(int(np.prod(shape)) for shape in shapes.values()))
+        self.pieces, self.slices, first = {}, [], 0
+        for name, shape in shapes.items():
+            size = int(np.prod(shape))
+            self.slices.append((name, slice(first, first + size), shape))
+            self.pieces[name] = self.measured[first : first + size].view(shape)
+            first += size
+        if self.keeps_pairs:
+            self.pair_products = self.pieces["pairs"].view(-1, 2, 2)
+
+    def split(self, measured: Array) -> dict[str, Array]:
+        """Return the arrays of :meth:`measured_shapes`, once :attr:`measured` is on the host."""
+        return {name: measured[piece].reshape(shape) for name, piece, shape in self.slices}
 
     def copy_rows(self, rows: Indices, into: WindowTensors) -> None:
         """Copy the tensors of some samples to others of as many samples."""
-        for name, flat in into.flat.items():
-            flat[:-1] = self.flat[name].index_select(0, self.index(name, rows))
+        here, there = self.index(rows), into.index(np.arange(len(rows)))
+        into.all.index_copy_(0, there, self.all.index_select(0, here))
+        into.ends.copy_(self.ends.index_select(1, upload(rows, self.ends.device)))
 
     def put_rows(self, rows: Indices, part: WindowTensors) -> None:
         """Take the tensors of some samples from others of as many samples."""
-        for name, flat in part.flat.items():
-            self.flat[name].index_copy_(0, self.index(name, rows), flat[:-1])
+        here, there = self.index(rows), part.index(np.arange(len(rows)))
+        self.all.index_copy_(0, here, part.all.index_select(0, there))
+        self.ends.index_copy_(1, upload(rows, self.ends.device), part.ends)
 
     def clear_rows(self, rows: Indices) -> None:
         """Set the tensors of some samples to zero."""
-        for name, flat in self.flat.items():
-            flat.index_fill_(0, self.index(name, rows), 0)
+        self.all.index_fill_(0, self.index(rows), 0)
 
-    def index(self, name: str, rows: Indices) -> Tensor:
-        """Return where the rows of some samples lie in a tensor."""
-        if name == "pairs":  # two halves, for one product of all
-            half = self.rows()[name] // 2
-            index_in_half = (rows[:, None] * half + np.arange(half)).reshape(-1)
-            index = np.concatenate([index_in_half, self.count * half + index_in_half])
-        else:
-            count = self.rows()[name]
-            index = (rows[:, None] * count + np.arange(count)).reshape(-1)
-        return upload(index, self.batch.start.device)
+    def keep_rows(self, rows: Indices) -> None:
+        """Keep some samples only, in the same memory: no more than a region is copied at a time."""
+        ends = self.ends.index_select(1, upload(rows, self.ends.device))
+        first = 0
+        for name, size in self.rows.items():
+            # Regions move to the front, and never over one that has not moved yet.
+            index = (rows[:, None] * size + np.arange(size)).reshape(-1)
+            kept = self.flat[name].index_select(0, upload(index, self.all.device))
+            self.all[first : first + len(kept)].copy_(kept)
+            self.all[first + len(kept)].zero_()
+            first += len(kept) + 1
+        self.count = len(rows)
+        self.all = self.all[:first]
+        self.look()
+        self.ends.copy_(ends)
+
+    def index(self, rows: Indices) -> Tensor:
+        """Return where the rows of some samples lie."""
+        parts = [
+            (self.first[name] + rows[:, None] * size + np.arange(size)).reshape(-1) for name, size in self.rows.items()
+        ]
+        return upload(np.concatenate(parts), self.all.device)
 
     def state(self, row: int) -> dict[str, Tensor]:
         """Return the rows of a sample that are kept from round to round."""
@@ -173,45 +219,37 @@ class WindowTensors:
 
     # -- measure --------------------------------------------------------------------------------------------------
 
-    def measure(self, *, pairs: bool) -> list[Tensor]:
-        """Return what a round measures; empty where there is nothing.
+    def measure(self, outputs: Tensor, *, pairs: bool) -> None:
+        """Measure a round whose outputs (R, dim) are in their places; see :meth:`measured_shapes`.
 
-        Returns:
-            (S, W, W) the Gram matrix of the residuals, (S, W, 2, 2) the products of (dx, df), (S, 2) the norms of the
-            data prediction at the first and at the last step, and the products of corrections, of accelerated methods.
+        With ``pairs`` the moves take the place of what was kept of the evaluation before.
         """
         sent, noise, step, r = self.pack.tensors, self.batch.noise_rows, self.step, self.r
-        self.moved_first.copy_(self.first)
         if noise is None:
             torch.mul(self.outputs, sent["b0"], out=step)
         else:
-            step.copy_(noise.index_select(0, sent["noise"]).view(step.shape)).addcmul_(self.outputs, sent["b0"])
+            torch.index_select(noise, 0, sent["noise"], out=self.step_rows)
+            step.addcmul_(self.outputs, sent["b0"])
         for lag in range(1, self.lags + 1):
             step.addcmul_(self.lagged[lag], sent[f"b{lag}"])
         step.addcmul_(self.inputs, sent["a"])
         torch.sub(step, self.targets, out=r)
-        inner = self.measure_pairs() if pairs else r.new_zeros(0)
-        torch.index_select(self.flat["x"], 0, sent["end_x"], out=self.flat["end_x"][:-1])
-        torch.index_select(self.flat["f"], 0, sent["end_f"], out=self.flat["end_f"][:-1])
-        sized = self.end_x
-        if not self.predicts:
-            sized = self.flat["x"].index_select(0, sent["size_x"]).view(self.end_x.shape)
-        prediction = torch.mul(sized, sent["p"]).addcmul_(self.end_f, sent["q"])
-        return [self.gram(), inner, torch.linalg.vector_norm(prediction, dim=2), self.measure_corrections()]
+        if pairs:
+            torch.sub(self.inputs, self.dx, out=self.dx)
+            torch.sub(self.outputs, self.df, out=self.df)
+            torch.bmm(self.pairs, self.pairs_transposed, out=self.pair_products)
+        torch.index_select(self.all, 0, sent["ends"], out=self.end_rows)
+        prediction = torch.mul(self.end_inputs, sent["p"]).addcmul_(self.end_outputs, sent["q"])
+        torch.linalg.vector_norm(prediction, dim=2, out=self.pieces["sizes"])
+        largest = self.pieces["largest"]
+        torch.linalg.vector_norm(
+            outputs, float("inf"), dim=1, out=largest if len(outputs) == len(largest) else largest[: len(outputs)]
+        )
+        self.measure_residuals()
 
-    def gram(self) -> Tensor:
-        """Return the inner products of the residuals, (S, W, W)."""
-        return torch.bmm(self.r, self.r_transposed)
-
-    def measure_pairs(self) -> Tensor:
-        """Return the inner products of (dx, df), (S, W, 2, 2); the moves take the place of what was kept."""
-        torch.sub(self.inputs, self.dx, out=self.dx)
-        torch.sub(self.outputs, self.df, out=self.df)
-        return torch.bmm(self.pairs, self.pairs_transposed).view(self.count, self.width, 2, 2)
-
-    def measure_corrections(self) -> Tensor:
-        """Return nothing: only accelerated methods keep corrections."""
-        return self.r.new_zeros(0)
+    def measure_residuals(self) -> None:
+        """Take the inner products of the residuals."""
+        torch.bmm(self.r, self.r_transposed, out=self.pieces["gram"])
 
     # -- move -----------------------------------------------------------------------------------------------------
 
@@ -222,23 +260,21 @@ class WindowTensors:
         if self.keeps_pairs:
             torch.index_select(flat["x"], 0, sent["before_x"], out=self.dx_rows)
             torch.index_select(flat["f"], 0, sent["before_f"], out=self.df_rows)
-        tail: list[Tensor] = []
-        if enter:
-            moved = flat["moved"].index_select(0, sent["tail_moved"]).view(self.count, 2, -1)
-            tail = [moved, *self.last_rows, flat["f"].index_select(0, sent["tail_f"])[:, None]]
+        tail = self.all.index_select(0, sent["tail"]).view(self.count, -1, self.all.shape[1]) if enter else self.x
         if self.lags:
             # What was evaluated at an earlier guess, moved along its slope to the accepted state.
-            self.outputs.addcmul_(self.moved_inputs - self.inputs, sent["slopes"])
+            moved = self.step[:, :-1] - self.inputs[:, 1:]
+            self.outputs[:, 1:].addcmul_(moved, sent["slopes"][:, 1:])
             if enter:
-                tail.append(flat["f"].index_select(0, sent["tail_history"]).view(self.past.shape))
+                history = flat["f"].index_select(0, sent["tail_history"]).view(self.past.shape)
+                tail = torch.cat([tail, history], 1)
             self.past.copy_(flat["f"].index_select(0, sent["history"]).view(self.past.shape))
-        torch.index_select(flat["moved"], 0, sent["shift"], out=self.x_rows)
+        torch.index_select(flat["step"], 0, sent["shift"], out=self.x_rows)
         if enter:
-            known = sum(part.shape[1] for part in tail)
-            self.x.baddbmm_(sent["enter"][:, :, :known], torch.cat(tail, 1))
+            self.x.baddbmm_(sent["enter"], tail)
             if self.batch.noise_rows is not None:
                 noise = self.batch.noise_rows.index_select(0, sent["tail_noise"]).view(self.x.shape)
-                self.x.baddbmm_(sent["enter"][:, :, known:], noise)
+                self.x.baddbmm_(sent["enter_noise"], noise)
 
     def correct(self) -> None:
         """Turn the steps into the corrected states: new = step + M r, chunk by chunk."""

@@ -1,0 +1,181 @@
+"""What the rounds so far have shown of the errors of S windows, and the estimate that follows from it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arrays import Array, Indices
+from . import error_estimate as estimates
+from .error_estimate import Estimate
+from .frame import Frame, PerSample
+
+__all__ = ["ErrorRecord"]
+
+NOISY = 0.3  # signal below which a data prediction is mostly the network's error
+NEAR_NOISE = 0.05  # alpha below which it is that error divided by alpha
+SMALL = 1e-12  # growth for Gaussian data below which no ratio to it is taken
+SIZE, SLOPES = 3, 4
+
+
+class ErrorRecord(PerSample):
+    """What is known of the errors of S windows. Arrays have an entry for every sample.
+
+    Attributes:
+        used: (S,) error of the sample that has been accepted, as it is reported.
+        carried: (S,) absolute error of the accepted state of each window.
+        variance: (S,) mean square of the data prediction; ``variances`` (S, 3) in the last rounds.
+        known: (S, 5, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
+            largest growth that was measured, that over the growth for Gaussian data, and the largest move, over the
+            expected rms, by which growth was measured; and in the first W entries their slopes.
+        slopes: (S, W) of the last round, or NaN; a view.
+    """
+
+    STATES: ClassVar[dict[str, Any]] = {
+        "used": 0.0,
+        "carried": 0.0,
+        "variance": 1.0,
+        "variances": np.inf,
+        "known": np.nan,
+    }
+
+    def __init__(self, frame: Frame) -> None:
+        problem, self.W = frame.problem, frame.W
+        self.problem, self.tables = problem, frame.tables
+        # Whether the data prediction and the size of data are known.
+        self.predicts = self.tables.alpha is not None and self.tables.predicts
+        self.norm = float(np.sqrt(problem.dim))
+        self.smallest_move = 10 * problem.rounding * self.norm  # over the expected rms: less is rounding
+        self.largest_move = estimates.MAX_TRUSTED_MOVE * self.norm if self.tables.alpha is not None else np.inf
+        self.seat(len(frame.places))
+
+    def seat(self, count: int) -> None:
+        """Begin anew with so many samples."""
+        self.used, self.carried, self.variance = np.zeros(count), np.zeros(count), np.ones(count)
+        self.variances = np.full((count, 3), np.inf)
+        # The room of W more entries is for shifts.
+        self.room = np.full((count, 5, 3 * self.W), np.nan)
+        self.slopes = self.room[:, SLOPES, : self.W]
+        self.shifted = np.lib.stride_tricks.sliding_window_view(self.room, 2 * self.W, 2)
+
+    @property
+    def known(self) -> Array:
+        """See the class."""
+        return self.room[:, :, : 2 * self.W]
+
+    @known.setter
+    def known(self, values: Array) -> None:
+        self.room[:, :, : 2 * self.W] = values
+
+    def note_size(self, frame: Frame, norms: Array) -> None:
+        """Take the mean square of the data prediction, from its norms (2, S) at the last and the first step.
+
+        A trajectory that still diverges would make every error look small. The prediction at the accepted state does
+        not diverge, but shows less than the whole sample while there is much noise: so the last one counts up to the
+        expected size of data, 1, or to the first one where that is larger.
+        """
+        if self.W == 1:  # errors of a single state are not estimated
+            return
+        variance, first = norms**2 / self.problem.dim
+        known = np.isfinite(variance) & (variance > 0)
+        if not frame.uniform:
+            known &= frame.width > 0
+        if self.predicts:
+            # Near pure noise the data prediction is mostly the network's error divided by alpha.
+            assert self.tables.alpha is not None
+            limit = np.where(self.tables.alpha[frame.lo] < NEAR_NOISE, 1.0, np.fmax(first, 1.0))
+            self.variance = np.where(known, np.minimum(variance, limit), self.variance)
+        else:
+            self.variance = np.where(known, np.minimum(variance, np.where(first > 0, first, 1.0)), 1.0)
+        self.variances = np.concatenate([self.variance[:, None], self.variances[:, :-1]], 1)
+
+    def smallest_variance(self, frame: Frame) -> Array:
+        """Return (S,) the smallest mean square of the data prediction in the last three rounds, at most 1 near noise.
+
+        A prediction that still diverges would make every error look small.
+        """
+        smallest = self.variances.min(1)
+        if self.tables.signal is None:
+            return smallest
+        return np.where(self.tables.signal[frame.hi] < NOISY, np.minimum(smallest, 1.0), smallest)
+
+    def note_moves(self, frame: Frame, pairs: Array, residuals: Array, gaussian: Array) -> tuple[Array, Array, Array]:
+        """Note what a round says of slopes and growth, where moves were large enough to say something.
+
+        Args:
+            frame: Where the windows stand.
+            pairs: (S, W, 2, 2) inner products of (dx, df).
+            residuals: (S, W) their norms.
+            gaussian: (S, W) growth for Gaussian data.
+
+        Returns:
+            (S, W) the error of the slopes, the growth, and that over the growth for Gaussian data; NaN where unknown.
+        """
+        a, b, rms = frame.a, frame.b_sum, frame.rms
+        dx_dx = pairs[..., 0, 0]
+        moved = np.sqrt(dx_dx)
+        size = moved / rms
+        near = frame.evaluated & (size > self.smallest_move) & (size < self.largest_move)
+        if frame.strided:
+            near &= ~frame.coarse[:, None]
+        square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
+        grown, missed = np.sqrt(np.maximum(square, 0.0)) / moved, residuals / moved
+        near &= np.isfinite(grown + missed)
+        slope_error, growth, ratio, largest = self.room[:, :SLOPES, self.W : 2 * self.W].transpose(1, 0, 2)
+        np.copyto(slope_error, missed, where=near)
+        # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of
+        # growth.
+        telling = near & ~(size < estimates.TELLING * largest)
+        np.fmax(growth, grown, out=growth, where=telling)
+        np.fmax(largest, size, out=largest, where=telling)
+        np.divide(growth, np.maximum(gaussian, SMALL), out=ratio)
+        return slope_error, growth, ratio
+
+    def estimate(self, frame: Frame, pairs: Array, residuals: Array, moves: Array, growth: Array) -> Estimate:
+        """Return the estimate of a round, behind its correction; see error_estimate.py.
+
+        Args:
+            frame: Where the windows stand.
+            pairs: (S, W, 2, 2) inner products of (dx, df).
+            residuals: (S, W) norms of the residuals.
+            moves: (S, W) norms of the corrections.
+            growth: (S, W) of the slopes of the correction.
+        """
+        at_end = frame.steps >= self.problem.steps - 1
+        if self.W == 1:
+            nothing = np.zeros((len(moves), 1))
+            return Estimate(nothing, nothing, nothing, np.ones(len(moves)), at_end)
+        gaussian = frame.gaussian_growth(self.variance)
+        slope_error, measured, _ = self.note_moves(frame, pairs, residuals, gaussian)
+        # New steps take the largest that is known of the steps before them.
+        largest = np.fmax.reduce(self.room[:, :SIZE, : 2 * self.W], axis=2)[..., None]
+        missed_before, growth_before, ratio_before = largest[:, 0], largest[:, 1], largest[:, 2]
+        unknown = np.isnan(measured)
+        worst = np.where(missed_before > 0, missed_before, estimates.UNMEASURED)
+        missed = np.where(np.isnan(slope_error), worst, slope_error)
+        local = np.fmax(np.where(unknown, ratio_before * gaussian, measured), np.maximum(gaussian, np.abs(growth)))
+        gamma = np.fmax(np.where(unknown, growth_before, measured), 1.0)
+        if not frame.uniform:
+            local, gamma = np.where(frame.inside, local, 1.0), np.where(frame.inside, gamma, 1.0)
+            unknown &= frame.inside
+        left = estimates.local_error(missed, local, moves, estimates.SLOPE_ERROR_SAFETY)
+        gain = estimates.gain_to_sample(gamma, ~unknown, frame.reach, at_end)
+        carry = estimates.carried(self.carried, gamma)
+        estimate = Estimate(left, carry, gain, self.norm * np.sqrt(self.smallest_variance(frame)), at_end)
+        if frame.strided:
+            for values in (estimate.relative, estimate.planned):
+                values[:, 1:] = np.where(frame.coarse[:, None], np.inf, values[:, 1:])
+        return estimate
+
+    def take(self, frame: Frame, estimate: Estimate, count: Indices) -> None:
+        """Take the error of the states that are accepted: absolute, to be carried on, and as it is reported."""
+        at = np.maximum(count - 1, 0)
+        carried, used = estimate.accepted[frame.rows, at], estimate.reported[frame.rows, at]
+        if not frame.uniform:
+            carried, used = np.where(count > 0, carried, self.carried), np.where(count > 0, used, self.used)
+        self.carried, self.used = carried, used
+
+    def shift(self, frame: Frame, count: Indices) -> None:
+        """Move with the windows."""
+        self.known = self.shifted[frame.rows, :, count]

@@ -1,0 +1,107 @@
+"""What the host tells the device of a round: numbers and indices, written into the one copy that is sent.
+
+Indices point to rows of regions of :class:`.tensors.WindowTensors`; those for which there is nothing point to the row
+behind a region, which is zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..arrays import Indices
+
+if TYPE_CHECKING:
+    from .window import Window
+
+__all__ = ["write_entering", "write_frame", "write_shift"]
+
+
+def write_frame(window: Window) -> None:
+    """Write down where the windows stand."""
+    pack, tables, tensors, W, lags = window.pack, window.tables, window.tensors, window.W, window.lags
+    pack.begin()
+    numbers, indices, rows = pack.numbers, pack.indices, window.rows
+    numbers["a"][:, :, 0] = window.a
+    for lag in range(lags + 1):
+        numbers[f"b{lag}"][:, :, 0] = window.b[:, :, lag]
+    point, steps = window.hi - 1, window.steps
+    if not window.uniform:
+        point, steps = np.maximum(point, window.lo), np.minimum(steps, window.problem.steps - 1)
+        point = np.where(window.width > 0, point, window.last_step)
+    window.last_step = point
+    if not (window.uniform and window.ends_are_uniform):  # else they are as they were
+        last = np.maximum(window.width - 1, 0)
+        ends = indices["ends"].reshape(-1, len(rows))
+        first_x, first_f = tensors.first["x"] + rows * (W + 1), tensors.first["f"] + rows * (lags + W) + lags
+        # In the order of WindowTensors.ends.
+        ends[0], ends[1], ends[-3:] = first_x + last, first_x + window.width, (first_x, first_f + last, first_f)
+        window.ends_are_uniform = window.uniform
+    if tensors.predicts:
+        both = np.stack([point, window.lo])
+        numbers["p"][:, :, 0], numbers["q"][:, :, 0] = tables.p[both], tables.q[both]
+    else:  # where the data prediction is unknown, the last state of the window stands for it
+        numbers["p"][:], numbers["q"][:] = 1.0, 0.0
+    indices["step"].reshape(steps.shape)[:] = steps
+    if window.batch.noise is not None:
+        np.add(steps, window.first_noise, out=indices["noise"].reshape(steps.shape))
+
+
+def write_shift(window: Window, count: Indices, last: Indices) -> None:
+    """Write down where every row of the next window comes from; states behind ``last`` are not gone on from."""
+    indices, tensors, W, lags = window.pack.indices, window.tensors, window.W, window.lags
+    samples, row = len(count), window.rows[:, None]
+    source = count[:, None] + window.offset
+    # State lo + j of the window is the corrected state behind step j - 1; only empty windows would keep state lo.
+    here = np.where((source <= last[:, None]) & (source > 0), row * W - 1 + source, samples * W)
+    indices["shift"].reshape(here.shape)[:] = here
+    if tensors.keeps_pairs:
+        # States and outputs of steps that stay; interpolated outputs are no measurement.
+        source = source[:, :-1]
+        stays = source < window.width[:, None]
+        if window.strided:
+            stays &= ~window.coarse[:, None]
+        x, f = indices["before_x"].reshape(stays.shape), indices["before_f"].reshape(stays.shape)
+        x[:] = np.where(stays, row * (W + 1) + source, samples * (W + 1))
+        f[:] = np.where(stays, row * (lags + W) + lags + source, samples * (lags + W))
+    if lags:
+        indices["history"].reshape(samples, lags)[:] = row * (lags + W) + count[:, None] + np.arange(lags)
+
+
+def write_entering(window: Window, count: Indices, last: Indices, entering: Indices, entry: str) -> None:
+    """Write down the states that enter as combinations of the tail; see :mod:`.extrapolation`."""
+    numbers, indices, tensors = window.pack.numbers, window.pack.indices, window.tensors
+    W, lags, rows, width, noise = window.W, window.lags, window.rows, window.width, window.batch.noise
+    enter = numbers["enter"]
+    enter[:] = 0.0
+    known, tail = enter.shape[2], enter.shape[2]
+    if noise is not None:
+        numbers["enter_noise"][:] = 0.0
+        tail += W + 1
+    # States of the window that are lost by an overflow are copies of the last good one, and so are new ones then.
+    new, origin, first = entering + (width - last), window.lo + last, last - count + 1
+    wanted = zip(new.tolist(), window.lo.tolist(), origin.tolist(), first.tolist(), strict=True)
+    for s, (size, lo, begins_behind, row) in enumerate(wanted):
+        if not size:
+            continue
+        kind = "copy" if window.overflow and last[s] < width[s] else entry
+        stop = min(row + size, W + 1)
+        factors = window.tables.factors(lo, begins_behind, stop - row, W, tail, kind)[: stop - row]
+        enter[s, row:stop] = factors[:, :known]
+        if noise is not None:
+            numbers["enter_noise"][s, row:stop] = factors[:, known:]
+    end = np.maximum(last - 1, 0)
+    # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early]; the state before the first step's is state lo itself.
+    ends, places = indices["ends"].reshape(-1, len(rows)), indices["tail"].reshape(len(rows), -1)
+    lo_state, step = tensors.first["x"] + rows * (W + 1), tensors.first["step"] - 1 + rows * W
+    places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
+    places[:, 2], places[:, 3] = ends[0], ends[-2]
+    places[:, 4] = tensors.first["f"] + rows * (lags + W) + lags + np.maximum(0, end - W // 2)
+    if lags:
+        history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
+        history[last < width] = len(rows) * (lags + W)
+        indices["tail_history"].reshape(history.shape)[:] = history
+    if noise is not None:
+        steps = np.minimum((window.lo + end)[:, None] + window.offset, window.problem.steps - 1)
+        np.add(steps, window.first_noise, out=indices["tail_noise"].reshape(steps.shape))
