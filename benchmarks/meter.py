@@ -108,10 +108,11 @@ def measure(
     def solve(meter: Meter) -> tuple[int, float]:
         denoise = network(meter)
         runs = px.start(sampler, sampler.recurrence(noise), solver, tolerance=tolerance)
-        meter.operations = 0  # of rounds, not of drawing the noise
         synchronize(device)
-        begun = time.perf_counter()
-        rounds = sum(1 for _ in px.drive(runs, lambda rows: denoise(rows.x, times[rows.step.to(device)])))
+        begun, rounds = time.perf_counter(), 0
+        for rounds in px.drive(runs, lambda rows: denoise(rows.x, times[rows.step.to(device)])):
+            if rounds == 1:
+                meter.operations = 0  # of rounds, not of drawing the noise and of making room
         synchronize(device)
         return rounds, time.perf_counter() - begun - meter.seconds
 
@@ -124,7 +125,7 @@ def measure(
     width = getattr(solver, "window", None) or sampler.steps
     return {
         "rounds": rounds,
-        "operations_a_round": meter.operations / rounds,
+        "operations_a_round": meter.operations / max(rounds - 1, 1),
         "milliseconds_a_round": 1e3 * seconds / rounds,
         "windows": (meter.peak - (state * sampler.steps if sampler.coefficients.noise_std.any() else 0))
         / (state * width),

@@ -19,20 +19,24 @@ PAIRS = [(solver, name) for solver in SOLVERS for name in ("ddim", "ddpm", "dpmp
 PAIRS += [(solver, name) for solver in IN_DISTRIBUTION for name in ("ddpm", "euler_ancestral")]
 
 
+# Operations of a round; more where corrections of earlier rounds are mixed in, or outputs are transformed first.
+OPERATIONS = {(px.Anderson, "dpmpp_2m"): 70, (px.Speculative, "ddpm"): 130, (px.Speculative, "euler_ancestral"): 130}
+
+
 @pytest.mark.parametrize(("solver", "name"), PAIRS, ids=str)
 def test_operations_a_round_depend_neither_on_n_nor_on_the_number_of_samples(solver, name):
     figures = [
         measure(px.SAMPLERS[name](steps=steps), solver, count, shape=(4, 16, 16))["operations_a_round"]
         for steps, count in ((40, 1), (40, 6), (200, 1))
     ]
-    assert max(figures) <= 150
+    assert max(figures) <= OPERATIONS.get((type(solver), name), 60)
     # Among more samples fewer rounds pass in which no run moves its window.
     assert max(figures) <= 1.2 * min(figures)
 
 
 # Windows of memory: states, outputs, corrected states, residuals, inputs and outputs of the round before, and what a
 # round needs on the way; more where the corrections of the last rounds are kept.
-WINDOWS = {px.Picard: 9.5, px.Anderson: 15, px.Secant: 9.5}
+WINDOWS = {px.Picard: 9.5, px.Anderson: 11.5, px.Secant: 9.5}
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -81,7 +85,7 @@ READS += [
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize(("solver", "name", "reads"), READS, ids=str)
 def test_host_waits_for_the_device_once_a_round(solver, name, reads, count):
-    """The host waits for the device once a round."""
+    """The host waits for the device once a round, and once more where samples end, to see that they are finite."""
     sampler, rounds = px.SAMPLERS[name](steps=30), []
     network, times = problems.network("power law", name), sampler.network_times(torch.float64)
     table = sampler.recurrence(problems.noise(count), problems.generators(count))
@@ -94,8 +98,9 @@ def test_host_waits_for_the_device_once_a_round(solver, name, reads, count):
             meter.count = rounds[-1]  # its own reads are its own affair
             return outputs
 
-        for _ in px.drive(runs, evaluate):
-            pass
+        ended = [sum(run.done for run in runs) for _ in px.drive(runs, evaluate)]
     assert all(run.done for run in runs)
     assert rounds[0] == 0
-    assert max(later - first for first, later in itertools.pairwise([*rounds, meter.count])) == reads
+    looks = [later > earlier for earlier, later in itertools.pairwise([0, *ended])]
+    counts = [later - first for first, later in itertools.pairwise([*rounds, meter.count])]
+    assert max(count - look for count, look in zip(counts, looks, strict=True)) == reads

@@ -200,8 +200,8 @@ class _AcceleratedTensors(WindowTensors):
 
     def regions(self) -> dict[str, int]:
         # The corrections of earlier rounds lie behind the residuals, whose place those of this round take.
-        kept = {f"{kind}{age}": self.width for kind in ("correction", "new") for age in range(1, self.history)}
-        return super().regions() | kept
+        earlier = {f"{kind}{age}": self.width for kind in ("correction", "new") for age in range(1, self.history)}
+        return super().regions() | earlier
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
         return {**super().numbers(), **{f"mix{age}": (self.count, self.width, 1) for age in range(self.history)}}

@@ -13,14 +13,15 @@ import numpy as np
 from ..arrays import Indices
 
 if TYPE_CHECKING:
+    from .seats import Seats
     from .window import Window
 
 __all__ = ["write_entering", "write_frame", "write_shift"]
 
 
-def write_frame(window: Window) -> None:
+def write_frame(window: Seats) -> None:
     """Write down where the windows stand."""
-    pack, tables, tensors, W, lags = window.pack, window.tables, window.tensors, window.W, window.lags
+    pack, tables, tensors, lags = window.pack, window.tables, window.tensors, window.lags
     pack.begin()
     numbers, indices, rows = pack.numbers, pack.indices, window.rows
     numbers["a"][:, :, 0] = window.a
@@ -34,7 +35,7 @@ def write_frame(window: Window) -> None:
     if not (window.uniform and window.ends_are_uniform):  # else they are as they were
         last = np.maximum(window.width - 1, 0)
         ends = indices["ends"].reshape(-1, len(rows))
-        first_x, first_f = tensors.first["x"] + rows * (W + 1), tensors.first["f"] + rows * (lags + W) + lags
+        first_x, first_f = window.first_x, window.first_f
         # In the order of WindowTensors.ends.
         ends[0], ends[1], ends[-3:] = first_x + last, first_x + window.width, (first_x, first_f + last, first_f)
         window.ends_are_uniform = window.uniform
@@ -92,16 +93,19 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
         if noise is not None:
             numbers["enter_noise"][s, row:stop] = factors[:, known:]
     end = np.maximum(last - 1, 0)
-    # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early]; the state before the first step's is state lo itself.
-    ends, places = indices["ends"].reshape(-1, len(rows)), indices["tail"].reshape(len(rows), -1)
-    lo_state, step = tensors.first["x"] + rows * (W + 1), tensors.first["step"] - 1 + rows * W
-    places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
-    places[:, 2], places[:, 3] = ends[0], ends[-2]
-    places[:, 4] = tensors.first["f"] + rows * (lags + W) + lags + np.maximum(0, end - W // 2)
-    if lags:
-        history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
-        history[last < width] = len(rows) * (lags + W)
-        indices["tail_history"].reshape(history.shape)[:] = history
+    whole = window.uniform and not window.overflow
+    if not (whole and window.tail_is_uniform):  # else it is as it was
+        # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early]; the state before the first step's is state lo itself.
+        ends, places = indices["ends"].reshape(-1, len(rows)), indices["tail"].reshape(len(rows), -1)
+        lo_state, step = window.first_x, tensors.first["step"] - 1 + rows * W
+        places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
+        places[:, 2], places[:, 3] = ends[0], ends[-2]
+        places[:, 4] = window.first_f + np.maximum(0, end - W // 2)
+        if lags:
+            history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
+            history[last < width] = len(rows) * (lags + W)
+            indices["tail_history"].reshape(history.shape)[:] = history
+        window.tail_is_uniform = whole
     if noise is not None:
         steps = np.minimum((window.lo + end)[:, None] + window.offset, window.problem.steps - 1)
         np.add(steps, window.first_noise, out=indices["tail_noise"].reshape(steps.shape))

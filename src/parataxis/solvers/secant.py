@@ -44,9 +44,9 @@ class Secant(Windowed):
         """Return secants, and slopes from the origin for steps that are new."""
         if window.W == 1:  # the first state does not depend on a slope
             return np.zeros_like(window.a)
-        problem, pairs = window.problem, measured.pairs
+        pairs = measured.pairs
         dx_dx, df_dx = pairs[..., 0, 0], pairs[..., 0, 1]
-        rounding = (10 * problem.rounding * np.sqrt(problem.dim)) * window.rms
+        rounding = window.errors.smallest_move * window.rms
         moved = ~window.evaluated | (dx_dx > rounding * rounding)
         slopes = np.where(moved, df_dx / dx_dx, window.slopes)
         # An output whose square overflows says nothing either.

@@ -90,7 +90,7 @@ class Tables:
         columns = [*(getattr(self, name)[: self.count] for name in self.COLUMNS), *self.b.T]
         self.windows = np.lib.stride_tricks.sliding_window_view(np.stack(columns, 1), width, 0)
         self.entering: dict[Any, Array] = {}  # factors of states that enter, by where: the same for every sample
-        self.kept = 0
+        self.cached = 0
 
     def _add_gaussian(self) -> None:
         """Add what follows from the schedule for Gaussian data."""
@@ -115,10 +115,10 @@ class Tables:
         size = min(1 << (count - 1).bit_length(), width)  # few sizes, so that many rounds find theirs
         key = (lo, origin, size, tail, entry)
         if key not in self.entering:
-            self.kept += size * tail
-            if self.kept > KEPT:
+            self.cached += size * tail
+            if self.cached > KEPT:
                 self.entering.clear()
-                self.kept = 0
+                self.cached = 0
             hi = np.array([origin])
             if entry == "copy":
                 factors = extrapolation.copied(self, hi, size, tail)

@@ -188,10 +188,10 @@ class WindowTensors:
         for name, size in self.rows.items():
             # Regions move to the front, and never over one that has not moved yet.
             index = (rows[:, None] * size + np.arange(size)).reshape(-1)
-            kept = self.flat[name].index_select(0, upload(index, self.all.device))
-            self.all[first : first + len(kept)].copy_(kept)
-            self.all[first + len(kept)].zero_()
-            first += len(kept) + 1
+            block = self.flat[name].index_select(0, upload(index, self.all.device))
+            self.all[first : first + len(block)].copy_(block)
+            self.all[first + len(block)].zero_()
+            first += len(block) + 1
         self.count = len(rows)
         self.all = self.all[:first]
         self.look()
@@ -263,7 +263,8 @@ class WindowTensors:
         tail = self.all.index_select(0, sent["tail"]).view(self.count, -1, self.all.shape[1]) if enter else self.x
         if self.lags:
             # What was evaluated at an earlier guess, moved along its slope to the accepted state.
-            moved = self.step[:, :-1] - self.inputs[:, 1:]
+            # The accepted state has not moved. The residuals are done with: their place is free.
+            moved = torch.sub(self.step[:, :-1], self.inputs[:, 1:], out=self.r[:, 1:])
             self.outputs[:, 1:].addcmul_(moved, sent["slopes"][:, 1:])
             if enter:
                 history = flat["f"].index_select(0, sent["tail_history"]).view(self.past.shape)

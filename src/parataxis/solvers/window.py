@@ -10,27 +10,23 @@ The window of a sample reaches over its states lo .. hi, of which lo is accepted
 
 Arrays have entries for W steps of every sample. Windows are shorter than W near the end of the loop, and empty where a
 place is free or its sample has ended: entries beyond a window are harmless zeros.
+
+A window is made in layers, each in a file of its own: where the windows stand (:mod:`.frame`), which samples sit in
+them (:mod:`.seats`), what a round asks for and measures (:mod:`.measuring`), and here what follows from it.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, read, upload
+from ..arrays import Array, Indices, upload
 from ..checks import is_int
 from ..samplers.recurrence import Recurrence
-from . import correction, extrapolation
-from .base import Query
-from .batch import Batch
-from .error_record import ErrorRecord
-from .frame import Flags, Frame
+from . import correction
+from .frame import Flags
 from .instructions import write_entering, write_frame, write_shift
-from .tensors import WindowTensors
+from .measuring import Measured, Measuring
 
 __all__ = ["Measured", "Window", "check_window"]
 
@@ -41,241 +37,14 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window must be a whole number of steps, at least 1, or None for all, got {window!r}.")
 
 
-@dataclass(eq=False)
-class Measured:
-    """What one round has measured, float64 on the host.
+class Window(Measuring):
+    """The windows of S samples; see the module, and the layers for what else a window holds.
 
     Attributes:
-        gram: (S, W, W) inner products of the residuals.
-        pairs: (S, W, 2, 2) inner products of (dx, df): moves of input and output since the evaluation before, or from
-            the origin for steps that are new; empty for windows of one step.
-        finite: (S, W) whether the outputs were finite, or None if all were.
-        corrections: (S, W, m, m) inner products of the corrections of the last m rounds, the present one first; empty
-            unless the solver combines them.
-    """
-
-    gram: Array
-    pairs: Array
-    finite: Flags | None
-    corrections: Array
-
-
-class Window(Frame):
-    """The windows of S samples, with their tensors; see the module.
-
-    Args:
-        batch: The samples.
-        width: W; None for N.
-        history: Rounds of corrections that an accelerated method combines; 1 for none.
-        order: Terms kept of the correction (I - K)^{-1}; None for all.
-
-    Attributes:
-        tensors: States and outputs, on the device.
-        errors: What is known of their errors.
-        slopes: (S, W) of the last round, or NaN.
         moves, residuals: (S, W) norms of the corrections and of the residuals of this round.
     """
 
-    tensors_type: type[WindowTensors] = WindowTensors
     always_enters = False  # whether the factors of entering states are written in every round
-
-    def __init__(self, batch: Batch, width: int | None, *, history: int = 1, order: int | None = None) -> None:
-        super().__init__(batch, width)
-        self.order, self.history = order, history
-        self.parts: dict[int, WindowTensors] = {}  # of some of the samples, by their number
-        tensors = self.tensors_type(
-            batch,
-            len(batch),
-            self.W,
-            self.lags,
-            # Errors of a single state are not estimated, and its slopes matter to a replay only.
-            keeps_pairs=self.W > 1 or batch.recurrence.replays,
-            predicts=self.tables.alpha is not None and self.tables.predicts,
-            order=order,
-            history=history,
-        )
-        self.seat(np.arange(len(batch)), tensors)
-        self.reset(self.rows)
-
-    # -- places ---------------------------------------------------------------------------------------------------
-
-    def seat(self, places: Indices, tensors: WindowTensors) -> None:
-        """Begin anew with the samples at these places."""
-        self.seat_frame(places)
-        self.tensors, self.pack = tensors, tensors.pack
-        self.errors = ErrorRecord(self)
-        self.slopes = self.errors.slopes
-        self.first_noise = (places * self.problem.steps)[:, None]
-        self.rows_of_all = np.repeat(places, self.W)
-        self.frame_sent = self.ends_are_uniform = False
-
-    def take(self, rows: Indices) -> Window:
-        """Return a window of some of the samples only, a copy."""
-        part = copy.copy(self)
-        if len(rows) not in self.parts:
-            self.parts[len(rows)] = self.tensors.like(len(rows))
-        part.seat(self.places[rows], self.parts[len(rows)])
-        part.take_states(rows, self)
-        part.errors.take_states(rows, self.errors)
-        self.tensors.copy_rows(rows, part.tensors)
-        part.look()
-        return part
-
-    def put(self, rows: Indices, part: Window) -> None:
-        """Take back what :meth:`take` has given."""
-        self.put_states(rows, part)
-        self.errors.put_states(rows, part.errors)
-        self.tensors.put_rows(rows, part.tensors)
-        self.refresh()
-
-    def adopt(self) -> None:
-        """Take up the samples that have been added to the batch since the last round."""
-        batch = self.batch
-        if not batch.added:
-            return
-        places = np.array(sorted(set(batch.added)))
-        batch.added.clear()
-        if places[-1] >= len(self.places):
-            rows = self.rows
-            before = self.take(rows)
-            self.parts.clear()
-            self.seat(np.arange(len(batch)), self.tensors.like(len(batch)))
-            self.put(rows, before)
-        self.reset(places)
-
-    def refresh(self) -> None:
-        """Look again at which samples are being solved."""
-        self.look()
-        self.frame_sent = False
-
-    def shrink(self) -> None:
-        """Drop samples that have ended, once they are at least half."""
-        active = self.batch.active[self.places]
-        if self.batch.refilled or not 0 < 2 * np.count_nonzero(active) <= len(active):
-            return
-        before, rows = copy.copy(self), np.flatnonzero(active)
-        self.tensors.keep_rows(rows)
-        self.seat(self.places[rows], self.tensors)
-        self.take_states(rows, before)
-        self.errors.take_states(rows, before.errors)
-        self.look()
-
-    def reset(self, rows: Indices) -> None:
-        """Fill the windows of new samples: the given guess, or the initial state in the proportion of expected rms."""
-        batch, problem, width, device = self.batch, self.problem, self.W, self.batch.start.device
-        self.begin(rows)
-        self.errors.begin(rows)
-        lo = problem.frozen_steps
-        self.lo[rows], self.evaluated_until[rows] = lo, lo
-        places = upload(self.places[rows], device)
-        self.tensors.clear_rows(rows)
-        if batch.guess is not None:
-            whole = batch.guess.index_select(0, places)
-            if lo:
-                batch.accept(self.places[rows], np.full(len(rows), lo), whole[:, 1 : lo + 1], np.zeros(len(rows)))
-            states = whole[:, lo : lo + width + 1]
-        else:
-            rms = self.tables.rms[: width + 1]
-            factors = upload(rms / rms[0], batch.start)
-            states = batch.start.index_select(0, places)[:, None] * factors[:, None]
-        held = min(width, problem.steps - lo) + 1
-        self.tensors.x[upload(rows, device), :held] = states[:, :held]
-        self.refresh()
-
-    # -- evaluate and measure -------------------------------------------------------------------------------------
-
-    def query(self) -> Query:
-        """Return the states to be evaluated."""
-        widths = np.zeros(len(self.batch), np.int64)
-        self.chosen: Indices | None = None  # places of the outputs, if they are not all
-        if self.uniform and not self.coarse.any():
-            widths[self.places] = self.W
-            rows = self.tensors.inputs.clone()  # the network may write into its input
-            return Query(rows.view(-1, rows.shape[2]), self.steps.reshape(-1), self.rows_of_all, widths)
-        nodes = self.nodes()
-        widths[self.places] = nodes.sum(1)
-        sample, offset = np.nonzero(nodes)
-        self.chosen = sample * (self.lags + self.W) + self.lags + offset
-        index = upload(sample * (self.W + 1) + offset, self.batch.start.device)
-        return Query(self.tensors.flat["x"].index_select(0, index), self.steps[nodes], self.places[sample], widths)
-
-    def measure(self, outputs: Tensor) -> Measured:
-        """Store outputs (R, dim) of the last query, and measure.
-
-        Raises:
-            OutputError: If an output is not finite though its input is accepted.
-        """
-        if self.batch.returns_errors:
-            outputs = self._fail_broken(outputs)
-        measured = self._measure(outputs, pairs=self.tensors.keeps_pairs)
-        finite = np.isfinite(measured["largest"][: len(outputs)])
-        flags, pairs = None, measured["pairs"]
-        if not finite.all():
-            flags, outputs = self._repair(outputs, finite)
-            measured = self._measure(outputs, pairs=False)
-        return self.take_measured({**measured, "pairs": pairs}, flags)
-
-    def _fail_broken(self, outputs: Tensor) -> Tensor:
-        """End the samples that meet an output which the sequential loop meets too: their windows are empty then."""
-        widths = self.nodes().sum(1)
-        present = np.flatnonzero(widths)
-        places, lo, widths = self.places[present], self.lo[present], widths[present]
-        failed = self.batch.fail_broken(places, lo, widths, outputs, self.rounds[present])
-        if not failed.any():
-            return outputs
-        self.refresh()
-        return outputs.masked_fill(upload(np.repeat(failed, widths), outputs.device)[:, None], 0)
-
-    def take_measured(self, measured: dict[str, Array], finite: Flags | None) -> Measured:
-        """Take what the device has measured."""
-        self.errors.note_size(self, measured["sizes"])
-        return Measured(measured["gram"], measured["pairs"], finite, measured["corrections"])
-
-    def _measure(self, outputs: Tensor, *, pairs: bool) -> dict[str, Array]:
-        self._store(outputs)
-        if not self.frame_sent:
-            write_frame(self)
-            self.pack.send()
-            self.frame_sent = True
-        self.tensors.measure(outputs, pairs=pairs)
-        return self.tensors.split(read(self.tensors.measured))
-
-    def _store(self, outputs: Tensor) -> None:
-        """Put the outputs of the last query in their places; between nodes they are interpolated."""
-        tensors = self.tensors
-        if self.chosen is None:
-            tensors.outputs.copy_(outputs.view(tensors.outputs.shape))
-            return
-        if self.strided:
-            tensors.outputs.zero_()  # between nodes something not finite may have been left
-        tensors.flat["f"].index_copy_(0, upload(self.chosen, outputs.device), outputs)
-        if self.coarse.any():
-            factors = extrapolation.between_nodes(
-                self.nodes(), self.inside, self.steps, self.problem.coefficients, self.tables
-            )
-            by_output, by_state = (upload(factor, outputs) for factor in factors)
-            tensors.outputs.copy_(torch.bmm(by_output, tensors.outputs).baddbmm_(by_state, tensors.inputs))
-
-    def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
-        """Put the last finite output before it in the place of each output that is not finite.
-
-        Returns:
-            (S, W) which outputs are finite; an interpolated one is if its neighbours are. And the outputs repaired.
-        """
-        nodes = self.nodes()
-        sample, offset = np.nonzero(nodes)
-        broken = (offset == 0) & ~finite
-        if broken.any():
-            row = int(sample[np.argmax(broken)])
-            raise self.batch.output_error(int(self.places[row]), int(self.lo[row]), int(self.rounds[row]) + 1)
-        nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))
-        outputs = outputs.index_select(0, upload(nearest, outputs.device))
-        flags = np.ones((len(self.places), self.W), bool)
-        flags[nodes] = finite
-        for row in np.flatnonzero(self.coarse).tolist() if self.strided else ():
-            at, inside = np.flatnonzero(nodes[row]), np.arange(self.width[row])
-            flags[row, inside] = np.interp(inside, at, flags[row, at]) == 1
-        return flags, outputs
 
     # -- decide ---------------------------------------------------------------------------------------------------
 
@@ -354,9 +123,9 @@ class Window(Frame):
             write_entering(self, count, last, new, entry)
         self.errors.shift(self, count)
         until = np.where(self.coarse, self.lo, hi) if self.strided else hi
-        self.evaluated_until = np.where(present, until, self.evaluated_until)
+        self.evaluated_until = until if self.uniform else np.where(present, until, self.evaluated_until)
         self.reached = self.reached | ((hi == steps) & present)
-        self.last_evaluated = np.where(present, hi - 1, self.last_evaluated)
+        self.last_evaluated = hi - 1 if self.uniform else np.where(present, hi - 1, self.last_evaluated)
         self.lo = ended
         self.rounds = self.rounds + present
         self.look()
