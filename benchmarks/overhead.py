@@ -12,11 +12,20 @@ for plans of a robot and latents of Stable Diffusion, one and 16 samples, window
 over its rounds, those of drawing the noise apart, and what the profiler counts in a round: launches of kernels and of
 graphs, copies, waits of the host for the device, and milliseconds of the device and of the host. What the network
 costs is taken off each figure: it is profiled alone, in calls of as many rows. Writes ``profile.csv``.
+
+With ``--against TREE`` two versions in turns: this one and another in a work tree of its own (``git worktree add
+--detach TREE COMMIT``), milliseconds a round outside the network, and the sequential loop on a network of 2 ms against
+the same loop written out by hand. Each turn is a process; the table has the medians over the turns. Writes
+``overhead-versions.csv`` and ``overhead-versions.png``; ``--resume`` goes on where a run before was ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import product
@@ -153,6 +162,60 @@ def rounds(options: argparse.Namespace) -> None:
         results.add({**row, "captured": captured})
 
 
+def turn(tree: Path, case: dict[str, Any]) -> Any:
+    """Return what a process with the package of this work tree measures of a case."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("overhead_worker.py")), json.dumps(case)]
+    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def versions(options: argparse.Namespace) -> None:
+    """Measure two versions in turns, write the table and draw it."""
+    key = ("state", "sampler", "window", "samples")
+    results = Results(options.results / "overhead-versions.csv", key, resume=options.resume)
+    budget = Budget(options.seconds)
+    cases = [("policy", name, window, count) for name, window, count in product(("ddim", "ddpm"), (8, 16), (1, 16))] + [
+        ("SD", name, 16, 1) for name in ("ddim", "ddpm")
+    ]
+    for state, name, window, count in cases:
+        about = {"state": state, "sampler": f"{name}-100", "window": window, "samples": count}
+        if results.done(**about) or budget.over():
+            continue
+        case = {"state": STATES[state], "sampler": name, "window": window, "samples": count}
+        case["repeats"] = options.repeats
+        pairs = [[turn(tree, case) for tree in (options.against, ROOT)] for _ in range(options.turns)]
+        old, new = (median(values) for values in zip(*pairs, strict=True))
+        results.add({**about, "old_ms": f"{old:.4g}", "new_ms": f"{new:.4g}", "ratio": f"{new / old:.3f}"})
+    for count in (1, 16):
+        about = {"state": "policy", "sampler": "ddim-100", "window": "sequential, 2 ms", "samples": count}
+        if results.done(**about) or budget.over():
+            continue
+        case = {"state": STATES["policy"], "sampler": "ddim", "loop": 2.0, "samples": count, "repeats": 5}
+        new, hand = (median(values) for values in zip(*(turn(ROOT, case) for _ in range(options.turns)), strict=True))
+        results.add({**about, "old_ms": f"{hand:.4g}", "new_ms": f"{new:.4g}", "ratio": f"{new / hand:.3f}"})
+    draw_versions(list(results.rows.values()), options.figures / "overhead-versions.png")
+
+
+def draw_versions(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw what a round costs in both versions."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    windowed = [row for row in rows if str(row["window"]).isdigit()]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for shift, column, label in ((-0.2, "old_ms", "before"), (0.2, "new_ms", "now")):
+        places = [place + shift for place in range(len(windowed))]
+        axis.barh(places, [float(row[column]) for row in windowed], 0.4, label=label)
+    names = [f"{row['state']}, {row['sampler']}, W={row['window']}, S={row['samples']}" for row in windowed]
+    axis.set_yticks(range(len(windowed)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="milliseconds a round outside the network, Secant")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Print and write the table, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,14 +223,19 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs")
+    parser.add_argument("--against", type=Path, help="compare with the version in this work tree, and nothing else")
+    parser.add_argument("--turns", type=int, default=5, help="of both versions")
     parser.add_argument("--profile", action="store_true", help="profile px.sample, and nothing else")
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="of the profile")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 16], help="of the profile")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, help="end the profile after so many")
-    parser.add_argument("--resume", action="store_true", help="leave out what the profile's table holds already")
+    parser.add_argument("--seconds", type=float, help="end the profile, or the turns, after so many")
+    parser.add_argument("--resume", action="store_true", help="leave out what the table holds already")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.against is not None:
+        versions(options)
+        return
     if options.profile:
         rounds(options)
         return

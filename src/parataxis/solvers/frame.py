@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..arrays import Array, Indices
 from .batch import Batch
@@ -41,6 +42,15 @@ class PerSample:
         """Take some samples from another."""
         for name in self.STATES:
             getattr(self, name)[rows] = getattr(part, name)
+
+    def states(self, row: int) -> dict[str, Any]:
+        """Return the entries of a sample."""
+        return {name: getattr(self, name)[row] for name in self.STATES}
+
+    def load_states(self, row: int, state: dict[str, Tensor]) -> None:
+        """Take the entries of a sample."""
+        for name in self.STATES:
+            getattr(self, name)[row] = state[name].numpy()
 
 
 class Frame(PerSample):

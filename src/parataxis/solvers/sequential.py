@@ -75,21 +75,24 @@ class PlainLoop:
                 if not len(places):
                     return
         steps = self.step[places]
+        if len(places) == len(self.step) and bool((steps == steps[0]).all()):
+            self.advance_all(int(steps[0]), outputs)
+        else:
+            self._advance_some(places, steps, outputs)
+        for place in places[self.step[places] == N].tolist():
+            batch.finished[place], batch.results[place] = True, self.u[place].clone()
+
+    def _advance_some(self, places: Indices, steps: Indices, outputs: Tensor) -> None:
+        """Take one step of samples that stand at different steps, or are not all."""
+        batch = self.batch
         rows = slice(None) if len(places) == len(self.step) else upload(places, outputs.device)
         self.evaluated = self.u if isinstance(rows, slice) else self.evaluated.index_copy(0, rows, self.u[rows])
         if self.lags:
             self.f[rows, 1:] = self.f[rows, :-1].clone()
         self.f[rows, 0] = outputs
-        f, at = self.f[rows], int(steps[0])
-        noise, together = batch.noise, bool((steps == at).all())
-        if together:
-            a, b = self.a[at], self.b[:, at]
-        else:
-            index = upload(steps, outputs.device)
-            a, b = self.a[index], self.b[:, index]
-        if noise is not None:
-            noise = noise[rows, at, None] if together else noise[rows, index, None]
-        u = self._step(self.u[rows, None], f, noise, a, b)
+        index = upload(steps, outputs.device)
+        noise = None if batch.noise is None else batch.noise[upload(places, outputs.device), index, None]
+        u = self._step(self.u[rows, None], self.f[rows], noise, self.a[index], self.b[:, index])
         if isinstance(rows, slice):
             self.u = u[:, 0]
         else:
@@ -97,8 +100,6 @@ class PlainLoop:
         self.step[places] += 1
         self._check(places, outputs, steps)
         batch.accept(places, np.ones(len(places), np.int64), u, np.zeros(len(places)))
-        for place in places[self.step[places] == N].tolist():
-            batch.finished[place], batch.results[place] = True, self.u[place].clone()
 
     def _step(self, u: Tensor, f: Tensor, noise: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """Return A u + sum_l B_l f_l + noise, (R, 1, dim), summed in the order in which windows sum it."""

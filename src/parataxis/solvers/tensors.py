@@ -4,8 +4,7 @@ Everything here is a fixed sequence of tensor operations on tensors that stay wh
 indices that the host sends in one copy (:class:`parataxis.arrays.Packed`). So a round has few operations, whatever the
 number of samples and steps, and a CUDA graph can hold all of it.
 
-All lie in one block of rows (rows, dim), region behind region. Each region ends with a row that stays zero, for indices
-that are to point to nothing.
+All lie in one block of rows (:mod:`.row_block`), so that rows of different kinds are gathered by one index.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, Packed, upload
+from ..arrays import Array, Packed
 from . import correction, extrapolation
 from .batch import Batch
+from .row_block import RowBlock
 
 __all__ = ["WindowTensors"]
 
-SCRATCH = ("moved", "r")  # written anew in every round
 
-
-class WindowTensors:
+class WindowTensors(RowBlock):
     """States, outputs and residuals of S windows of W steps.
 
     Args:
@@ -37,8 +35,6 @@ class WindowTensors:
         history: Rounds of corrections kept, of accelerated methods.
 
     Attributes:
-        rows: How many rows each region has for a sample.
-        first: Where each region begins.
         x: (S, W + 1, dim) the states lo .. lo + W; ``inputs`` the first W of them, ``targets`` the last W.
         f: (S, L + W, dim) the outputs of the steps lo - L .. lo + W - 1; ``outputs`` the last W.
         step: (S, W, dim) the step of each state, later the corrected states lo + 1 .. lo + W.
@@ -64,9 +60,7 @@ class WindowTensors:
         self.batch, self.count, self.width, self.lags = batch, count, width, lags
         self.keeps_pairs, self.predicts, self.order, self.history = keeps_pairs, predicts, order, history
         self.overflowed = False  # whether a residual may be infinite
-        self.rows = self.regions()
-        self.all = batch.start.new_zeros(sum(rows * count + 1 for rows in self.rows.values()), batch.start.shape[1])
-        self.look()
+        super().__init__(batch.start, self.regions(), count)
 
     def like(self, count: int) -> WindowTensors:
         """Return tensors of the same kind for another number of samples."""
@@ -122,20 +116,12 @@ class WindowTensors:
         }
 
     def look(self) -> None:
-        """Make the views that every round uses: slicing them anew would cost as much as a small product."""
+        """Make the views that every round uses."""
+        super().look()
         width, lags, count = self.width, self.lags, self.count
         dim = self.all.shape[1]
         self.pack = Packed(self.numbers(), self.indices(), self.batch.start)
-        self.first, self.flat, first = {}, {}, 0
-        for name, rows in self.rows.items():
-            self.first[name], self.flat[name] = first, self.all[first : first + rows * count + 1]
-            first += rows * count + 1
-        self.nothing = {name: self.first[name] + rows * count for name, rows in self.rows.items()}
-
-        def view(name: str) -> Tensor:
-            return self.flat[name][:-1].view(count, -1, dim)
-
-        self.x, self.f, self.step, self.r = (view(name) for name in ("x", "f", "step", "r"))
+        self.x, self.f, self.step, self.r = (self.view(name) for name in ("x", "f", "step", "r"))
         self.x_rows, self.step_rows, self.r_transposed = self.flat["x"][:-1], self.flat["step"][:-1], self.r.mT
         self.inputs, self.targets = self.x[:, :width], self.x[:, 1:]
         self.lagged = [self.f[:, lags - lag : lags - lag + width] for lag in range(lags + 1)]
@@ -144,7 +130,7 @@ class WindowTensors:
         self.end_rows, self.last_x, self.last_f = self.ends.view(-1, dim), self.ends[0], self.ends[-2]
         self.end_inputs, self.end_outputs = self.ends[-4:-2], self.ends[-2:]
         if self.keeps_pairs:
-            self.dx, self.df = view("dx"), view("df")
+            self.dx, self.df = self.view("dx"), self.view("df")
             self.dx_rows, self.df_rows = self.flat["dx"][:-1], self.flat["df"][:-1]
             # (S W, 2, dim): both regions are as long, so that a stride leads from one to the other.
             first, length = self.first["dx"], count * width + 1
@@ -164,58 +150,6 @@ class WindowTensors:
     def split(self, measured: Array) -> dict[str, Array]:
         """Return the arrays of :meth:`measured_shapes`, once :attr:`measured` is on the host."""
         return {name: measured[piece].reshape(shape) for name, piece, shape in self.slices}
-
-    def copy_rows(self, rows: Indices, into: WindowTensors) -> None:
-        """Copy the tensors of some samples to others of as many samples."""
-        here, there = self.index(rows), into.index(np.arange(len(rows)))
-        into.all.index_copy_(0, there, self.all.index_select(0, here))
-        into.ends.copy_(self.ends.index_select(1, upload(rows, self.ends.device)))
-
-    def put_rows(self, rows: Indices, part: WindowTensors) -> None:
-        """Take the tensors of some samples from others of as many samples."""
-        here, there = self.index(rows), part.index(np.arange(len(rows)))
-        self.all.index_copy_(0, here, part.all.index_select(0, there))
-        self.ends.index_copy_(1, upload(rows, self.ends.device), part.ends)
-
-    def clear_rows(self, rows: Indices) -> None:
-        """Set the tensors of some samples to zero."""
-        self.all.index_fill_(0, self.index(rows), 0)
-
-    def keep_rows(self, rows: Indices) -> None:
-        """Keep some samples only, in the same memory: no more than a region is copied at a time."""
-        ends = self.ends.index_select(1, upload(rows, self.ends.device))
-        first = 0
-        for name, size in self.rows.items():
-            # Regions move to the front, and never over one that has not moved yet.
-            index = (rows[:, None] * size + np.arange(size)).reshape(-1)
-            block = self.flat[name].index_select(0, upload(index, self.all.device))
-            self.all[first : first + len(block)].copy_(block)
-            self.all[first + len(block)].zero_()
-            first += len(block) + 1
-        self.count = len(rows)
-        self.all = self.all[:first]
-        self.look()
-        self.ends.copy_(ends)
-
-    def index(self, rows: Indices) -> Tensor:
-        """Return where the rows of some samples lie."""
-        parts = [
-            (self.first[name] + rows[:, None] * size + np.arange(size)).reshape(-1) for name, size in self.rows.items()
-        ]
-        return upload(np.concatenate(parts), self.all.device)
-
-    def state(self, row: int) -> dict[str, Tensor]:
-        """Return the rows of a sample that are kept from round to round."""
-        rows = np.array([row])
-        kept = {name: flat for name, flat in self.flat.items() if name not in SCRATCH}
-        return {f"rows.{name}": flat.index_select(0, self.index(name, rows)) for name, flat in kept.items()}
-
-    def load(self, row: int, state: dict[str, Tensor]) -> None:
-        """Take such rows."""
-        rows = np.array([row])
-        for name, flat in self.flat.items():
-            if name not in SCRATCH:
-                flat.index_copy_(0, self.index(name, rows), state[f"rows.{name}"].to(flat))
 
     # -- measure --------------------------------------------------------------------------------------------------
 

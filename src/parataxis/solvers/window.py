@@ -17,6 +17,8 @@ them (:mod:`.seats`), what a round asks for and measures (:mod:`.measuring`), an
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -178,3 +180,17 @@ class Window(Measuring):
         noise = self.batch.noise
         values = Recurrence(local, u[None], None if noise is None else noise[place, None])
         return values.coarse_step(step, steps, u[None], f[None])[0]
+
+    # -- stop and resume -------------------------------------------------------------------------------------------
+
+    def state(self, place: int) -> dict[str, Any]:
+        """Return all that is known of a sample between two rounds."""
+        row = self.row_of_place[place]
+        return {**self.states(row), **self.errors.states(row), **self.tensors.state(row)}
+
+    def load(self, place: int, state: dict[str, Tensor]) -> None:
+        """Take such a state."""
+        row = self.row_of_place[place]
+        self.load_states(row, state)
+        self.errors.load_states(row, state)
+        self.tensors.load(row, state)
