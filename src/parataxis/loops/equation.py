@@ -19,6 +19,9 @@ from .record import StageProgress
 
 __all__ = ["RecordedRecurrence", "ReplayedRecurrence"]
 
+MAX_MISFIT = 0.9  # part of the change of a state that the coefficients of its step may leave unexplained
+UNKNOWN_MISFIT = 0.5  # where it was not measured: a loop that is linear elsewhere only
+
 
 @dataclass(frozen=True, eq=False)
 class RecordedRecurrence(Recurrence):
@@ -41,9 +44,14 @@ class RecordedRecurrence(Recurrence):
 
 @dataclass(frozen=True, eq=False)
 class ReplayedRecurrence(Recurrence):
-    """A loop without a recurrence: one pass of its Python says which trajectory follows."""
+    """A loop without a recurrence: one pass of its Python says which trajectory follows.
+
+    Attributes:
+        misfit: (N,) what part of a change of each state the coefficients do not explain.
+    """
 
     replays = True
+    misfit: Array | None = None
     progress: StageProgress | None = None
     run: weakref.ref[Callable[[int], StageRecord]] | None = None
 
@@ -56,14 +64,20 @@ class ReplayedRecurrence(Recurrence):
             run: A method that makes a pass up to a step and returns its record; held weakly, because what it belongs to
                 holds every tensor of the loop, and runs may live on until the garbage collector comes.
         """
-        coefficients = progress.structure.coefficients
-        # The coefficients only turn slopes into growth and back.
+        structure = progress.structure
+        misfit = np.full(structure.steps, 0.0 if structure.linear else UNKNOWN_MISFIT)
+        if structure.misfit is not None:
+            misfit[: len(structure.misfit)] = structure.misfit
+        # The coefficients only turn slopes into growth and back. Where they explain nothing (a state that is rolled), a
+        # slope stands for the growth: divided by them it would be arbitrarily large.
+        explains = misfit <= MAX_MISFIT
         coefficients = Coefficients(
-            coefficients.state_weight,
-            coefficients.output_weight.sum(1, keepdims=True),
-            np.zeros(coefficients.steps),
+            np.where(explains, structure.coefficients.state_weight, 0.0),
+            np.where(explains, structure.coefficients.output_weight.sum(1), 1.0)[:, None],
+            np.zeros(structure.steps),
         )
-        return cls(coefficients, progress.structure.as_runs(progress.start), None, progress, weakref.WeakMethod(run))
+        start = structure.as_runs(progress.start)
+        return cls(coefficients, start, None, misfit, progress, weakref.WeakMethod(run))
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes for the next pass."""

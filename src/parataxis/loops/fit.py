@@ -12,7 +12,7 @@ their outputs, sum_r g_r V_r with sum_r g_r = 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from .structure import Recording, Structure, final_state, random_outputs
 __all__ = ["HeldOutCheck", "fit_recurrence", "fit_slopes"]
 
 Array = NDArray[np.float64]
-LAGS = 5  # most earlier steps that a step may use: third-order multistep methods with corrector use three
+LAGS = 12  # most earlier steps that a step may use: as Adams methods of the highest order in use
 ELEMENTS = 4096  # rows of the least-squares problem
 OVERFLOWS = (
     "trial outputs lead it to states that are not finite, from which nothing can be fitted: it may square outputs, or "
@@ -109,9 +109,26 @@ def fit_slopes(structure: Structure, first: StageRecord, second: StageRecord) ->
         outputs.append([out[None].cpu().double().reshape(1, -1).numpy() for out in record.combined()])
     fitted = _fit_steps(states, outputs, len(states[0]) - 1, np.inf)
     assert fitted is not None
-    _, coefficients = fitted
+    weights, coefficients = fitted
+    structure.misfit = _misfit(states, outputs, weights, coefficients)
     coefficients.state_weight[0] = structure.coefficients.state_weight[0]
     structure.set_coefficients(coefficients)
+
+
+def _misfit(
+    states: Sequence[Sequence[Array]],
+    outputs: Sequence[Sequence[Array]],
+    weights: Sequence[Array],
+    coefficients: Coefficients,
+) -> Array:
+    """Return what part of each change of a state one scalar for the state and one for the output do not explain."""
+    left = []
+    for i in range(coefficients.steps):
+        x, after = (states[1][step] - states[0][step] for step in (i, i + 1))
+        f = np.tensordot(weights[i], outputs[1][i] - outputs[0][i], 1)
+        explained = coefficients.state_weight[i] * x + coefficients.output_weight[i, 0] * f
+        left.append(_rms(after - explained) / max(_rms(after), 1e-300))
+    return np.array(left)
 
 
 def _elements(structure: Structure, largest: int) -> Tensor:
@@ -238,26 +255,35 @@ def fit_lags(
     n is the number of states behind the first; ``bound`` is relative to the largest term; infinite: L = 0.
     """
     n = len(x) - 1
-    longest = min(LAGS, max(n - 1, 0)) if np.isfinite(bound) else 0
-    fits, worst = [], []
+    places = max(len(rows) for rows in f)
+    longest = min(LAGS, max(n - 1, 0), len(x[0]) // (2 * (places + 1))) if np.isfinite(bound) else 0
+    fits: dict[int, tuple[Array, Array]] = {}
+    worst: dict[int, float] = {}
     for lags in range(longest + 1):
-        memory, entering, residuals = _fit_memory(x, f, sizes, bound, lags)
-        fits.append((memory, entering))
-        worst.append(float(residuals.max()))
-        if worst[-1] <= CLOSE:
+        # A few steps show that a memory is too short.
+        few = sorted({n - 1, (n - 1) // 2, min(lags + 1, n - 1)})
+        if lags < longest and np.isfinite(bound):
+            worst[lags] = float(_fit_memory(x, f, sizes, bound, lags, few)[2].max())
+            if worst[lags] > 1:
+                continue
+        memory, entering, residuals = _fit_memory(x, f, sizes, bound, lags, range(n))
+        fits[lags] = memory, entering
+        worst[lags] = float(residuals.max())
+        if worst[lags] <= CLOSE or lags >= min(fits) + 3:
             break
-    if min(worst) > 1:
+    smallest = min(worst[lags] for lags in fits)
+    if smallest > 1:
         return None
-    return fits[next(lags for lags, residual in enumerate(worst) if residual <= 1.3 * min(worst) + 1e-2)]
+    return fits[next(lags for lags in fits if worst[lags] <= 1.3 * smallest + 1e-2)]
 
 
 def _fit_memory(
-    x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Array, bound: float, lags: int
+    x: Sequence[Array], f: Sequence[Sequence[Array]], sizes: Array, bound: float, lags: int, steps: Iterable[int]
 ) -> tuple[Array, Array, Array]:
-    """Return a, b and the residuals over what rounding explains, (n,), with a memory of so many lags."""
+    """Return a, b and the residuals over what rounding explains, (n,), with a memory of so many lags, of some steps."""
     n, places = len(x) - 1, max(len(rows) for rows in f)
     memory, entering, residuals = np.zeros((n, lags + 1)), np.zeros((n, lags + 1, places)), np.zeros(n)
-    for i in range(n):
+    for i in steps:
         columns = [column for lag in range(min(lags, i) + 1) for column in (x[i - lag], *f[i - lag])]
         matrix = np.stack(columns)
         scale = np.maximum(np.sqrt((matrix**2).sum(1)), 1e-150)

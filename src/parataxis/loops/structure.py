@@ -58,6 +58,7 @@ class Structure:
         floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
+        misfit: Where there is no recurrence, what part of a change of each state the coefficients do not explain.
     """
 
     signatures: list[Any]
@@ -79,6 +80,7 @@ class Structure:
     floor: float = 0.0
     precision: float = 0.0
     joint_samples: bool = False
+    misfit: Array | None = None
 
     @property
     def steps(self) -> int:

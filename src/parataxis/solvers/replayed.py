@@ -21,7 +21,13 @@ __all__ = ["ReplayedTensors", "ReplayedWindow", "Replays"]
 
 
 class Replays(Protocol):
-    """A recurrence with ``replays = True``."""
+    """A recurrence with ``replays = True``.
+
+    Attributes:
+        misfit: (N,) what part of a change of each state is not what its coefficients make of the one before.
+    """
+
+    misfit: Array | None
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes with which outputs move; the last of a sample holds for all later steps."""
@@ -69,7 +75,12 @@ class ReplayedWindow(Window):
         changes, residuals = read(torch.stack([change.square().sum(2), remainder.square().sum(2)])).reshape(
             2, *growth.shape
         )
-        self.take_norms(np.sqrt(changes), np.sqrt(residuals), None if measured is None else measured.finite)
+        changes, residuals = np.sqrt(changes), np.sqrt(residuals)
+        if loop.misfit is not None:
+            # A loop that is no scalar recurrence may make more of a change than its coefficients say.
+            misfit = np.append(loop.misfit, 0.0)[np.minimum(self.steps, len(loop.misfit))]
+            residuals = np.maximum(residuals, misfit * changes)
+        self.take_norms(changes, residuals, None if measured is None else measured.finite)
 
     @property
     def _loop(self) -> Replays:
