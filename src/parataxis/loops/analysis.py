@@ -16,7 +16,7 @@ from .rows import RowMap, StateSlice
 from .signals import NotParallelizable
 from .structure import Recording, Structure, final_state
 
-__all__ = ["find_structure"]
+__all__ = ["check_calls", "find_structure"]
 
 
 def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structure, HeldOutCheck | None]:
@@ -35,9 +35,7 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
         NotParallelizable: With the reason.
     """
     calls, other = recordings[0].calls, recordings[1].calls
-    if len(calls) != len(other) or any(a.signature() != b.signature() for a, b in zip(calls, other, strict=True)):
-        raise NotParallelizable("the number or the form of the denoiser's calls depends on its outputs.")
-    row_maps = _row_maps(calls, other)
+    row_maps = check_calls(calls, other)
     feeding = {feeder for call in calls for feeder, _ in call.feeds.values()}
     calls_of_step = _steps(calls, other, row_maps, feeding)
     row_maps = _with_samples(calls, other, row_maps, calls_of_step)
@@ -93,6 +91,13 @@ def _state_leaf(calls: Sequence[Call], row_maps: Sequence[RowMap], call: int) ->
     return leaf
 
 
+def check_calls(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
+    """Return how the rows of calls belong to states, or raise where the calls themselves depend on outputs."""
+    if len(calls) != len(other) or any(a.signature() != b.signature() for a, b in zip(calls, other, strict=True)):
+        raise NotParallelizable("the number or the form of the denoiser's calls depends on its outputs.")
+    return _row_maps(calls, other)
+
+
 def _row_maps(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
     """Find the leaves of each kind of call that depend on outputs, and which parts of them do."""
     names = [call.signature() for call in calls]
@@ -101,6 +106,8 @@ def _row_maps(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
         for i, (left, right) in enumerate(zip(call.leaves, same_call.leaves, strict=True)):
             if i in call.feeds or equal(left, right):
                 continue
+            if isinstance(left, (float, int)) or (isinstance(left, Tensor) and not left.ndim):
+                raise NotParallelizable("the timesteps depend on the denoiser's outputs: an adaptive solver.")
             if not isinstance(left, Tensor) or not left.is_floating_point():
                 raise NotParallelizable(
                     "an argument of the denoiser depends on its outputs and is not a floating-point tensor."
@@ -144,6 +151,8 @@ def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
             line = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
             box.append((int(line[0]), int(line[-1]) + 1))
         if place >= len(answers):
+            if any(leaf.ndim < 2 for leaf in leaves):
+                raise NotParallelizable("the timesteps depend on the denoiser's outputs: an adaptive solver.")
             raise NotParallelizable(
                 f"{len(masks)} arguments of the denoiser depend on its earlier outputs, but it returns {len(answers)}."
             )

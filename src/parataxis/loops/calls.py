@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -26,6 +27,7 @@ __all__ = [
     "copy_leaves",
     "equal",
     "feeders_of",
+    "flatten_output",
 ]
 
 
@@ -70,21 +72,42 @@ def autocast_of(leaves: Sequence[Any]) -> tuple[str, torch.dtype] | None:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """The form of a denoiser's output: its tree, with leaves of the right shapes and dtypes."""
+    """The form of a denoiser's output.
+
+    Attributes:
+        spec: Its tree.
+        leaves: Tensors of the right shapes and dtypes.
+        shell: An object of somebody's own that holds the tree as its attributes; None for a plain tree.
+    """
 
     spec: TreeSpec
     leaves: list[Any]
+    shell: Any = None
 
     @classmethod
     def of(cls, result: Any) -> Output:
         """Return the form of what a denoiser returned."""
-        leaves, spec = tree_flatten(result)
+        leaves, spec, shell = flatten_output(result)
         forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(spec, forms)
+        return cls(spec, forms, shell)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""
-        return tree_unflatten(list(leaves), self.spec)
+        tree = tree_unflatten(list(leaves), self.spec)
+        if self.shell is None:
+            return tree
+        output = copy(self.shell)
+        output.__dict__.update(tree)
+        return output
+
+
+def flatten_output(output: Any) -> tuple[list[Any], TreeSpec, Any]:
+    """Return the leaves and the tree of a denoiser's output, and the object around them if there is one."""
+    leaves, spec = tree_flatten(output)
+    attributes = getattr(output, "__dict__", None)
+    if len(leaves) == 1 and leaves[0] is output and not isinstance(output, Tensor) and isinstance(attributes, dict):
+        return *tree_flatten(dict(attributes)), output
+    return leaves, spec, None
 
 
 @dataclass(eq=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..fingerprint import loop_fingerprint
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 __all__ = ["Parallel"]
+
+NOT_RUN_BY_A_CALL = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
 class Parallel:
@@ -60,6 +65,12 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""
+        if any(kind(self.function) for kind in NOT_RUN_BY_A_CALL):
+            reason = "it is a generator or asynchronous function, which runs while its result is iterated or awaited."
+            warnings.warn(f"the loop runs sequentially: {reason}", RuntimeWarning, stacklevel=2)
+            self.report.reset(self.tolerance)
+            self.report.mode, self.report.reason, self.report.converged = "sequential", reason, True
+            return self.function(*args, **kwargs)
         loop = self._current(args, kwargs)
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.function, args, kwargs))
@@ -83,7 +94,15 @@ class Parallel:
                     "step: denoisers=[...]."
                 )
             denoisers = (modules[0],)
-        others = tuple((module, "__call__") for module in modules if not _contains(denoisers, module))
+        for module in denoisers:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{type(module).__name__} is a TorchScript module, whose calls cannot be taken over: pass a module "
+                    "whose forward calls it, and let the loop call that one."
+                )
+        # A module around a denoiser (a preconditioning) belongs to the loop.
+        wrappers = [m for m in modules if any(part is denoiser for part in m.modules() for denoiser in denoisers)]
+        others = tuple((module, "__call__") for module in modules if not _contains(wrappers, module))
         loop = self.loop
         if loop is None or loop.denoisers != denoisers or loop.memoized != others:
 

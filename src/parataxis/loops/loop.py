@@ -20,6 +20,8 @@ from .times import LoopTimes
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
 
+MOST_REFUSALS = 64  # that are remembered
+
 __all__ = ["Loop", "check_denoisers", "is_library_object", "reachable"]
 
 
@@ -46,6 +48,7 @@ class Loop:
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
+        refused: Why calls were not solved in parallel, by :meth:`key`, and how many calls have been since.
         owner: (name, object) that the loop reaches besides its arguments: the function itself, the pipeline.
     """
 
@@ -67,6 +70,7 @@ class Loop:
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     warned_slower: bool = False
+    refused: dict[Any, tuple[str, int]] = field(default_factory=dict)
     owner: tuple[str, Any] = ("", None)
 
     @property
@@ -80,6 +84,20 @@ class Loop:
         modules = [*self.denoisers, *(module for module, _ in self.memoized)]
         arguments = [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]
         return [self.owner, *arguments, *((type(module).__name__, module) for module in modules)]
+
+    def known_refusal(self, key: Any) -> str | None:
+        """Return why such a call cannot be solved in parallel, if that is known; at times it is tried again."""
+        if key not in self.refused:
+            return None
+        reason, calls = self.refused[key]
+        self.refused[key] = reason, calls + 1
+        return None if calls >= 3 and not (calls + 1) & calls else reason  # the fourth call, the eighth, ...
+
+    def refuse(self, key: Any, reason: str) -> None:
+        """Remember that such a call cannot be solved in parallel."""
+        self.refused[key] = reason, self.refused.get(key, ("", 1))[1]
+        if len(self.refused) > MOST_REFUSALS:
+            del self.refused[next(iter(self.refused))]
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""

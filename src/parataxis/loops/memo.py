@@ -15,6 +15,8 @@ from .randomness import advanced_generators, generator_states
 
 __all__ = ["ModuleMemo"]
 
+MOST_ENTRIES = 64  # of a module: one that is called between steps has new inputs every time
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -51,6 +53,8 @@ class ModuleMemo:
                 return tree_map(_copy, entry.result)
         before()
         copies = copy_leaves(leaves)
+        if len(entries) >= MOST_ENTRIES:
+            del entries[0]
         states = generator_states(leaf for leaf in leaves if isinstance(leaf, torch.Generator))
         result = run()
         entries.append(_Entry(spec, copies, tree_map(_copy, result), advanced_generators(states)))

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from ..engine.executor import out_of_memory
 from .batch import KindCalls, Layout, Merging
-from .calls import Call, CallKind, RecordedCalls
+from .calls import Call, CallKind, RecordedCalls, flatten_output
 from .layout import NOTHING_TO_BATCH, OUT_OF_MEMORY, LayoutSearch, compare, random_request, rows_of_sample
 from .rows import RowRequest
 from .signals import NotParallelizable, RowsInteract
@@ -93,7 +92,7 @@ class Merger:
         self.calls += 1
         self.rows += rows
         self.peak_rows = max(self.peak_rows, rows)
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_flatten(output)[0]]
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten_output(output)[0]]
 
     def _require_batching(self, recorded: RecordedCalls) -> None:
         """Raise :class:`NotParallelizable` unless some calls may be batched."""

@@ -117,6 +117,7 @@ class PassRecord:
         ending: Leaves of what ended them: the arguments of the next module, or what the loop returned.
         ended_at_module: Whether the recording ended with a call of another module.
         followed: Whether a call of a denoiser followed the last stage at once; None if the pass did not get there.
+        cut: Whether the recording ended at a bound on the number of calls.
         complete: Whether the loop came to its end, with nothing to record behind its stages.
         value: What the loop returned.
     """
@@ -127,6 +128,7 @@ class PassRecord:
     ending: list[Any] | None = None
     ended_at_module: bool = False
     followed: bool | None = None
+    cut: bool = False
     complete: bool = False
     value: Any = None
 

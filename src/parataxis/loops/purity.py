@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calls import Call, copy_leaves
+from .calls import Call, copy_leaves, flatten_output
 from .module_state import is_counter, watch
 from .randomness import advanced_generators, generator_states
 from .signals import NotParallelizable
@@ -96,7 +96,7 @@ def call_checked(
 def flip_input(leaves: Sequence[Any], result: Any) -> list[Any]:
     """Return leaves with another state: a tensor of the output's shape, else the first one, flipped."""
     states = [i for i, leaf in enumerate(leaves) if _is_floating(leaf) and leaf.numel() > 1]
-    shapes = [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    shapes = [leaf.shape for leaf in flatten_output(result)[0] if isinstance(leaf, Tensor)]
     chosen = next((i for i in states if leaves[i].shape in shapes), next(iter(states), None))
     return [leaf.flip(tuple(range(leaf.ndim))) if i == chosen else leaf for i, leaf in enumerate(leaves)]
 
@@ -104,7 +104,7 @@ def flip_input(leaves: Sequence[Any], result: Any) -> list[Any]:
 def outputs_differ(left_output: Any, right_output: Any) -> bool:
     """Return whether outputs differ by more than rounding."""
     lefts, rights = (
-        [leaf for leaf in tree_leaves(output) if _is_floating(leaf)] for output in (left_output, right_output)
+        [leaf for leaf in flatten_output(output)[0] if _is_floating(leaf)] for output in (left_output, right_output)
     )
     if [left.shape for left in lefts] != [right.shape for right in rights]:
         return True

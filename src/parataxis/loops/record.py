@@ -12,20 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .analysis import find_structure
+from .analysis import check_calls, find_structure
 from .answers import PROBE_SEED, AffineAnswers, PerturbedAnswers
 from .calls import RecordedCalls
 from .fit import fit_slopes
 from .known_outputs import KnownOutputs
 from .passes import PassRecord, StageRecord
-from .runner import LoopRunner, same_leaves
+from .runner import FIRST_CALLS, LoopRunner, same_leaves
 from .signals import NotParallelizable
 from .stage_plan import CallbackFree, StagePlan
-from .structure import Recording, Stage, Structure
+from .structure import MIN_STEPS, Recording, Stage, Structure
 
 __all__ = ["StageProgress", "probe_stage", "record_stage"]
 
-MIN_STEPS = 8  # shorter loops run sequentially
 MIN_FIT_ELEMENTS = 48  # of a step, to fit its coefficients to; smaller loops are recorded more often
 MAX_EXTRA_RECORDINGS = 16
 STARTS_DIFFERENTLY = (
@@ -108,6 +107,9 @@ def record_stage(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRec
     first = plans[-1].stop if plans else 0
     if not first and len(record.calls) <= MIN_STEPS:
         raise NotParallelizable(f"the loop has only {len(record.calls)} steps.")
+    if record.cut:  # a loop that looks at its outputs is found before it takes steps without end
+        check_calls(record.calls, runner.run(plans, seed=1, most_calls=FIRST_CALLS).calls)
+        record = runner.run(plans)
     recordings = _record_twice(runner, plans, record)
     structure, check = find_structure(recordings, first)
     elements = structure.samples * structure.dim

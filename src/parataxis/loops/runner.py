@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..engine.latency import timed
 from .answers import Answers
-from .calls import Call, Output, autocast_of, copy_leaves, equal
+from .calls import Call, Output, autocast_of, copy_leaves, equal, flatten_output
 from .loop import Loop
 from .memo import ModuleMemo
 from .merger import Merger
@@ -29,11 +30,14 @@ from .purity import check_pure
 from .randomness import RandomState
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, PassComplete
 from .stage_plan import StagePlan, answer_call
-from .structure import random_outputs
+from .structure import MIN_STEPS, random_outputs
 from .stubs import AlreadyParallel, OriginalCall, Stub, StubSwitch, install
 from .world import World
 
-__all__ = ["LoopRunner", "same_leaves"]
+__all__ = ["FIRST_CALLS", "LoopRunner", "same_leaves"]
+
+FIRST_CALLS = 64  # that are recorded, before a loop of more is recorded as a whole
+MOST_CALLS = 20_000  # of a recording
 
 
 class LoopRunner:
@@ -70,6 +74,7 @@ class LoopRunner:
         self._random.worlds.append(self.world)
         self._switch = StubSwitch()
         self._originals: list[OriginalCall] = []
+        self.modules_inside: set[int] = set()  # that the loop calls between its steps, and that are a part of it
         self._setting: World | None = None  # what the denoisers held when the pass around this one came to them
         self._pass: _Pass | None = None  # the one that is running; stubs answer for it
 
@@ -98,6 +103,7 @@ class LoopRunner:
         callbacks: bool = False,
         accept: Callable[[StageRecord], bool] | None = None,
         at_stage: Callable[[], Answers | None] | None = None,
+        most_calls: int | None = None,
     ) -> PassRecord:
         """Run the loop once, and return what the pass saw.
 
@@ -108,12 +114,14 @@ class LoopRunner:
             accept: Decides whether the loop may go on behind the last stage; None ends the pass there.
             at_stage: Called at the first call of the last stage, within whatever context the loop has set up for its
                 networks; returns how the stage is answered from there on, or None to end the pass.
+            most_calls: The pass ends behind so many recorded calls; None for :data:`MOST_CALLS`, and an error there.
         """
         self.passes += 1
         self.restore()
         # A pass that cannot get farther than the ones before meets no generator that they have not.
         watched = self.passes == 1 or callbacks or accept is not None or not plans or plans[-1].answers.records_calls
         outer, current = self._pass, _Pass(self, plans, seed, callbacks, accept, at_stage)
+        current.most_calls = most_calls
         self._pass, started = current, time.perf_counter()
         try:
             with self._random if watched else nullcontext(), _autocast(self._autocast):
@@ -122,15 +130,20 @@ class LoopRunner:
                 current.leave(tree_leaves(value))
         except BaseException as error:
             self._end_early()
-            if isinstance(error, PassComplete):
-                return current.record
             if isinstance(error, Exception) and not callbacks and current.explains(error):
                 raise NotParallelizable(f"it raised {error!r} on trial outputs.") from error
-            raise
+            if not isinstance(error, PassComplete):
+                raise
+            value = None
+            if current.module_inside is None:
+                return current.record
         finally:
             self.loop.times.add_pass(current.calls, time.perf_counter() - started - current.stub_seconds)
             self._pass = outer
             current.release()
+        if current.module_inside is not None:  # it is called between steps: part of the loop
+            self.modules_inside.add(current.module_inside)
+            return self.run(plans, seed=seed, callbacks=callbacks, accept=accept, most_calls=most_calls)
         current.record.complete, current.record.value = not current.record.calls, value
         return current.record
 
@@ -195,7 +208,7 @@ class LoopRunner:
         ranks = self.loop.ranks
         if ranks is not None:
             ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
-            ranks.agree(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+            ranks.agree(next(leaf for leaf in flatten_output(result)[0] if isinstance(leaf, Tensor)))
         return Output.of(result)
 
     def _answer_denoiser(self, number: int, args: Any, kwargs: Any) -> Any:
@@ -258,6 +271,8 @@ class _Pass:
         self._stub_error: Exception | None = None  # raised within a stub: by a network, a solver
         self._random_outputs: dict[int, tuple[Tensor, int, int]] = {}  # by id: tensor, call, leaf
         self._setting: World | None = None  # what the denoisers held at the first call
+        self.most_calls: int | None = None
+        self.module_inside: int | None = None  # a module that was called between the first steps
 
     @property
     def calls(self) -> int:
@@ -290,6 +305,7 @@ class _Pass:
     def denoiser_called(self, module: int, args: Any, kwargs: Any) -> Any:
         """Answer a call of a denoiser."""
         leaves, spec = tree_flatten((args, kwargs))
+        _check_forward_mode(leaves)
         if torch.is_grad_enabled():
             self._check_gradients(module, leaves)
         if self.at_stage is not None and self._index == self.plans[-1].first:
@@ -317,7 +333,12 @@ class _Pass:
         def before() -> None:
             inside = bool(self.plans) and self._index < self.plans[-1].stop
             constant = any(same_leaves(leaves, constants) for constants in self.runner.loop_constants)
+            if number in self.runner.modules_inside:
+                return
             if self._index and not inside and not constant:
+                if not self.plans and self.record.calls and len(self.record.calls) <= MIN_STEPS:
+                    self.module_inside = number
+                    raise PassComplete
                 self.record.ended_at_module = True
                 self.leave(leaves)
 
@@ -331,6 +352,9 @@ class _Pass:
                 self.runner.world.skip(change)  # it runs once for all passes, and what it writes stays
             return result
 
+        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            before()
+            return run()  # what is differentiated must see this input
         return self.runner.memo.call(number, leaves, spec, run, before)
 
     def leave(self, leaves: list[Any] | None) -> None:
@@ -390,12 +414,28 @@ class _Pass:
         call = Call(module, spec, copies, feeds, autocast_of(leaves), Output(spec, []))
         call.output = self.runner.output_form(call)
         calls.append(call)
+        if self.most_calls is not None and len(calls) >= self.most_calls:
+            self.record.cut = True
+            raise PassComplete
+        if len(calls) > MOST_CALLS:
+            raise NotParallelizable(f"it calls its denoiser more than {MOST_CALLS} times.")
         answer = random_outputs(call.output, self.record.seed, index)
         if len(self.runner.loop.denoisers) > 1:
             for i, leaf in enumerate(answer):
                 if isinstance(leaf, Tensor):
                     outputs[id(leaf)] = (leaf, index - first, i)
         return call.output.tree(answer)
+
+
+def _check_forward_mode(leaves: Sequence[Any]) -> None:
+    """Raise within forward-mode derivatives and function transforms: the denoiser's part of them would be lost."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(leaf).tangent is not None  # type: ignore[no-untyped-call]
+        for leaf in tensors
+    )
+    if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in tensors):
+        raise NotParallelizable("the loop takes derivatives of the denoiser (jvp, vmap or another function transform).")
 
 
 def same_leaves(left: Sequence[Any] | None, right: Sequence[Any] | None) -> bool:

@@ -38,13 +38,14 @@ from .answers import Answers
 from .equation import RecordedRecurrence, ReplayedRecurrence
 from .error_estimate import largest_relative_distance
 from .evaluate import StageEvaluator
+from .layout import OUT_OF_MEMORY
 from .loop import Loop
 from .one_pass import OnePass
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
 from .report import Report
-from .runner import LoopRunner
+from .runner import FIRST_CALLS, LoopRunner
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
 from .stage_plan import CallbackFree, StagePlan
 from .structure import Structure
@@ -93,8 +94,11 @@ def solve_loop(
     runner = LoopRunner(loop, args, kwargs)
     if reason is None and runner.world.obstacles:
         reason = f"it reaches {runner.world.obstacles[0]}, which cannot be put back between its passes."
+    known = reason if reason is not None else loop.known_refusal(runner.key)
     try:
-        if reason is None:
+        if known is not None:
+            reason = known
+        else:
             with runner.installed():
                 loop_solver = LoopSolver(runner, solver, tolerance, report)
                 value = loop_solver.run()
@@ -109,6 +113,8 @@ def solve_loop(
             return value
     except NotParallelizable as signal:
         reason, raised = str(signal), signal.__cause__ is not None
+        if reason != OUT_OF_MEMORY and runner.merger.calls:  # there may be room, or a call, the next time
+            loop.refuse(runner.key, reason)
     finally:
         merger = runner.merger
         loop.limit = merger.limit
@@ -217,7 +223,8 @@ class LoopSolver:
 
     def run_pass(self, at_stage: Callable[[], Answers | None] | None = None) -> PassRecord:
         """Run one pass through all stages, which are judged when the loop leaves the last one."""
-        passed = self.runner.run(self.plans(), accept=self.accept, at_stage=at_stage)
+        most_calls = None if self.stages else FIRST_CALLS
+        passed = self.runner.run(self.plans(), accept=self.accept, at_stage=at_stage, most_calls=most_calls)
         if self.stages:
             progress = self.stages[-1]
             if not (at_stage is not None and self.refinement.replay_each_round):  # else the rounds were passes

@@ -15,9 +15,10 @@ from ..samplers.coefficients import Coefficients
 from .calls import Call, Output, RecordedCalls
 from .rows import RowMap
 
-__all__ = ["Recording", "Stage", "Structure", "final_state", "random_outputs"]
+__all__ = ["MIN_STEPS", "Recording", "Stage", "Structure", "final_state", "random_outputs"]
 
 Array = NDArray[np.float64]
+MIN_STEPS = 8  # shorter loops run sequentially
 
 
 class Recording(NamedTuple):

@@ -114,6 +114,7 @@ def install(
             for number, module in enumerate(denoisers):
                 originals.append(_original(module))
                 put(module, "_compiled_call_impl", originals[-1], partial(answer_denoiser, number))
+                put(module, "forward", module.forward, partial(answer_denoiser, number))  # some loops call it directly
             for number, (owner, name) in enumerate(places):
                 original = _original(owner) if name == "_compiled_call_impl" else getattr(owner, name)
                 put(owner, name, original, partial(answer_method, number, original))

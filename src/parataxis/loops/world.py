@@ -12,6 +12,7 @@ are copied at once; of larger ones (parameters) a copy is made when something is
 
 from __future__ import annotations
 
+import dis
 import io
 import random
 import socket
@@ -21,7 +22,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -478,11 +479,16 @@ class _Tensor:
 
 def named_globals(function: types.FunctionType) -> list[str]:
     """Return the globals that the code of a function names."""
-    names, codes = [], [function.__code__]
-    for code in codes:  # grows while it is gone through
-        names += [name for name in code.co_names if name in function.__globals__]
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    return list(dict.fromkeys(names))
+    return [name for name in _global_names(function.__code__) if name in function.__globals__]
+
+
+@lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the globals that code names; its other names are attributes."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")]
+    for inner in code.co_consts:
+        names += _global_names(inner) if isinstance(inner, types.CodeType) else ()
+    return tuple(dict.fromkeys(names))
 
 
 def _is_library(module: str) -> bool:
@@ -548,6 +554,6 @@ def _storage(tensor: Any) -> int | None:
     """Return the address of a tensor's memory, or None where it has none that can be kept."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.parameter.Buffer) or tensor.layout != torch.strided:
         return None
-    if tensor.is_meta or tensor.is_quantized or not tensor.numel():
+    if tensor.is_meta or tensor.is_quantized or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return tensor.untyped_storage().data_ptr() or None
