@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from .calls import Call, Output
+from .calls import Call, Output, flatten_output
 from .loop import Loop
 from .merger import Merger
 from .module_watch import ModuleWatch
@@ -129,8 +128,8 @@ class Networks:
                 result = check_pure(self.loop.denoisers[call.module], run, call)
             self.loop.outputs[name] = Output.of(result)
         self.look()
-        leaves, spec = tree_flatten(result)
-        call.output = Output(spec, self.loop.outputs[name].leaves)
+        leaves, spec, shell = flatten_output(result)
+        call.output = Output(spec, self.loop.outputs[name].leaves, shell)
         # The tensors themselves, where they can be kept: the loop may pass them on to another denoiser.
         detached = [leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
         return result, detached
