@@ -17,6 +17,7 @@ import typer
 import parataxis
 
 from .bench import bench
+from .calibrate import calibrate
 from .errors import INTERRUPTED, TERMINATED, WRONG, Failed, NoReader, Wrong, choose
 from .models import models
 from .output import check_standard_output
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sample": sample,
     "plan": plan,
     "bench": bench,
+    "calibrate": calibrate,
     "solvers": solvers,
     "models": models,
 }

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import flags
-from .errors import INTERRUPTED, Failed
+from .calibrate import read_calibration
+from .errors import INTERRUPTED, Failed, Wrong
 from .options import make_solver, with_options
 from .output import check_output, check_pictures, emit, is_figures, json_writer, picture_writer, save, table
 from .plan import plan_figures
@@ -36,6 +37,9 @@ def sample(
     steps: flags.Steps = 50,
     solver: flags.Solver = "secant",
     tolerance: flags.Tolerance = 1e-2,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `parataxis calibrate`, in the place of --solver and --tolerance.")
+    ] = None,
     label: flags.Label = None,
     guidance: flags.Guidance = 1.0,
     count: flags.Count = 10,
@@ -58,6 +62,13 @@ def sample(
     if out is not None:
         check_output([out.with_suffix(".json")], is_figures, force=force)
     method = make_solver(solver, options)
+    calibrated = None if calibration is None else read_calibration(calibration)
+    if calibrated is not None:
+        if method != make_solver("secant", {}) or tolerance not in (1e-2, calibrated.tolerance):
+            raise Wrong(
+                "--calibration has its own solver and tolerance: leave --solver, its options and --tolerance out."
+            )
+        method, tolerance = calibrated.solver, calibrated.tolerance
     problem = Problem.load(
         model=model,
         sampler=sampler,
@@ -79,7 +90,7 @@ def sample(
         rounds.append(torch.stack([run.estimate for run in runs[:SHOWN]]))
 
     solve = _solving(problem, tolerance, max_rows, progress=sys.stderr.isatty() and not as_json)
-    result = solve(method, None if trace is None else remember)
+    result = solve(calibrated or method, None if trace is None else remember)
     figures = _figures(problem, result, solver, tolerance)
     if compare and result[0].reason != "interrupted":
         _compare(figures, result, solve)
