@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +57,37 @@ def test_memory_of_solvers_exact_in_distribution_is_bounded_in_windows(solver):
     figures = measure(px.SAMPLERS["ddpm"](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
     # Drawing new noise for blocks takes a copy of the noise of all steps, so that the caller's table stays as it is.
     assert figures["windows"] <= 12.5 + (100 / width if solver.verification == "block" else 0)
+
+
+LONG = """
+import json, resource, time
+import torch
+import parataxis as px
+from parataxis import samplers
+
+def network(x, t):
+    return torch.tanh(x * (0.5 + t.view(-1, 1) / 20000))
+
+def megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+torch.set_num_threads(1)
+before, seconds = megabytes(), []
+for steps in (2500, 10000):
+    sampler = samplers.ddpm(px.vp(10000, 1e-5, 2e-3), steps=steps)
+    begun = time.process_time()
+    result = px.sample(network, torch.ones(1, 4), sampler, px.Secant(window=16))
+    seconds.append((time.process_time() - begun) / result.rounds)
+print(json.dumps([megabytes() - before, *seconds]))
+"""
+
+
+def test_ten_thousand_steps_take_little_memory_and_time_in_proportion():
+    """Neither what is held nor the work of a round grows with N."""
+    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
+    megabytes, short, long = json.loads(done.stdout)
+    assert megabytes < 300
+    assert long < 3 * short  # seconds a round, on a machine that does other things as well
 
 
 class Reads(TorchFunctionMode):

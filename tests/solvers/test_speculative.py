@@ -13,7 +13,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.solvers import speculative
+from parataxis.solvers import coupling, speculative
 
 VARIANTS = problems.law_exact()
 NAMES = [name for name in px.SAMPLERS if problems.sampler(name, 10).coefficients.noise_std.any()]
@@ -318,7 +318,7 @@ def test_forgetting_to_reflect_is_found_out(solver, monkeypatch):
 
 @pytest.mark.parametrize("case", ["chain", "ddpm"])
 def test_accepting_everything_is_found_out(case, monkeypatch):
-    monkeypatch.setattr(speculative, "_accept", lambda log_ratio, uniforms, tests: tests)
+    monkeypatch.setattr(speculative, "accept", lambda log_ratio, uniforms, tests: tests)
     drawn, expected = draw(case, px.Speculative(), 7), sequential(case)
     assert energy(drawn[:, -1], expected[:, -1], 1999) < 1e-3
     assert min(whiteness(case, drawn)) < 1e-3
@@ -327,13 +327,13 @@ def test_accepting_everything_is_found_out(case, monkeypatch):
 def test_noise_along_v_has_the_density_it_is_drawn_from():
     """The noise along v has the density it is drawn from."""
     for chance, size in ((1.0, 0.1), (1.0, 2.5), (0.3, 0.7), (0.9999, 1e-3), (1.0, 1e-6), (1e-3, 3.0)):
-        high = speculative._crossing(chance, size)
+        high = coupling.crossing(chance, size)
         assert math.isclose(chance * math.exp(-((high + size) ** 2) / 2), math.exp(-(high**2) / 2), rel_tol=1e-9)
         grid = np.linspace(high - size - 12, high, 200_001)
         density = chance * np.exp(-((grid + size) ** 2) / 2) - np.exp(-(grid**2) / 2)
         total = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (grid[1] - grid[0])
         total /= math.sqrt(2 * math.pi)
-        assert math.isclose(total[-1], speculative._mass(high, chance, size), rel_tol=1e-6)
+        assert math.isclose(total[-1], coupling.mass_below(high, chance, size), rel_tol=1e-6)
         for uniform in (0.01, 0.5, 0.99):
-            drawn = speculative._residual(chance, size, uniform)
+            drawn = coupling.residual_draw(chance, size, uniform)
             assert math.isclose(np.interp(drawn, grid, total) / total[-1], uniform, rel_tol=1e-4)
