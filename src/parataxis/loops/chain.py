@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
-from .observation import ObservedStep
+from .calls import Call
+from .observation import ObservedStep, StepForm
 from .schedulers import SchedulerStep, read_sampler
 from .signals import NotParallelizable
 
@@ -89,10 +90,11 @@ class Chain:
             step.scheduler, sampler, times, first, first, step.options, step.generator, dtype, deque(maxlen=lags)
         )
 
-    def take(self, step: SchedulerStep, inputs: Tensor) -> None:
-        """Take a step that the loop has made; ``inputs`` (B, dim) were the network's."""
+    def take(self, step: SchedulerStep, form: StepForm, call: Call) -> None:
+        """Take a step that the loop has made, whose first call was ``call``."""
         self.step += 1
         if self.past.maxlen:
+            inputs = form.inputs(call)
             self.past.append((inputs, step.model_output.detach().flatten(1).to(inputs.dtype).clone()))
 
     def recurrence(self, state: Tensor) -> tuple[Sampler, Recurrence]:

@@ -43,12 +43,15 @@ class StageEvaluator:
             sample = np.tile(np.arange(structure.samples), len(batch.step))
         requests, items_of_request = self._requests(states, step, sample)
         outputs = self.merger.evaluate(self.stage.calls, requests)
-        total = self._combine(states, step, requests, items_of_request, outputs)
+        total = self._combine(states, requests, items_of_request, outputs)
         inputs = states.to(structure.network_dtype).to(structure.dtype)  # what the network was given
         finite = torch.isfinite(total).all(1).cpu().numpy()
         for q in np.unique(step):
             items = np.flatnonzero(step == q)
-            self.known.store_inputs(int(q), sample[items], inputs[upload(items, inputs.device)], finite[items])
+            first, count = int(items[0]), len(items)
+            beside = int(items[-1]) == first + count - 1  # rows of one sample, mostly
+            states_of_step = inputs[first : first + count] if beside else inputs[upload(items, inputs.device)]
+            self.known.store_inputs(int(q), sample[items], states_of_step, finite[items])
         return total.view(batch.x.shape)
 
     def rounding_error(self) -> float:
@@ -89,26 +92,21 @@ class StageEvaluator:
     def _combine(
         self,
         states: Tensor,
-        step: RowIndex,
         requests: Sequence[RowRequest],
         items_of_request: Sequence[RowIndex],
         outputs: Sequence[list[Any]],
     ) -> Tensor:
         """Return the combined outputs of every state, and store all outputs."""
         structure = self.stage.structure
-        rows_of_step: dict[int, list[Tensor]] = {}
-        total = torch.empty_like(states)
-        for request, items, output in zip(requests, items_of_request, outputs, strict=True):
-            row_map = structure.row_maps[request.call]
+        rows, items, weights = [], [], []
+        before: dict[int, int] = {}  # rows of a sample in the calls of each step so far
+        for request, items_of_rows, output in zip(requests, items_of_request, outputs, strict=True):
+            row_map, q = structure.row_maps[request.call], structure.step_of_call[request.call]
             self.known.store_outputs(request.call, request.rows, output)
-            answers = row_map.answers(output, structure.dtype)
-            guidance_index = row_map.guidance_index[request.rows]
-            for k in range(int(guidance_index.max()) + 1):
-                row = torch.empty_like(total)
-                chosen = np.flatnonzero(guidance_index == k)
-                row[upload(items[chosen], row.device)] = answers[upload(chosen, answers.device)]
-                rows_of_step.setdefault(structure.step_of_call[request.call], []).append(row)
-        for q in np.unique(step):
-            index = upload(np.flatnonzero(step == q), total.device)
-            total[index] = structure.combine(int(q), [row[index] for row in rows_of_step[int(q)]])
-        return total
+            guidance_index = row_map.guidance_index[request.rows] + before.get(q, 0)
+            before[q] = int(guidance_index.max()) + 1
+            rows.append(row_map.answers(output, structure.dtype))
+            items.append(items_of_rows)
+            weights.append(structure.guidance_weights[q][guidance_index])
+        weighted = torch.cat(rows) * upload(np.concatenate(weights), states).unsqueeze(1)
+        return torch.zeros_like(states).index_add_(0, upload(np.concatenate(items), states.device), weighted)

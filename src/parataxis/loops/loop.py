@@ -19,6 +19,7 @@ from .times import LoopTimes
 
 if TYPE_CHECKING:
     from ..engine.distributed.ranks import Ranks
+    from .module_watch import ModuleWatch
 
 MOST_REFUSALS = 64  # that are remembered
 
@@ -45,6 +46,7 @@ class Loop:
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
         schedulers: Returns the schedulers that a call with these arguments can see.
         recorded: Keys of calls that are recorded, because one pass found no step of a scheduler that it could foresee.
+        watch: What the denoisers held when one pass last looked at them.
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
@@ -67,6 +69,7 @@ class Loop:
     changed_by_callbacks: set[Any] = field(default_factory=set)
     schedulers: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]] = lambda args, kwargs: []
     recorded: set[Any] = field(default_factory=set)
+    watch: ModuleWatch | None = None
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     warned_slower: bool = False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +15,7 @@ from .loop import is_library_object
 __all__ = ["ModuleWatch"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)  # compared by identity where they are held
-DICTS = (dict, OrderedDict)
+VERSION = attrgetter("_version")
 
 
 class ModuleWatch:
@@ -34,7 +33,7 @@ class ModuleWatch:
     def take(self) -> None:
         """Look at the modules anew."""
         parts = {id(part): part for module in self._modules for part in module.modules()}
-        self._places: list[Any] = []  # dicts, and lists
+        places: list[Any] = []  # dicts, and lists
         seen: set[int] = set()
         stack: list[tuple[Any, int]] = [(part.__dict__, 0) for part in parts.values()]
         tensors: list[Tensor] = []
@@ -46,23 +45,24 @@ class ModuleWatch:
                 continue
             elif isinstance(value, (dict, list)):
                 seen.add(id(value))
-                self._places.append(value)
+                places.append(value)
                 stack += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
             elif not isinstance(value, (*PLAIN, nn.Module, type, FunctionType)) and not is_library_object(value):
                 seen.add(id(value))
                 stack += [(getattr(value, "__dict__", ()), depth + 1)]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._items = list(self._all_items())
-        self._versions = self._all_versions()
+        self._empty = [place for place in places if not place]
+        # Views of dicts show what is in them at any time.
+        self._views = [place.values() if isinstance(place, dict) else place for place in places if place]
+        self._items = list(chain.from_iterable(self._views))
+        self._versions = list(map(VERSION, self._tensors))
 
     def changed(self) -> bool:
         """Return whether anything is different."""
-        items = self._items
-        same = all(map(operator.is_, self._all_items(), items)) and sum(map(len, self._places)) == len(items)
-        return not same or self._all_versions() != self._versions
-
-    def _all_items(self) -> Iterator[Any]:
-        return chain.from_iterable(place.values() if type(place) in DICTS else place for place in self._places)
-
-    def _all_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors]
+        if any(self._empty) or list(map(VERSION, self._tensors)) != self._versions:
+            return True
+        try:
+            # Items are compared by identity first; numbers and texts may be replaced by equal ones.
+            return list(chain.from_iterable(self._views)) != self._items
+        except Exception:  # what is not the same need not have a comparison
+            return True

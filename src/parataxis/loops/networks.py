@@ -41,7 +41,10 @@ class Networks:
     def __init__(self, loop: Loop) -> None:
         """Look at the denoisers; nothing runs yet."""
         self.loop = loop
-        self.switch, self.watch = StubSwitch(), ModuleWatch(loop.denoisers)
+        self.switch, self._looked = StubSwitch(), 0
+        if loop.watch is None or loop.watch.changed():
+            loop.watch = ModuleWatch(loop.denoisers)
+        self.watch = loop.watch
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit, times=loop.times)
         self.real_calls = self.calls = 0
         self.trainable = False
@@ -76,8 +79,9 @@ class Networks:
 
     def look(self) -> None:
         """Take the denoisers as they are now, behind evaluations: tables that fill in on a call are no change."""
-        if self.watch.changed():
+        if self.calls != self._looked and self.watch.changed():
             self.watch.take()
+        self._looked = self.calls
 
     def close(self) -> None:
         """Let go of what holds this object: a cycle would keep it until the garbage collector runs."""

@@ -107,8 +107,8 @@ class StepForm:
     def inputs(self, call: Call) -> Tensor:
         """Return the states (B, dim) that the first call of a step is given."""
         row_map = self.row_maps[0]
-        rows = [int(row_map.rows_of(s)[0]) for s in range(self.shape[0])]
-        return row_map.states(call.leaves, self.dtype)[torch.tensor(rows)]
+        states = row_map.states(call.leaves, self.dtype)
+        return states[row_map.first_rows.to(states.device)]
 
 
 def _row_map(call: Call, outputs: Sequence[Any], state: Tensor) -> RowMap:

@@ -183,7 +183,7 @@ class OnePass:
                 if report.steps <= MIN_STEPS:
                     raise NotParallelizable(f"the loop has only {chain.left} steps.")
             self._chain.generator = step.generator
-            self._chain.take(step, form.inputs(form.calls[0]))
+            self._chain.take(step, form, form.calls[0])
         except NotParallelizable as reason:
             self.refused = True
             self._go_alone(str(reason))
@@ -196,7 +196,7 @@ class OnePass:
             self._miss("the scheduler's steps are others")
             self._observed = ObservedStep()
             return
-        chain.take(step, speculation.form.inputs(answered[0][0]))
+        chain.take(step, speculation.form, answered[0][0])
         speculation.take_step()
         self._good_steps += 1
         self.loop.on_round(speculation.first + speculation.accepted, len(chain.times))

@@ -65,6 +65,11 @@ class RowMap:
         """(R,) how many rows of the same sample stand before each row."""
         return np.array([int((self.sample_of_row[:r] == s).sum()) for r, s in enumerate(self.sample_of_row)])
 
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """(S,) the first row of every sample."""
+        return torch.from_numpy(np.unique(self.sample_of_row, return_index=True)[1])
+
     def rows_of(self, sample: int) -> RowIndex:
         """Return the rows of a sample."""
         return np.flatnonzero(self.sample_of_row == sample)
