@@ -30,13 +30,14 @@ from .schedulers import SchedulerStep, watch
 from .signals import NotParallelizable
 from .speculation import Speculation
 
-__all__ = ["OnePass"]
+__all__ = ["NO_CALL", "OnePass"]
 
 MIN_STEPS = 8  # shorter loops run sequentially
 MAX_MISSES = 3  # more than a loop may have without steps between them that went as expected
 STEPS_A_MISS = 8  # steps that went as expected and make up for a miss
 MAX_CALLS = 64  # of denoisers without a step of a scheduler
 NO_STEP = "the loop does not step its scheduler."
+NO_CALL = "the loop called none of its denoisers."
 ONE_STEP = "the window is one step."
 
 
@@ -87,8 +88,9 @@ class OnePass:
             report.reason = self.alone or (ONE_STEP if self._single else report.reason if report.misses else "")
             report.converged = report.error_estimate <= max(self.tolerance, self._rounding)
             return value
-        self.refused = self.refused or not self.alone
-        report.mode, report.reason = "sequential", self.alone or NO_STEP
+        called = networks.answers > 0
+        self.refused = self.refused or (called and not self.alone)
+        report.mode, report.reason = "sequential", self.alone or (NO_STEP if called else NO_CALL)
         report.rounds, report.converged = 0, True
         return value
 

@@ -40,7 +40,7 @@ from .error_estimate import largest_relative_distance
 from .evaluate import StageEvaluator
 from .layout import OUT_OF_MEMORY
 from .loop import Loop
-from .one_pass import OnePass
+from .one_pass import NO_CALL, OnePass
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
@@ -153,7 +153,7 @@ def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[s
         loop.recorded.add(key)
     reason = report.reason if report.mode == "sequential" else one_pass.alone
     warned = [GRADIENTS] if one_pass.networks.trainable else []
-    if reason and not reason.startswith("the loop has only"):
+    if reason and reason != NO_CALL and not reason.startswith("the loop has only"):
         part = "the rest of the loop" if report.mode == "one pass" else "the loop"
         warned.append(f"{part} runs sequentially: {reason}")
     elif not loop.warned_slower and (slower := report.slower()) is not None:

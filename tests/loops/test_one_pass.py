@@ -1,0 +1,297 @@
+"""Loops that step a scheduler run once, and leave the world as they do by themselves."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+
+import diffusers as df
+import numpy as np
+import pytest
+import torch
+
+import parataxis as px
+from loop_problems import Net, relative
+from parataxis.parallel import parallel
+
+from .zoo import DIM, ZOO, Scaled, append, case, same, scheduler
+
+L = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS = {
+    "ddim": lambda: df.DDIMScheduler(clip_sample=False),
+    "ddim clipped": df.DDIMScheduler,
+    "ddpm": lambda: df.DDPMScheduler(clip_sample=False),
+    "ddpm clipped": df.DDPMScheduler,
+    "ddpm thresholded": lambda: df.DDPMScheduler(thresholding=True),
+    "euler": lambda: df.EulerDiscreteScheduler(**L),
+    "euler ancestral": lambda: df.EulerAncestralDiscreteScheduler(**L),
+    "flow": df.FlowMatchEulerDiscreteScheduler,
+    "flow heun": df.FlowMatchHeunDiscreteScheduler,
+    "heun": lambda: df.HeunDiscreteScheduler(**L),
+    "kdpm2": lambda: df.KDPM2DiscreteScheduler(**L),
+    "kdpm2 ancestral": lambda: df.KDPM2AncestralDiscreteScheduler(**L),
+    "lms": lambda: df.LMSDiscreteScheduler(**L),
+    "pndm": lambda: df.PNDMScheduler(skip_prk_steps=True, **L),
+    "2M": lambda: df.DPMSolverMultistepScheduler(**L),
+    "3M": lambda: df.DPMSolverMultistepScheduler(solver_order=3, **L),
+    "2M SDE": lambda: df.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **L),
+    "singlestep": lambda: df.DPMSolverSinglestepScheduler(**L),
+    "deis": lambda: df.DEISMultistepScheduler(**L),
+    "unipc": lambda: df.UniPCMultistepScheduler(**L),
+    "sa": lambda: df.SASolverScheduler(**L),
+    "edm": df.EDMEulerScheduler,
+    "edm 2M": df.EDMDPMSolverMultistepScheduler,
+    "lcm": lambda: df.LCMScheduler(**L),
+    "ddpm parallel": lambda: df.DDPMParallelScheduler(clip_sample=False),
+}
+
+
+def plain_loop(net, steps, count=16, start=0):
+    def run(generator):
+        steps.set_timesteps(count)
+        x = torch.randn(2, DIM, 1, 1, generator=generator) * float(
+            steps.init_noise_sigma if hasattr(steps, "init_noise_sigma") else 1
+        )
+        more = {"generator": generator} if "generator" in inspect.signature(steps.step).parameters else {}
+        for t in steps.timesteps[start:]:
+            u = steps.scale_model_input(x, t) if hasattr(steps, "scale_model_input") else x
+            x = steps.step(net(u.flatten(1), t).view(x.shape), t, x, **more).prev_sample
+        return x
+
+    return run
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_plain_loop_with_any_scheduler_runs_once(name):
+    net = Net(DIM)
+    expected = plain_loop(net, SCHEDULERS[name]())(seeded())
+    run = parallel(plain_loop(net, SCHEDULERS[name]()), px.Secant(window=8), denoisers=[net])
+    generator = seeded()
+    error, report = relative(run(generator), expected), run.report
+    assert report.mode == "one pass"
+    assert report.passes == report.real_calls == 1
+    assert not report.misses
+    assert error <= max(report.error_estimate, 1e-5) <= 1e-2
+    assert report.rounds < report.steps
+    plain = seeded()
+    plain_loop(net, SCHEDULERS[name]())(plain)
+    assert torch.equal(generator.get_state(), plain.get_state())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        px.Secant(window=16),
+        px.Secant(window=None),
+        px.Picard(window=8),
+        px.Picard(window=None),
+        px.Anderson(window=8),
+        px.CoarseToFine(),
+    ],
+)
+@pytest.mark.parametrize("name", ["ddim", "ddpm clipped", "2M"])
+def test_solvers_and_windows(name, solver):
+    net = Net(DIM)
+    expected = plain_loop(net, SCHEDULERS[name]())(seeded())
+    for tolerance, bound in ((1e-2, 1e-2), (0, 1e-5)):
+        run = parallel(plain_loop(net, SCHEDULERS[name]()), solver, tolerance=tolerance, denoisers=[net])
+        assert relative(run(seeded()), expected) <= bound
+        assert run.report.mode == "one pass"
+        assert run.report.rounds <= run.report.steps
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_world_is_left_as_the_loop_leaves_it(name):
+    """Three calls in a row: results, arguments, everything that the loop changes, random numbers."""
+    ours, theirs = ZOO[name](), ZOO[name]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    for call in range(3):
+        arguments, expected_arguments = ours.arguments(call), theirs.arguments(call)
+        seed_all(call)
+        expected = theirs.run(*expected_arguments)
+        states = random_states()
+        seed_all(call)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it runs as it is, which is fine here
+            result = run(*arguments)
+        assert same(result, expected)
+        assert same(arguments, expected_arguments)
+        assert same(random_states(), states, 0)
+        assert same(ours.world, theirs.world)
+        if run.report.mode == "sequential" and name != "robot":  # which has a queue of earlier actions
+            assert torch.equal(result, expected)
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
+def random_states():
+    return torch.get_rng_state(), np.random.get_state()[1], list(random.getstate()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("attribute of the network", 1),
+        ("parameters of the network", 1),
+        ("hook of the network", 1),
+        ("one shift", 1),
+        ("guided in between", 2),
+        ("two loops", 1),
+    ],
+)
+def test_loop_that_goes_another_way_is_solved_again(name, most):
+    ours = ZOO[name]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    run(*ours.arguments(0))
+    assert run.report.mode == "one pass"
+    assert run.report.misses <= most
+    assert run.report.real_calls <= 2 + most
+
+
+def test_loop_that_always_goes_another_way_goes_on_by_itself():
+    ours, theirs = ZOO["shrunk states"](), ZOO["shrunk states"]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    with pytest.warns(RuntimeWarning, match="the rest of the loop runs sequentially: the loop changes the state"):
+        result = run(*ours.arguments(0))
+    assert same(result, theirs.run(*theirs.arguments(0)))
+    assert len(ours.world["trace"]) == 16
+
+
+def test_combination_that_is_not_linear_is_recorded_from_the_second_call_on():
+    ours = ZOO["not linear"]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    with pytest.warns(RuntimeWarning, match="not a combination of the denoiser's outputs"):
+        run(*ours.arguments(0))
+    assert run.report.mode == "sequential"
+    run(*ours.arguments(0))
+    assert run.report.mode == "replay"
+
+
+def test_error_of_the_loop_passes_through():
+    def fail(i, x, net, world):
+        world["trace"].append(i)
+        if i == 7:
+            raise LookupError("enough")
+        return x
+
+    ours = case(fail, world={"trace": []})
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    with pytest.raises(LookupError, match="enough"):
+        run(*ours.arguments(0))
+    assert ours.world["trace"] == list(range(8))
+    assert "_compiled_call_impl" not in ours.net.__dict__
+    assert "step" not in vars(ours.world["scheduler"])
+
+
+def test_loop_that_ends_early_stops_the_work():
+    """A loop that ends early has made rounds for its own steps only."""
+
+    def stop(i, x, net, world):
+        return None if i == 3 else x
+
+    ours = case(stop)
+    run = parallel(ours.run, px.Secant(window=4), denoisers=[ours.net])
+    assert run(*ours.arguments(0)) is None
+    assert run.report.mode == "one pass"
+    assert run.report.peak_width <= 4
+    assert run.report.evaluations <= 2 * 4 * (1 + 4)
+
+
+def test_errors_of_the_network_at_later_steps_are_the_loops_own():
+    class Broken(Scaled):
+        def forward(self, x, t, condition=None):
+            if (torch.as_tensor(t) < 300).any():
+                raise LookupError("too late")
+            return super().forward(x, t, condition)
+
+    net, steps, trace = Broken(), scheduler(), []
+
+    def run(generator):
+        x = torch.randn(2, DIM, generator=generator)
+        for t in steps.timesteps:
+            x = steps.step(net(x, t), t, x).prev_sample
+            trace.append(int(t))
+        return x
+
+    solved = parallel(run, px.Secant(window=8), denoisers=[net])
+    with pytest.raises(LookupError, match="too late"):
+        solved(seeded())
+    assert trace == [t for t in steps.timesteps.tolist() if t >= 300]
+
+
+def test_loop_that_begins_in_the_middle():
+    net = Net(DIM)
+    expected = plain_loop(net, SCHEDULERS["ddpm"](), 24, 6)(seeded())
+    run = parallel(plain_loop(net, SCHEDULERS["ddpm"](), 24, 6), px.Secant(window=8), denoisers=[net])
+    assert relative(run(seeded()), expected) <= run.report.error_estimate <= 1e-2
+    assert (run.report.mode, run.report.steps, run.report.misses) == ("one pass", 18, 0)
+
+
+def test_short_loop_runs_sequentially_without_a_warning():
+    net = Net(DIM)
+    run = parallel(plain_loop(net, SCHEDULERS["ddim"](), 6), px.Secant(window=8), denoisers=[net])
+    assert torch.equal(run(seeded()), plain_loop(net, SCHEDULERS["ddim"](), 6)(seeded()))
+    assert run.report.reason == "the loop has only 6 steps."
+
+
+def test_scheduler_that_is_seen_but_not_stepped_is_recorded_from_the_second_call_on():
+    net, steps = Net(DIM), scheduler()
+
+    def run(generator):
+        x = torch.randn(2, DIM, generator=generator)
+        for t in steps.timesteps:
+            x = x - 0.05 * net(x, t)
+        return x
+
+    solved = parallel(run, px.Secant(window=8), denoisers=[net])
+    with pytest.warns(RuntimeWarning, match="does not step its scheduler"):
+        solved(seeded())
+    assert relative(solved(seeded()), run(seeded())) <= 1e-2
+    assert solved.report.mode == "recurrence"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    net, steps, trace = Net(DIM), scheduler(), []
+
+    def run(generator):
+        x = torch.randn(2, DIM, generator=generator).to(dtype)
+        for t in steps.timesteps:
+            x = steps.step(net(x, t), t, x).prev_sample
+            trace.append(x)
+        return x
+
+    expected = run(seeded())
+    solved = parallel(run, px.Secant(window=8), denoisers=[net])
+    result = solved(seeded())
+    assert result.dtype == dtype
+    assert len(trace) == 32
+    assert relative(result, expected) <= (1e-2 if dtype == torch.float64 else 5e-2)
+
+
+def test_policy_that_takes_an_action_of_its_queue_keeps_its_road():
+    ours = ZOO["robot"]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    modes = []
+    for call in range(4):
+        run(*ours.arguments(call))
+        modes.append(run.report.mode)
+    assert modes == ["one pass", "sequential"] * 2
+    assert run.report.reason == "the loop called none of its denoisers."
+
+
+def test_list_of_the_loop_has_its_own_entries():
+    ours = case(append, world={"trace": []})
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    result = run(*ours.arguments(0))
+    assert len(ours.world["trace"]) == 16
+    assert torch.equal(ours.world["trace"][-1], result)
