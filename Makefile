@@ -15,9 +15,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# A robot's plans and a digit, both ways: seconds, speed-up and error; figures and pictures in out/.
 sample: $(READY)
-	$(BIN)/parataxis sample --model digits --sampler ddim --steps 100 --solver secant --guidance 2 --count 20 \
-		--compare --out out/sample.png --trace out/trace.png
+	$(BIN)/python examples/first_minute.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ import problems
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "first_minute"]  # see below
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_example_runs(path, capsys, monkeypatch, tmp_path):
     """An example runs."""
     monkeypatch.chdir(tmp_path)
@@ -22,6 +27,20 @@ def test_example_runs(path, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out
     if "error" in names:  # an example that compares with the sequential loop keeps its tolerance
         assert float(names["error"].max()) <= 1e-2
+
+
+def test_first_minute_draws_both_ways_and_says_what_it_took(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "first_minute.py"), "--plans", "1", "--out", str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    figures = json.loads((tmp_path / "sample.json").read_text())
+    assert list(figures) == ["policy", "digits"]
+    for line, (name, found) in zip(printed, figures.items(), strict=False):
+        assert line.startswith(name)
+        assert f"{1e3 * found['sequential_seconds']:.0f} ms" in line
+        assert found["converged"]
+        assert found["relative_error_worst"] <= found["tolerance"]
+        assert found["speedup"] == found["sequential_seconds"] / found["seconds"]
+    assert {path.name for path in tmp_path.iterdir()} == {"sample.json", "policy.png", "rounds.png"}
 
 
 def test_readme_names_targets_and_pictures_that_exist():

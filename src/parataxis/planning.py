@@ -54,8 +54,8 @@ __all__ = ["Candidate", "Plan", "Range", "RoundsCurve", "plan"]
 
 Array = NDArray[np.float64]
 LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for nothing
-TRIED_AT_ONCE = 3  # candidates that are tried side by side
-FEWEST_TRIALS, MOST_TRIALS = 3, 6  # runs of each; more where equal runs differ by more than NOISY
+TRIED_AT_ONCE = 2  # candidates that are tried side by side
+FEWEST_TRIALS, MOST_TRIALS = 3, 5  # runs of each; more where equal runs differ by more than NOISY
 TIE = 0.95  # candidates whose seconds differ by less are equally fast
 CURVES = Path(__file__).parent / "rounds_curve.json"
 
