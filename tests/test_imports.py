@@ -36,6 +36,7 @@ ORDER = [
     "parallel",
     "loop_calibration",
     "_api",
+    "demo",
     "cli",
     "__main__",
 ]

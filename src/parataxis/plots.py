@@ -93,7 +93,9 @@ def rounds(result: Any, sample: int = 0) -> Figure:
 
     extent = (0.5, len(history) + 0.5, 0, steps)
     colours = ListedColormap(list(STATES.values()))
-    axes[0].imshow(raster.T, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=2)
+    axes[0].imshow(
+        raster.T, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=2, interpolation="nearest"
+    )
     axes[0].step(range(1, len(accepted)), accepted[1:], where="mid", color="black", label="accepted after the round")
     handles = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in STATES.items()]
     front = axes[0].get_legend_handles_labels()[0]
@@ -109,7 +111,7 @@ def rounds(result: Any, sample: int = 0) -> Figure:
         axes[1].axhline(solution.problem.tolerance, color="#e03131", linestyle="--", label="tolerance")
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend(fontsize="small")
-    axes[1].set_ylabel("relative error")
+    axes[1].set_ylabel("error")
     axes[1].set_xlabel("round (network calls that wait for one another)")
     return _signed(figure)
 

@@ -18,6 +18,7 @@ import parataxis
 
 from .bench import bench
 from .calibrate import calibrate
+from .demo import demo
 from .errors import INTERRUPTED, TERMINATED, WRONG, Failed, NoReader, Wrong, choose
 from .models import models
 from .output import check_standard_output
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "bench": bench,
     "calibrate": calibrate,
+    "demo": demo,
     "solvers": solvers,
     "models": models,
 }
