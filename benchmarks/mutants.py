@@ -36,31 +36,39 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "mutants.csv"
 FIELDS = ("mutation", "file", "line", "becomes", "killed", "by", "seconds")
 CASES, MORE_CASES = 2, 8  # of each parametrized test
-SLOW = ("thousand", "hard_problems", "sigterm", "100_steps", "published", "anderson.py")  # tests for survivors only
+SLOW = ("sigterm", "100_steps", "other_kinds", "processes", "stream_and_batch")  # tests for what survives the others
 SECONDS = 600  # after which a mutation that hangs counts as killed
 
-LAWS = "solvers/test_error_estimate.py solvers/test_correction.py solvers/test_laws.py solvers/test_hard_problems.py"
+UNITS = "solvers/test_error_estimate.py solvers/test_correction.py test_properties.py"
 SUITES = {
-    "laws": LAWS,
-    "picard": "solvers/test_picard.py " + LAWS,
-    "anderson": "solvers/test_anderson.py " + LAWS,
-    "secant": LAWS,
-    "window": LAWS + " engine/test_checkpoint.py engine/test_failures.py test_sample.py",
-    "parareal": "solvers/test_parareal.py solvers/test_laws.py engine/test_checkpoint.py engine/test_failures.py",
-    "speculative": "solvers/test_speculative.py engine/test_checkpoint.py engine/test_failures.py",
-    "batch": "engine/test_failures.py engine/test_checkpoint.py solvers/test_laws.py test_stream.py test_sample.py",
-    "run": "test_sample.py test_stream.py engine/test_failures.py engine/test_checkpoint.py solvers/test_laws.py",
-    "stream": "test_stream.py engine/test_failures.py",
-    "executor": "engine/test_executor.py test_sample.py",
+    "laws": UNITS,
+    "picard": "solvers/test_picard.py " + UNITS,
+    "anderson": UNITS,
+    "secant": UNITS,
+    "window": "engine/test_failures.py engine/test_checkpoint.py " + UNITS,
+    "parareal": "engine/test_failures.py engine/test_checkpoint.py test_properties.py",
+    "speculative": "engine/test_checkpoint.py engine/test_failures.py test_properties.py",
+    "batch": "engine/test_failures.py engine/test_checkpoint.py",
+    "run": "engine/test_failures.py engine/test_checkpoint.py test_properties.py",
+    "stream": "engine/test_failures.py test_stream.py",
+    "executor": "engine/test_executor.py",
     "checkpoint": "engine/test_checkpoint.py test_files.py",
-    "files": "test_files.py test_sample.py",
+    "files": "test_files.py",
     "plain": "engine/test_plain.py",
-    "samplers": "samplers/test_samplers.py samplers/test_schedules.py samplers/test_recurrence.py",
-    "from_scheduler": "samplers/test_from_scheduler.py",
-    "loops": "loops/test_fit.py loops/test_solver.py loops/test_merger.py loops/test_purity.py loops/test_runner.py",
-    "cli": "cli/test_sample.py cli/test_plan.py",
-    "planning": "test_planning.py",
+    "samplers": "samplers/test_recurrence.py samplers/test_schedules.py samplers/test_samplers.py",
+    "loops": "loops/test_fit.py loops/test_solver.py",
+    "cli": "cli/test_sample.py",
     "ranks": "engine/test_distributed.py",
+}
+# Of what survives those: tests that take longer.
+LONGER = {
+    **dict.fromkeys(SUITES, "solvers/test_laws.py solvers/test_hard_problems.py test_sample.py"),
+    "anderson": "solvers/test_anderson.py solvers/test_laws.py",
+    "parareal": "solvers/test_parareal.py solvers/test_laws.py",
+    "speculative": "solvers/test_speculative.py",
+    "samplers": "samplers/test_from_scheduler.py test_sample.py",
+    "loops": "loops/test_merger.py loops/test_purity.py loops/test_runner.py",
+    "cli": "cli/test_plan.py cli/test_app.py",
 }
 
 
@@ -253,7 +261,7 @@ class FewCases:
         of_test: dict[str, list[Any]] = {}
         for item in items:
             of_test.setdefault(item.nodeid.split("[")[0], []).append(item)
-        if self.cases == CASES:  # these take longest
+        if self.cases == CASES:
             of_test = {name: cases for name, cases in of_test.items() if not any(word in name for word in SLOW)}
         # An odd part of the cases, so that products of parameters are not met at the same one each time.
         items[:] = [case for cases in of_test.values() for case in cases[:: -(-len(cases) // self.cases) | 1]]
@@ -283,7 +291,8 @@ def tests(folder: str, suite: str, cases: int, results: Any) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they would say that they cannot be rewritten any more
     os.chdir(ROOT)
     few = FewCases(cases)
-    paths = [f"tests/{name}" for name in SUITES[suite].split() if (ROOT / "tests" / name).exists()]
+    names = SUITES[suite] if cases == CASES else f"{SUITES[suite]} {LONGER[suite]}"
+    paths = [f"tests/{name}" for name in names.split() if (ROOT / "tests" / name).exists()]
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *paths], plugins=[few])
     results.put((int(code), few.failed))
@@ -315,14 +324,14 @@ def check_unbroken(suite: str, cases: int) -> None:
         sys.exit(f"{failed} fails on the package as it is: mend that first.")
 
 
-def mutate(mutation: Mutation) -> dict[str, Any]:
+def mutate(mutation: Mutation, most_cases: int) -> dict[str, Any]:
     """Return the line of the table for a mutation."""
     file, began = place(mutation.line), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "src" / "parataxis", Path(folder) / "parataxis", ignore=shutil.ignore_patterns("__py*"))
         target = Path(folder) / file.relative_to(ROOT / "src")
         target.write_text(file.read_text().replace(mutation.line, mutation.becomes))
-        for cases in (CASES, MORE_CASES):
+        for cases in range(CASES, most_cases + 1, MORE_CASES - CASES):
             by = run(folder, mutation.suite, cases)
             if by:
                 check_unbroken(mutation.suite, cases)
@@ -343,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", default="", help="mutations of one suite, or whose name has this word")
+    parser.add_argument("--quick", action="store_true", help="leave survivors of the short tests for another run")
     parser.add_argument("--check", action="store_true", help="only see that every mutation has its place")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -362,13 +372,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutation in chosen:
             if mutation.name not in known:
                 try:
-                    line = mutate(mutation)
+                    line = mutate(mutation, CASES if options.quick else MORE_CASES)
                 except LookupError as error:
                     print(error)
                     continue
-                table.writerow(line)
-                file.flush()
-                known[mutation.name] = bool(line["killed"])
+                if line["killed"] or not options.quick:
+                    table.writerow(line)
+                    file.flush()
+                    known[mutation.name] = bool(line["killed"])
                 print(
                     f"{'killed' if line['killed'] else 'SURVIVES'}  {mutation.name}  {line['by']}  {line['seconds']} s"
                 )

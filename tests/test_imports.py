@@ -35,6 +35,7 @@ ORDER = [
     "kdiffusion",
     "parallel",
     "loop_calibration",
+    "verification",
     "_api",
     "demo",
     "cli",

@@ -111,6 +111,24 @@ def test_with_tolerance_zero_it_is_the_sequential_sample(name, solver, dtype, sh
     assert ((actual - expected).norm(dim=1) <= bound * expected.norm(dim=1) + 1e-12).all()
 
 
+@examples(16)
+@given(
+    name=CASES["name"],
+    solver=CASES["solver"],
+    problem=st.sampled_from(list(problems.mixtures())),
+    steps=st.integers(5, MOST_STEPS),
+    tolerance=st.sampled_from([1e-2, 1e-3, 1e-5]),
+)
+def test_error_stays_below_its_estimate(name, solver, problem, steps, tolerance):
+    """What a solver says of its error is true, on problems whose networks are known."""
+    assume(supported(name, solver, steps) and not isinstance(solver, px.Speculative))
+    result = problems.solve(problem, name, steps, solver, count=3, tolerance=tolerance)
+    expected = problems.reference(problem, name, steps, count=3)
+    for x, reference, solution in zip(result.x, expected, result, strict=True):
+        assert float((x - reference).norm() / reference.norm()) <= solution.error_estimate + 1e-12
+        assert solution.converged == (solution.error_estimate <= tolerance)
+
+
 @examples(6)
 @given(**{**CASES, "dtype": st.just(torch.float64)}, rows=st.integers(1, 9))
 def test_stream_and_batch_draw_the_same_samples(name, solver, dtype, shape, steps, count, rows):

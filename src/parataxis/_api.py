@@ -29,6 +29,7 @@ from .solvers.sequential import Sequential
 from .solvers.speculative import Speculative
 from .streaming import Job, stream
 from .trajectories import load_trajectory, save_trajectory
+from .verification import verify, verify_loop
 
 __all__ = [
     "EXACT_IN_DISTRIBUTION",
@@ -74,5 +75,7 @@ __all__ = [
     "stream",
     "stopping",
     "drive",
+    "verify",
+    "verify_loop",
     "vp",
 ]

@@ -25,6 +25,7 @@ from .output import check_standard_output
 from .plan import plan
 from .sample import sample
 from .solvers import solvers
+from .verify import verify
 
 __all__ = ["main"]
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "calibrate": calibrate,
     "demo": demo,
+    "verify": verify,
     "solvers": solvers,
     "models": models,
 }

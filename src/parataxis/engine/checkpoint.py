@@ -171,7 +171,7 @@ class Interruptions:
     """
 
     def __init__(self) -> None:
-        self._open = self._pending = False
+        self._open, self._pending = False, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
@@ -210,6 +210,9 @@ class Interruptions:
     def _receive(self, number: int, frame: object) -> None:
         self._pending = True
         if self._open:
+            before = self._before.get(number)
+            if callable(before):  # whoever listens to this signal is told too
+                before(number, frame)
             raise KeyboardInterrupt
 
 
