@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from .samplers.sampler import Sampler
 from .solvers import SOLVERS, as_solver
 from .solvers.base import Solver
 from .solvers.sequential import Sequential
-from .streaming import Job, Stream, stream
+from .streaming import Job, stream
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,16 +144,9 @@ def sample(
     sampler = as_sampler(sampler)
     if solver != "auto" and not isinstance(solver, Calibration):
         solver = as_solver(solver)
-    check_tolerance(tolerance)
     check_rows(max_rows, buckets)
     check_errors(errors)
-    if not (is_finite(numerical_floor) and numerical_floor >= 0):
-        raise ValueError(f"numerical_floor must be a relative error of at least 0, got {numerical_floor!r}.")
-    if 0 < tolerance < numerical_floor:
-        raise ValueError(
-            f"tolerance {tolerance:g} is below the floor {numerical_floor:g} of this network, by which the loop itself "
-            "differs between batch sizes: choose at least that, or 0, which solves the equations to rounding."
-        )
+    _check_tolerance(tolerance, numerical_floor)
     if isinstance(noise, Tensor):
         check_inputs(noise, condition)
         check_generators(generator, len(noise))
@@ -168,71 +161,43 @@ def sample(
         solver, tolerance = calibration.solver, calibration.solver_tolerance
     limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
     options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
+    task = _Task(denoise, sampler, solver, condition, generator, limits, options, progress)
     if rows_per_round is not None or not isinstance(noise, Tensor):
-        if isinstance(solver, str):
-            raise ValueError(
-                "solver='auto' plans for a batch that is solved at once: with rows_per_round=, choose a solver."
-            )
         if guess is not None or frozen_steps or on_round is not None or stop is not None:
             raise ValueError("rows_per_round= cannot be combined with guess, frozen_steps, on_round or stop.")
-        jobs = _jobs(noise, sampler, condition, generator, rows_per_round)
-        rows = rows_per_round or 1  # checked with the jobs
-        running = partial(stream, denoise, jobs, sampler, solver, rows_per_round=rows, mesh=mesh, **limits, **options)
-        drawn = _sample_stream(running, noise, sampler, solver, tolerance, progress=progress)
-        return drawn if calibration is None else drawn.bounded(calibration.report)
-    ranks, planned = ranks_of(mesh), None
-    if isinstance(solver, str):
-        if guess is not None or frozen_steps:
-            raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: choose a solver.")
-        planned = _plan(denoise, noise, sampler, tolerance, condition, ranks, limits)
-        solver, limits["max_rows"] = planned.solver, planned.latency.limit
-    started = time.perf_counter()
-    recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)
-    if guess is None and calibration is not None and calibration.guesses(sampler.steps) and not frozen_steps:
-        guess = calibration
-    if isinstance(guess, Calibration):
-        guess = guess.guess(recurrence, condition)
-    begin = partial(
-        start,
-        sampler,
-        recurrence,
-        solver,
-        guess=guess,
-        dtype=noise.dtype,
-        frozen_steps=frozen_steps,
-        generator=generator,
-        **options,
-    )
-    if ranks is not None:
-        ranks.compare(
-            noise=recurrence.start,
-            added=recurrence.noise,
-            condition=condition,
-            guess=guess,
-            sampler=sampler.coefficients,
-            times=sampler.times,
-            solver=solver,
-            tolerance=tolerance,
-        )
-    network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
-    capture = None
-    watched = on_round is not None or stop is not None or checkpoint is not None
-    if isinstance(denoise, GraphedNetwork) and ranks is None and max_rows is None and not watched:
-        capture = partial(denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
-    runs = _sample_batch(
-        begin,
-        Executor(network, **limits),
-        ranks,
-        capture,
-        on_round=on_round,
-        stop=stop,
-        progress=progress,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-    )
-    solutions = [run.solution for run in runs]
-    rounds = max(solution.rounds for solution in solutions)
-    drawn = Solutions(solutions, rounds, time.perf_counter() - started, planned)
+        drawn = _sample_stream(task, noise, rows_per_round, mesh)
+    else:
+        if calibration is not None and guess is None and not frozen_steps and calibration.guesses(sampler.steps):
+            guess = calibration
+        watching = _Watching(on_round, stop, None if checkpoint is None else Path(checkpoint))
+        drawn = _sample_batch(task, noise, ranks_of(mesh), watching, guess, frozen_steps)
     return drawn if calibration is None else drawn.bounded(calibration.report)
+
+
+class _Task(NamedTuple):
+    """What is drawn, checked: the arguments of :func:`sample` that a batch and a stream share.
+
+    Attributes:
+        limits: ``max_rows`` and ``buckets``.
+        options: Those of :func:`parataxis.start` that every sample has.
+    """
+
+    denoise: Callable[..., Tensor]
+    sampler: Sampler
+    solver: Solver | str
+    condition: Any
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    limits: dict[str, Any]
+    options: dict[str, Any]
+    progress: bool
+
+
+class _Watching(NamedTuple):
+    """What is looked at between rounds."""
+
+    on_round: Callable[[Sequence[Run]], None] | None
+    stop: Callable[[Run], bool] | None
+    checkpoint: Path | None
 
 
 def _check_order(denoise: Any, noise: Any, sampler: Any, solver: Any) -> None:
@@ -250,18 +215,73 @@ def _check_order(denoise: Any, noise: Any, sampler: Any, solver: Any) -> None:
         raise TypeError(f"write parataxis.sample(network, noise, sampler, solver) in this order, got ({passed}).")
 
 
+def _check_tolerance(tolerance: float, floor: float) -> None:
+    """Raise for a tolerance that is none, or that lies below the numerical floor of the network."""
+    check_tolerance(tolerance)
+    if not (is_finite(floor) and floor >= 0):
+        raise ValueError(f"numerical_floor must be a relative error of at least 0, got {floor!r}.")
+    if 0 < tolerance < floor:
+        raise ValueError(
+            f"tolerance {tolerance:g} is below the floor {floor:g} of this network, by which the loop itself "
+            "differs between batch sizes: choose at least that, or 0, which solves the equations to rounding."
+        )
+
+
 def _sample_batch(
+    task: _Task,
+    noise: Tensor,
+    ranks: Ranks | None,
+    watching: _Watching,
+    guess: Tensor | Calibration | None,
+    frozen_steps: int,
+) -> Solutions:
+    """Solve all samples at once."""
+    sampler, condition, solver, limits, planned = task.sampler, task.condition, task.solver, task.limits, None
+    if isinstance(solver, str):
+        if guess is not None or frozen_steps:
+            raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: choose a solver.")
+        planned = _plan(task.denoise, noise, sampler, task.options["tolerance"], condition, ranks, limits)
+        solver, limits = planned.solver, {**limits, "max_rows": planned.latency.limit}
+    started = time.perf_counter()
+    recurrence = sampler.recurrence(_states(noise), task.generator, noise.dtype)
+    if isinstance(guess, Calibration):
+        guess = guess.guess(recurrence, condition)
+    if ranks is not None:
+        ranks.compare(
+            noise=recurrence.start,
+            added=recurrence.noise,
+            condition=condition,
+            guess=guess,
+            sampler=sampler.coefficients,
+            times=sampler.times,
+            solver=solver,
+            tolerance=task.options["tolerance"],
+        )
+    options = {**task.options, "guess": guess, "frozen_steps": frozen_steps}
+    begin = partial(start, sampler, recurrence, solver, dtype=noise.dtype, generator=task.generator, **options)
+    network = Network(wrap_denoiser(task.denoise), sampler.network_times(noise.dtype), condition)
+    capture = None
+    watched = any(part is not None for part in watching)
+    limited = task.limits["max_rows"] is not None
+    if isinstance(task.denoise, GraphedNetwork) and ranks is None and not limited and not watched:
+        capture = partial(task.denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
+    runs = _solve(begin, Executor(network, **limits), ranks, capture, watching, progress=task.progress)
+    solutions = [run.solution for run in runs]
+    rounds = max(solution.rounds for solution in solutions)
+    return Solutions(solutions, rounds, time.perf_counter() - started, planned)
+
+
+def _solve(
     begin: Callable[[], list[Run]],
     evaluate: Callable[[EvalBatch], Tensor],
     ranks: Ranks | None,
     capture: Callable[..., Any] | None,
+    watching: _Watching,
     *,
-    on_round: Callable[[Sequence[Run]], None] | None,
-    stop: Callable[[Run], bool] | None,
     progress: bool,
-    checkpoint: Path | None,
 ) -> list[Run]:
     """Solve all samples at once, and return their runs; after Ctrl-C they are stopped as ``interrupted``."""
+    on_round, stop, checkpoint = watching
     runs, interruptions = begin(), Interruptions()
     if checkpoint is not None:
         evaluate = interruptions.during(evaluate)
@@ -301,18 +321,24 @@ def _sample_batch(
 
 
 def _sample_stream(
-    begin: Callable[[], Stream],
+    task: _Task,
     noise: Tensor | Iterable[Job | Tensor],
-    sampler: Sampler,
-    solver: Solver,
-    tolerance: float,
-    *,
-    progress: bool,
+    rows_per_round: int | None,
+    mesh: DeviceMesh | Ranks | None,
 ) -> Solutions:
     """Solve as many samples at a time as keep the rows of a round full; after Ctrl-C, return what is there."""
+    sampler, solver = task.sampler, task.solver
+    if isinstance(solver, str):
+        raise ValueError(
+            "solver='auto' plans for a batch that is solved at once: with rows_per_round=, choose a solver."
+        )
+    jobs = _jobs(noise, sampler, task.condition, task.generator, rows_per_round)
     started, batch = time.perf_counter(), noise if isinstance(noise, Tensor) else None
-    running, solutions = begin(), {}
-    with tqdm(total=None if batch is None else len(batch), disable=not progress) as bar:
+    # Without rows_per_round there would have been no jobs.
+    rows, options = rows_per_round or 1, {**task.limits, **task.options}
+    running = stream(task.denoise, jobs, sampler, solver, rows_per_round=rows, mesh=mesh, **options)
+    solutions: dict[int, Solution] = {}
+    with tqdm(total=None if batch is None else len(batch), disable=not task.progress) as bar:
         try:
             for number, solution in running:
                 solutions[number] = solution
@@ -322,7 +348,9 @@ def _sample_stream(
     if batch is not None:
         waiting = [number for number in range(len(batch)) if number not in solutions]
         if waiting:
-            solutions.update(zip(waiting, _not_started(batch[waiting], sampler, solver, tolerance), strict=True))
+            solutions.update(
+                zip(waiting, _not_started(batch[waiting], sampler, solver, task.options["tolerance"]), strict=True)
+            )
     if not solutions:
         raise ValueError("there is no sample to draw: the jobs are empty.")
     in_order = [solutions[number] for number in sorted(solutions)]
