@@ -113,7 +113,7 @@ class Trial:
 class Calibration:
     """Which setting keeps the tolerance for a network and a sampler, and with what guarantee; printed, it is a table.
 
-    Pass it in the place of a solver. What it was made of is compared at every use, and a difference is an error.
+    Pass it instead of a solver. What it was made of is compared at every use, and a difference is an error.
 
     Attributes:
         setting: The accepted one with the fewest rounds; ``Sequential()`` where none was accepted.

@@ -494,7 +494,7 @@ class _Network(nn.Module):
 
 
 class ModelProxy:
-    """What the loop sees in the place of the model: it shows the model's attributes, and its call can be replaced."""
+    """What the loop sees instead of the model: it shows the model's attributes, and its call can be replaced."""
 
     def __init__(
         self, network: nn.Module, model: Any, x: Tensor, boundaries: Tensor, extra_args: Mapping[str, Any] | None

@@ -78,7 +78,7 @@ def plan(target: Any, *args: Any, **kwargs: Any) -> Plan:
     For a network of your own, ``plan(network, noise, sampler, ...)`` as :func:`parataxis.sample`: see
     :func:`parataxis.planning.plan` for its options. For a pipeline, a function that runs a sampling loop, or what
     :func:`parallel` made of them, ``plan(target, *args, **kwargs)`` with the arguments of a call: its Python runs once
-    with stubs in the place of the networks, which are timed with the arguments that it gives them.
+    with stubs instead of the networks, which are timed with the arguments that it gives them.
     ``parallel(target, plan.solver)`` follows it, and ``parallel(target, "auto")`` plans by itself.
 
     Args:

@@ -38,7 +38,7 @@ class Group:
     Attributes:
         batch: Their tensors.
         runs: By their places.
-        slots: (S,) what the samples are called in :class:`EvalBatch`; their places, but for streams.
+        slots: (S,) what the samples are called in :class:`EvalBatch`; their places, except in streams.
         partial: Outputs of places whose rows have been evaluated in part.
         changed: Whether samples have ended or have been added since the solver has last looked.
     """

@@ -1,6 +1,6 @@
 """Which solver a loop is given, if any: by what its networks cost within it, and by how its calls went.
 
-One pass of the loop with stubs in the place of its networks shows how many calls it makes, with which arguments, and
+One pass of the loop with stubs instead of its networks shows how many calls it makes, with which arguments, and
 what its own Python takes. One of these calls is then timed with its rows repeated: that is what a round costs. Values
 do not matter for it, so no recurrence is needed. Rounds are forecast as those of DDPM with as many steps, which takes
 more of them than samplers without noise.

@@ -1,4 +1,4 @@
-"""Runs a loop's own Python, with stubs in the place of its networks: one pass after another.
+"""Runs a loop's own Python, with stubs instead of its networks: one pass after another.
 
 Every pass starts from the same random state, so it draws what the unmodified loop draws. A stub answers with what the
 pass is for: random outputs, the affine model of earlier evaluations, or what a module answered before. A pass that has

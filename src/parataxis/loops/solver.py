@@ -1,6 +1,6 @@
 r"""Any sampling loop, unmodified: record, solve, replay.
 
-A loop belongs to someone else: a function, a pipeline. Its Python runs several times with stubs in the place of the
+A loop belongs to someone else: a function, a pipeline. Its Python runs several times with stubs instead of the
 networks (:mod:`.runner`), and the networks run only where the solver wants them.
 
 1. *Record.* Two passes with random outputs show the loop's recurrence (:mod:`.fit`), a third confirms it and shows what

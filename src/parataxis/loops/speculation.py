@@ -140,7 +140,7 @@ class Speculation:
         return min(self.sampler.steps if run.done else run.accepted for run in self.runs)
 
     def difference(self, call: int, module: int, spec: Any, leaves: Sequence[Any]) -> str | None:
-        """Return what of a call is not as it was expected, but for the state; None if nothing is.
+        """Return what of a call is not as it was expected, except the state; None if nothing is.
 
         Args:
             call: Number of the call in the present step.
@@ -241,7 +241,7 @@ class Speculation:
 
 
 class _PredictedCalls(RecordedCalls):
-    """Calls that are the same at every step, but for arguments that are known."""
+    """Calls that are the same at every step, except in arguments that are known."""
 
     def __init__(self, calls: list[Call], row_maps: list[Any], width: int) -> None:
         super().__init__(calls, row_maps)

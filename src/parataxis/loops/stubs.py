@@ -1,4 +1,4 @@
-"""Stubs in the place of module calls, for as long as a loop is solved.
+"""Stubs instead of module calls, for as long as a loop is solved.
 
 A stub takes the whole call of a module: hooks, compiled code and offloading stay inside what it replaces.
 """

@@ -35,7 +35,7 @@ __all__ = ["Change", "World", "named_globals"]
 PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(...), range, slice, torch.dtype, torch.device, torch.Size}
 )
-# Objects of these packages are not looked into, but for modules: their state is their own affair.
+# Objects of these packages are not looked into, except modules: their state is their own affair.
 LIBRARIES = sys.stdlib_module_names | {
     *("PIL", "accelerate", "huggingface_hub", "matplotlib", "numpy", "pandas", "parataxis", "pytest", "_pytest"),
     *("safetensors", "scipy", "sklearn", "tokenizers", "torch", "torchvision", "tqdm", "transformers"),

@@ -10,7 +10,7 @@ in float64, exact zeros included, since a state that comes out is not the unit v
 make that a recurrence (:mod:`parataxis.samplers.recurrence`):
 
 - What a multistep scheduler remembers of a step is rarely the output itself but a prediction p u + q f made of it, as
-  the tensors in its attributes show. With y = p u + q f in the place of f the earlier states drop out (the sampler's
+  the tensors in its attributes show. With y = p u + q f instead of f the earlier states drop out (the sampler's
   ``transform`` makes y of f).
 - Earlier states that remain, as in the second call of a Heun step, follow from later ones:
   x_j = (x_{j+1} - sum_l B_{jl} y_{j-l} - C_j z) / A_j.

@@ -31,7 +31,7 @@ class Member(Protocol):
         ...
 
     def load(self, sample: int, state: dict[str, Tensor]) -> None:
-        """Take such a state, with tensors in the place of arrays; the solver then looks at its samples again."""
+        """Take such a state, with tensors instead of arrays; the solver then looks at its samples again."""
         ...
 
 

@@ -3,7 +3,7 @@ r"""Coarse to fine in time: the first rounds evaluate fewer steps.
 While the trajectory is far from the solution, its outputs need not be known everywhere. A round of stride s evaluates
 every s-th step of the window (the first and the last among them); between them the data prediction is interpolated
 linearly in log(alpha/sigma), and every step is taken with its own coefficients and its own noise. The following rounds
-shrink s. Only rounds of stride 1 accept states (but for the first of the window, which is exact whatever the rest is),
+shrink s. Only rounds of stride 1 accept states (except the first of the window, which is exact whatever the rest is),
 so the sample is the same and only the number of evaluations is less.
 """
 

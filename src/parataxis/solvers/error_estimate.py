@@ -41,7 +41,7 @@ REPORTED = 3.0  # times the estimate: 99 % of 512 runs of third-party networks t
 REACH = (
     4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
 )
-REACH_UNKNOWN = 16.0  # in its place where the schedule is unknown
+REACH_UNKNOWN = 16.0  # instead, where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
 TELLING = 0.3  # of the largest move by which the growth of a step was measured: smaller ones measure rounding
 UNMEASURED = 1e100  # a slope error that has not been measured: the whole move may remain

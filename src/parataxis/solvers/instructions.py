@@ -1,4 +1,4 @@
-"""What the host tells the device of a round: numbers and indices, written into the one copy that is sent.
+"""What the host sends to the device in a round: numbers and indices, written into the one copy that is sent.
 
 Indices point to rows of regions of :class:`.tensors.WindowTensors`; those for which there is nothing point to the row
 behind a region, which is zero.

@@ -113,7 +113,7 @@ class Measuring(Seats):
             tensors.outputs.copy_(torch.bmm(by_output, tensors.outputs).baddbmm_(by_state, tensors.inputs))
 
     def _repair(self, outputs: Tensor, finite: Flags) -> tuple[Flags, Tensor]:
-        """Put the last finite output before it in the place of each output that is not finite.
+        """Replace each output that is not finite by the last finite one before it.
 
         Returns:
             (S, W) which outputs are finite; an interpolated one is if its neighbours are. And the outputs repaired.

@@ -536,7 +536,7 @@ class _Cohort:
 
 
 def repaired(outputs: Tensor, finite: Tensor) -> Tensor:
-    """Return outputs (S, R, dim) with the last finite row before it in the place of each that is not (S, R).
+    """Return outputs (S, R, dim) where the last finite row before it replaces each that is not (S, R).
 
     Zeros stand where there is none. The device does it without being read, so that a round is read only once.
     """
@@ -561,7 +561,7 @@ def folded_noise(local: Coefficients, bounds: Sequence[int], noise: Tensor) -> T
 
 
 def frozen_coefficients(local: Coefficients) -> tuple[Array, Array]:
-    """Return A and B of every step with the data prediction (else the output) in the place of the output."""
+    """Return A and B of every step with the data prediction (else the output) instead of the output."""
     weight = local.output_weight.sum(1)
     if local.x0_from_input is None or local.x0_from_output is None:
         return local.state_weight, weight

@@ -92,7 +92,7 @@ class Proposals:
     def _propose(self, tested: Tested, front: Tensor, step: Indices, source: Indices) -> Tensor:
         """Return (S, n, dim) the states behind ``front`` if predictions of ``source`` hold at ``step``, (S, n) both.
 
-        With the prediction p u + q f in the place of the output, u' = (A - B p / q) u + B / q (p u + q f)_source + C z.
+        With the prediction p u + q f instead of the output, u' = (A - B p / q) u + B / q (p u + q f)_source + C z.
         """
         row = tested.row(source - tested.lo[:, None])
         x, f = (
@@ -202,7 +202,7 @@ class Tested:
         return numbers[: len(norms)]
 
     def _repair(self, outputs: Tensor, finite: Flags) -> Tensor:
-        """Return outputs with the last finite one before it in the place of each that is not finite."""
+        """Return outputs, each that is not finite replaced by the last finite one before it."""
         first = np.cumsum(self.width) - self.width
         if not finite[first].all():
             row = int(np.argmin(finite[first]))
