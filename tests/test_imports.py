@@ -30,6 +30,7 @@ ORDER = [
     "planning",
     "streaming",
     "sample",
+    "progress",
     "loops",
     "pipelines",
     "kdiffusion",

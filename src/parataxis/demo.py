@@ -67,11 +67,11 @@ class Settings:
     def of(cls, values: Sequence[Any]) -> Settings:
         """Return settings from the values of the page's fields, in their order; whole numbers may come as floats."""
         whole = "label", "steps", "window", "seed"
-        given = dict(zip(cls.__dataclass_fields__, values, strict=True))
+        by_name = dict(zip(cls.__dataclass_fields__, values, strict=True))
         for name in whole:
-            if isinstance(given[name], float) and given[name].is_integer():
-                given[name] = int(given[name])
-        return cls(**given)
+            if isinstance(by_name[name], float) and by_name[name].is_integer():
+                by_name[name] = int(by_name[name])
+        return cls(**by_name)
 
     def __post_init__(self) -> None:
         """Raise a ValueError for a setting that the page does not offer: requests need not come from it."""
@@ -213,7 +213,7 @@ def build(initial: Settings | None = None) -> Any:
         gr.Markdown(
             "# Watch it converge\nThe same sample twice: by the sequential loop, and many time steps side by side."
         )
-        kept = gr.State(None)
+        state = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1):
                 inputs = [
@@ -243,11 +243,11 @@ def build(initial: Settings | None = None) -> Any:
         button.click(
             run,
             [*inputs[:8], inputs[8]],
-            [kept, slider, *shown_parts, sequential, counts, expected],
+            [state, slider, *shown_parts, sequential, counts, expected],
             concurrency_limit=1,
         )
-        slider.release(show, [kept, slider], shown_parts, show_progress="hidden")
-        slider.input(show, [kept, slider], shown_parts, show_progress="hidden", trigger_mode="always_last")
+        slider.release(show, [state, slider], shown_parts, show_progress="hidden")
+        slider.input(show, [state, slider], shown_parts, show_progress="hidden", trigger_mode="always_last")
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
     return page
 

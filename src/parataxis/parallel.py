@@ -34,6 +34,7 @@ def parallel(
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
+    progress: bool = False,
 ) -> Any:
     """Run a sampling loop parallel in time: the same sample, in fewer rounds of network calls.
 
@@ -50,6 +51,8 @@ def parallel(
         mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
             see :func:`parataxis.engine.distributed.sharded`. They share whole steps, because rows of one call belong
             together.
+        progress: Show a bar: accepted steps, the round, and the seconds left. The logger ``parataxis`` says at level
+            INFO how every call went, and at level DEBUG every round.
 
     Returns:
         For a function, a callable with its signature and ``.report``. For a pipeline, a callable that is also a context
@@ -64,12 +67,15 @@ def parallel(
         calibration.check_tolerance(tolerance)
         tolerance = calibration.solver_tolerance
         running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
-        running.calibration = calibration
+        running.calibration, running.progress = calibration, progress
         return running
     if not isinstance(target, type) and hasattr(target, "components") and hasattr(target, "register_modules"):
-        return pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
-    _check_target(target)
-    return Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+        running = pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
+    else:
+        _check_target(target)
+        running = Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+    running.progress = progress
+    return running
 
 
 def plan(target: Any, *args: Any, **kwargs: Any) -> Plan:

@@ -22,6 +22,7 @@ from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.schedulers import schedulers_in
 from .loops.solver import check_options
+from .progress import logger, show_progress
 from .solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class ParallelPipeline:
         self._ranks = ranks
         self._loop: Loop | None = None
         self.calibration: Calibration | None = None
+        self.progress = False
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -128,7 +130,10 @@ class ParallelPipeline:
         """Run the pipeline."""
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
-        value = run_loop(self._current(), args, kwargs, self.solver, self.tolerance, self.report)
+        loop, name = self._current(), type(self.pipe).__name__
+        with show_progress(loop, name, bar=self.progress):
+            value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        logger.info("%s: %s", name, self.report)
         if self.calibration is not None:
             self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
         return value

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..fingerprint import loop_fingerprint
+from ..progress import logger, show_progress
 from ..solvers.base import Solver
 from .auto import plan_loop, run_loop
 from .loop import Loop, reachable
@@ -39,6 +40,7 @@ class Parallel:
         report: How the latest call went.
         loop: What is kept of the loop from call to call.
         calibration: Compared at every call, and reported by; None without.
+        progress: Whether a bar shows the accepted steps.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Parallel:
         self._ranks = ranks
         self.loop: Loop | None = None
         self.calibration: Calibration | None = None
+        self.progress = False
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -74,7 +77,10 @@ class Parallel:
         loop = self._current(args, kwargs)
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.function, args, kwargs))
-        value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        with show_progress(loop, name, bar=self.progress):
+            value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        logger.info("%s: %s", name, self.report)
         if self.calibration is not None:
             self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
         return value
