@@ -1,7 +1,7 @@
 """Is the sample right, does the run know it, and what does certainty cost? Thousands of runs against the truth.
 
     python benchmarks/truth.py [--networks digits hsc-32 ..] [--seconds S]      # fill the table, cheapest cells first
-    python benchmarks/truth.py --report                                         # print it, draw it
+    python benchmarks/truth.py --report                                         # print it, draw it, write docs/truth.md
 
 Secant on shipped models, on networks that somebody else trained (``galaxies.py``), on exact mixtures and on ideal
 denoisers of data sets; DDIM, DDPM, DPM-Solver++ 2M, flow and variance-exploding samplers; N = 50 and 100; windows of 8,
@@ -386,7 +386,11 @@ def main() -> None:
         "The price of certainty": certainty,
         "Full width, with a guess from moments": guesses,
     }
-    print("\n\n".join(f"## {title}\n\n{table(rows)}" for title, table in sections.items()))
+    text = "\n\n".join(f"## {title}\n\n{table(rows)}" for title, table in sections.items())
+    print(text)
+    page, mark = ROOT / "docs" / "truth.md", "<!-- truth: written by benchmarks/truth.py --report -->\n"
+    before, rest = page.read_text().split(mark)
+    page.write_text(f"{before}{mark}\n{text}\n\n<!-- end -->{rest.split('<!-- end -->')[1]}")
     draw(rows, ROOT / "docs" / "truth.png")
 
 

@@ -421,3 +421,18 @@ def test_noisy_timing_is_said_and_compares_sizes_all_the_same(monkeypatch):
     assert "timing is noisy: equal calls differ by " in str(known)
     assert float(known.seconds(4) / known.seconds(1)) == pytest.approx(4, rel=0.05)
     assert float(known.seconds(1)) == pytest.approx(2e-3, rel=0.25)
+
+
+def test_plan_calibrates_the_solver_that_it_chooses():
+    """The calibration is of the planned solver and of this batch's conditions, and is sampled with."""
+    network, sampler = problems.network("power law", ODE), px.SAMPLERS[ODE](steps=30)
+    known = px.Latency((1, 64), (1.0, 1.0))  # rows are free, so the loop is not chosen
+    planned = px.plan(network, problems.noise(2), sampler, windows=(8,), known=known, calibrate=20)
+    assert planned.calibration is not None
+    assert planned.calibration.solver in (planned.solver, px.Sequential())
+    assert planned.calibration.runs == 20
+    assert "With a confidence of 95%" in str(planned)
+    assert px.sample(network, problems.noise(2), sampler, planned.calibration).converged
+    assert px.plan(network, problems.noise(2), sampler, windows=(8,), known=known).calibration is None
+    with pytest.raises(ValueError, match="calibrate must be an integer of at least 0"):
+        px.plan(network, problems.noise(2), sampler, known=known, calibrate=-1)

@@ -31,8 +31,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from . import plots
+from .calibration import Calibration
+from .calibration import calibrate as calibration_of
 from .checks import check_tolerance, check_whole
-from .engine.executor import Executor, Network, check_inputs
+from .engine.executor import Executor, Network, check_inputs, select_condition
 from .engine.latency import NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, drive_sequential, start
@@ -57,6 +59,7 @@ LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for not
 TRIED_AT_ONCE = 2  # candidates that are tried side by side
 FEWEST_TRIALS, MOST_TRIALS = 3, 5  # runs of each; more where equal runs differ by more than NOISY
 TIE = 0.95  # candidates whose seconds differ by less are equally fast
+CALIBRATION_SEED = 2**40  # of noise that nobody chooses by a seed
 CURVES = Path(__file__).parent / "rounds_curve.json"
 
 
@@ -164,6 +167,7 @@ class Plan:
         steps: N.
         setting: What was planned for, in words.
         planning_seconds: Seconds that planning took.
+        calibration: Of that solver, to be passed in its place; None unless it was asked for.
     """
 
     solver: Solver
@@ -174,6 +178,7 @@ class Plan:
     steps: int
     setting: str
     planning_seconds: float
+    calibration: Calibration | None = None
 
     @property
     def chosen(self) -> Candidate:
@@ -226,7 +231,8 @@ class Plan:
             rounds, seconds = candidate.rounds.text("{:.0f}".format), candidate.seconds.text(format_seconds)
             speed = self.speedup_of(candidate).text("{:.2f}".format)
             lines.append(f"{mark} {name:<12}{window:>8}{rounds:>16}{seconds:>30}{speed:>22}")
-        return "\n".join([*lines, f"{self.solver!r}: {self.reason}."])
+        lines.append(f"{self.solver!r}: {self.reason}.")
+        return "\n".join(lines if self.calibration is None else [*lines, str(self.calibration)])
 
 
 def plan(
@@ -245,6 +251,7 @@ def plan(
     known: Latency | None = None,
     measured: Sequence[Solution] = (),
     trials: bool = True,
+    calibrate: int = 0,
 ) -> Plan:
     """Measure what calls of the network cost, and choose the solver that is expected to be fastest.
 
@@ -268,6 +275,8 @@ def plan(
             forecast follows. Solves with other solvers or with samplers of the other kind are ignored.
         trials: Where a loop takes less than a second, run it and the best solvers a few times, from this noise, and
             plan by what they take, unless something has been measured already.
+        calibrate: Runs to calibrate the chosen solver by, such as 59, with noise of their own and the conditions of the
+            batch in turn: pass ``plan.calibration`` to :func:`parataxis.sample` then. See :func:`parataxis.calibrate`.
 
     Raises:
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf.
@@ -281,6 +290,7 @@ def plan(
     check_tolerance(tolerance)
     check_whole("devices", devices)
     check_whole("rows_per_step", rows_per_step)
+    check_whole("calibrate", calibrate, 0)
     if not (isinstance(measured, Sequence) and all(isinstance(solution, Solution) for solution in measured)):
         raise TypeError(
             f"measured must be what parataxis.sample returned, or a list of its solutions, got {measured!r}."
@@ -309,6 +319,9 @@ def plan(
             candidates = try_candidates(candidates, sampler, noise, tolerance, execute)
             loop = candidates[-1].seconds.median
     chosen = _choose(candidates, loop)
+    calibration = None
+    if calibrate and not isinstance(chosen.solver, Sequential):
+        calibration = _calibrate(denoise, noise, sampler, chosen.solver, tolerance, condition, calibrate, max_rows)
     return Plan(
         solver=chosen.solver,
         reason=setting.reason(candidates, known, loop),
@@ -318,6 +331,32 @@ def plan(
         steps=sampler.steps,
         setting=_description(sampler, noise, tolerance, devices),
         planning_seconds=time.perf_counter() - started,
+        calibration=calibration,
+    )
+
+
+def _calibrate(
+    denoise: Callable[..., Tensor],
+    noise: Tensor,
+    sampler: Sampler,
+    solver: Solver,
+    tolerance: float,
+    condition: Any,
+    runs: int,
+    max_rows: int | None,
+) -> Calibration:
+    """Calibrate a solver by runs with other noise than that of the batch, and its conditions in turn."""
+    source = torch.Generator().manual_seed(CALIBRATION_SEED)
+    drawn = torch.randn(runs, *noise.shape[1:], generator=source).to(noise)
+    return calibration_of(
+        denoise,
+        drawn,
+        sampler,
+        [solver],
+        tolerance=tolerance,
+        condition=select_condition(condition, torch.arange(runs, device="cpu") % len(noise)),
+        generator=[torch.Generator().manual_seed(CALIBRATION_SEED + 1 + run) for run in range(runs)],
+        max_rows=max_rows,
     )
 
 
