@@ -27,11 +27,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every pair of the registry on more problems than `make test` takes, and every option of every pipeline; both go on
-# where they stopped.
+# Every pair of the registry on more problems than `make test` takes, every option of every pipeline, and 500 loops at
+# random; all go on where they stopped.
 matrix: $(READY)
 	$(BIN)/python benchmarks/matrix.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipelines.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops_at_random.py
 
 # Sets nothing up: it takes the Python that has torch, as on a machine without a network. DEVICE=cpu is a dry run.
 gpu:

@@ -113,7 +113,7 @@ class Case:
             short.append("error")
         if check.tolerance and not report.error_estimate <= max(check.tolerance, 2 * report.floor):
             short.append("error_estimate")
-        if not report.converged and check.tolerance:
+        if not report.converged and check.tolerance and report.error_estimate > report.floor:
             short.append("not converged")
         if report.mode != "sequential" and calls != report.calls:
             short.append("calls that are not counted")

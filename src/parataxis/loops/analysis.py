@@ -132,14 +132,18 @@ def _row_maps(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
 def _masks_by_place(changing: dict[Any, dict[int, Tensor]], call: Call) -> dict[int, Tensor] | None:
     """Take the state leaves of other calls of the same form, for a kind that occurs at the first step only."""
     for name, masks in changing.items():
-        if name[1] == str(call.spec) and all(isinstance(call.leaves[i], Tensor) for i in masks):
-            return {i: torch.ones_like(call.leaves[i], dtype=torch.bool) for i in masks}
+        leaves = {i: call.leaves[i] for i in masks}
+        # A prediction of the step before is None at the first step.
+        if name[1] == str(call.spec) and all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves.values()):
+            shapes = {i: masks[i].shape if leaf is None else leaf.shape for i, leaf in leaves.items()}
+            if any(leaf is not None for leaf in leaves.values()):
+                return {i: torch.ones(shape, dtype=torch.bool) for i, shape in shapes.items()}
     return None
 
 
 def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
     """Return how the rows of a call belong to states, each row a sample, from which elements depend on outputs."""
-    leaves = [call.leaves[i] for i in masks]
+    leaves = [call.leaves[i] for i in masks if call.leaves[i] is not None]
     batched = all(leaf.ndim > 1 and len(leaf) == len(leaves[0]) for leaf in leaves)
     rows = len(leaves[0]) if batched else 1
     answers = [i for i, leaf in enumerate(call.output.leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -150,13 +154,15 @@ def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
         for axis in range(1, mask.ndim):
             line = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
             box.append((int(line[0]), int(line[-1]) + 1))
-        if place >= len(answers):
+        if place >= len(answers) and not _fits(call.output.leaves[answers[-1]], mask):
             if any(leaf.ndim < 2 for leaf in leaves):
                 raise NotParallelizable("the timesteps depend on the denoiser's outputs: an adaptive solver.")
             raise NotParallelizable(
                 f"{len(masks)} arguments of the denoiser depend on its earlier outputs, but it returns {len(answers)}."
             )
-        leaf = call.output.leaves[answers[place]]
+        # The prediction of the step before, as an input of this one, is answered by the same output as the state.
+        answer = _answer_of(call, answers, place, mask, len(masks))
+        leaf = call.output.leaves[answer]
         leaf = leaf if batched else leaf[None]
         sizes = [stop - first for first, stop in box]
         if (
@@ -167,8 +173,20 @@ def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
             raise NotParallelizable(
                 f"an output of shape {tuple(leaf.shape)} does not match its input, whose state is {(rows, *sizes)}."
             )
-        slices.append(StateSlice(i, tuple(box), answers[place]))
+        slices.append(StateSlice(i, tuple(box), answer))
     return RowMap(tuple(slices), rows, batched, np.arange(rows))
+
+
+def _answer_of(call: Call, answers: Sequence[int], place: int, mask: Tensor, states: int) -> int:
+    """Return which output answers a state: the one in its place, or of several states the next that has its shape."""
+    order = [*answers[place:], *answers[:place]]
+    if states == 1:  # its output may be larger: a learned variance
+        return order[0]
+    return next((answer for answer in order if _fits(call.output.leaves[answer], mask)), order[0])
+
+
+def _fits(output: Tensor, mask: Tensor) -> bool:
+    return output.shape == mask.shape
 
 
 def _steps(

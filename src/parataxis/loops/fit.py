@@ -34,6 +34,7 @@ OVERFLOWS = (
     "trial outputs lead it to states that are not finite, from which nothing can be fitted: it may square outputs, or "
     "take their exponential, so that only outputs of the network itself keep it finite."
 )
+SMALLEST_ROUNDING = 2e-14  # normal equations give the coefficients no more exactly
 CLOSE = 0.05  # part of the rounding allowed, below which no longer memory is tried
 
 
@@ -73,7 +74,7 @@ def fit_recurrence(structure: Structure, recordings: Sequence[Recording], first:
     half = torch.finfo(structure.network_dtype).bits < 32
     elements = _elements(structure, ELEMENTS * (8 if half else 1))
     states, outputs = _measured(structure, recordings, elements, first)
-    epsilon = float(torch.finfo(structure.network_dtype).eps)
+    epsilon = max(_rounding(structure), SMALLEST_ROUNDING)
     bound = structure.precision = 6 * epsilon if half else 32 * epsilon  # terms within a step may cancel
     has_final = structure.ends_with_state
     if has_final and not all(np.isfinite(states_of_pass[-1]).all() for states_of_pass in states):
@@ -113,6 +114,14 @@ def fit_slopes(structure: Structure, first: StageRecord, second: StageRecord) ->
     structure.misfit = _misfit(states, outputs, weights, coefficients)
     coefficients.state_weight[0] = structure.coefficients.state_weight[0]
     structure.set_coefficients(coefficients)
+
+
+def _rounding(structure: Structure) -> float:
+    """Return the unit roundoff of the states; of the outputs where they are float32 and the states float64."""
+    call = structure.calls_of_step[0][0]
+    leaves = [structure.outputs[call].leaves[piece.output] for piece in structure.row_maps[call].slices]
+    wide = [leaf.dtype for leaf in leaves if torch.finfo(leaf.dtype).bits >= 32]
+    return max(float(torch.finfo(dtype).eps) for dtype in (structure.network_dtype, *wide))
 
 
 def _misfit(

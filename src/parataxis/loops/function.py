@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 __all__ = ["Parallel"]
-
-NOT_RUN_BY_A_CALL = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
 class Parallel:
@@ -68,12 +64,6 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""
-        if any(kind(self.function) for kind in NOT_RUN_BY_A_CALL):
-            reason = "it is a generator or asynchronous function, which runs while its result is iterated or awaited."
-            warnings.warn(f"the loop runs sequentially: {reason}", RuntimeWarning, stacklevel=2)
-            self.report.reset(self.tolerance)
-            self.report.mode, self.report.reason, self.report.converged = "sequential", reason, True
-            return self.function(*args, **kwargs)
         loop = self._current(args, kwargs)
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.function, args, kwargs))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,19 @@ class RandomState(TorchFunctionMode):
                     for world in self.worlds:
                         world.about_to_write(tensor)
         return func(*args, **kwargs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Look at no torch call for a while, if this looks at present."""
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        looks = bool(stack) and stack[-1] is self
+        if looks:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if looks:
+                self.__enter__()  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
         """Bring everything back to the state at the beginning."""

@@ -26,13 +26,13 @@ class Judgement(NamedTuple):
 
     Attributes:
         accepted: Whether the loop may go on behind the stage.
-        good: Whether the error estimate is within the tolerance, or the floor where that is larger.
+        within_tolerance: Whether the error estimate is within the tolerance, or what rounding makes of any result.
         estimate: Estimated relative error.
         not_linear: Whether the replay shows that the loop is not linear near its solution.
     """
 
     accepted: bool
-    good: bool
+    within_tolerance: bool
     estimate: float
     not_linear: bool
 
@@ -75,8 +75,18 @@ class Refinement:
         self.replay_each_round |= not rebase
         return rebase
 
-    def judge(self, record: StageRecord, progress: StageProgress, tolerance: float) -> Judgement:
-        """Judge a replay: is its error within the tolerance, or as small as it gets?"""
+    def judge(
+        self, record: StageRecord, progress: StageProgress, tolerance: float, window: int | None, rounds_left: int
+    ) -> Judgement:
+        """Judge a replay: is its error within the tolerance, or as small as it gets?
+
+        Args:
+            record: Of the replay.
+            progress: Of the stage.
+            tolerance: Relative error allowed.
+            window: Of the solver; None for all steps.
+            rounds_left: Rounds until there were as many as steps.
+        """
         structure = progress.structure
         assert progress.solution is not None
         estimate = estimate_error(record, progress.solution, progress.solver_estimate)
@@ -92,5 +102,9 @@ class Refinement:
         refined = self.refinements > 0
         as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
         accepted = good or as_small_as_it_gets or (refined and self.replay_each_round)
+        # Solving again takes about a round for each window.
+        rounds_needed = -(-structure.steps // (window or structure.steps)) + 2
+        accepted |= self.replay_each_round and not not_linear and rounds_needed > rounds_left
         self.smallest_estimate = min(self.smallest_estimate, estimate)
-        return Judgement(accepted and not self.structure_outdated, good, estimate, not_linear)
+        within = good and estimate <= max(tolerance, ROUNDING * torch.finfo(structure.dtype).eps)
+        return Judgement(accepted and not self.structure_outdated, within, estimate, not_linear)

@@ -43,7 +43,7 @@ class Report:
         floor: Relative change of the loop's result when every output changes by its rounding: a unit in its last place,
             and what the network makes of one in the last place of its input.
         tolerance: Relative error allowed.
-        converged: Whether the error estimate is within the tolerance, or the floor where that is larger.
+        converged: Whether the error estimate is within the tolerance: a floor above it is no excuse.
     """
 
     seconds: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,11 @@ class StateSlice:
     leaf: int
     box: tuple[tuple[int, int], ...]
     output: int
+
+    @property
+    def size(self) -> int:
+        """Elements of a row."""
+        return math.prod(stop - first for first, stop in self.box)
 
     @property
     def state(self) -> tuple[slice, ...]:
@@ -79,8 +85,14 @@ class RowMap:
         return leaf if self.batched else leaf[None]
 
     def states(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        """Return the state parts of arguments, (R, dim)."""
-        parts = [self.view(leaves[p.leaf])[p.state].flatten(1) for p in self.slices]
+        """Return the state parts of arguments, (R, dim); zeros for a part that is None (no prediction before it)."""
+        like = next(leaves[p.leaf] for p in self.slices if leaves[p.leaf] is not None)
+        parts = [
+            like.new_zeros(self.rows, p.size)
+            if leaves[p.leaf] is None
+            else self.view(leaves[p.leaf])[p.state].flatten(1)
+            for p in self.slices
+        ]
         return torch.cat(parts, 1).to(dtype)
 
     def answers(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
@@ -90,19 +102,19 @@ class RowMap:
 
     def write(self, leaves: Sequence[Any], states: Tensor) -> None:
         """Put states (R, dim) into the state parts of arguments."""
-        self._put([(leaves[p.leaf], p.state) for p in self.slices], states, add=False)
+        self._put([(leaves[p.leaf], p.state, p.size) for p in self.slices], states, add=False)
 
     def add(self, leaves: Sequence[Any], change: Tensor) -> None:
         """Add a change (R, dim) to the answering parts of outputs."""
-        self._put([(leaves[p.output], p.answer) for p in self.slices], change, add=True)
+        self._put([(leaves[p.output], p.answer, p.size) for p in self.slices], change, add=True)
 
-    def _put(self, places: Sequence[tuple[Tensor, tuple[slice, ...]]], rows: Tensor, *, add: bool) -> None:
+    def _put(self, places: Sequence[tuple[Any, tuple[slice, ...], int]], rows: Tensor, *, add: bool) -> None:
         first = 0
-        for leaf, box in places:
-            part = self.view(leaf)[box]
-            size = part[0].numel()
-            values = rows[:, first : first + size].view(part.shape)
-            part.copy_(part.to(rows.dtype) + values if add else values)
+        for leaf, box, size in places:
+            if leaf is not None:
+                part = self.view(leaf)[box]
+                values = rows[:, first : first + size].view(part.shape)
+                part.copy_(part.to(rows.dtype) + values if add else values)
             first += size
 
 

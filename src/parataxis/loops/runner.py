@@ -168,7 +168,7 @@ class LoopRunner:
     @contextmanager
     def real_calls(self) -> Iterator[None]:
         """Run real modules: no stub answers, and nothing watches their torch calls."""
-        with self._switch.off(), self._unwatched():
+        with self._switch.off(), self._random.paused():
             yield
 
     @contextmanager
@@ -177,7 +177,7 @@ class LoopRunner:
         self._setting = self.denoisers_now()
         plain = {kind: (False, dtype) for kind, (_, dtype) in self._autocast.items()}
         try:
-            with self._unwatched(), _autocast(plain):
+            with self._random.paused(), _autocast(plain):
                 yield
         finally:
             self._setting = None
@@ -236,18 +236,6 @@ class LoopRunner:
             self._setting.restore()
         else:
             self.world.restore()
-
-    @contextmanager
-    def _unwatched(self) -> Iterator[None]:
-        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        watched = bool(stack) and stack[-1] is self._random
-        if watched:
-            self._random.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            if watched:
-                self._random.__enter__()  # type: ignore[no-untyped-call]
 
 
 class _Pass:

@@ -325,7 +325,8 @@ class LoopSolver:
         if progress.noisy_result is not None:
             progress.structure.floor = largest_relative_distance(progress.noisy_result, record.last_state)
             progress.noisy_result = None
-        judgement = self.refinement.judge(record, progress, self.tolerance)
+        left = self.report.steps - self.report.rounds
+        judgement = self.refinement.judge(record, progress, self.tolerance, getattr(self.solver, "window", None), left)
         if judgement.not_linear:
             progress.structure.linear = False
             self.report.reason = "the loop is linear elsewhere, but not near its solution."
@@ -337,15 +338,8 @@ class LoopSolver:
     def finish(self, passed: PassRecord) -> Any:
         """Return what the loop returned in its last pass, after one more with callbacks if there are any."""
         runner, loop, report = self.runner, self.loop, self.report
-        if not self.stages and loop.structures:
-            report.mode, report.reason = "sequential", "no denoiser was called this time."  # an action from a queue
-            report.converged = True
-            return passed.value
         if not self.stages:
-            names = ", ".join(type(module).__name__ for module in loop.denoisers)
-            raise NotParallelizable(
-                f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...]."
-            )
+            return _without_denoiser(loop, report, passed)
         loop.structures[runner.key] = self.stages[0].structure
         if len(loop.structures) > MAX_CACHED_STRUCTURES:
             del loop.structures[next(iter(loop.structures))]
@@ -370,6 +364,16 @@ class LoopSolver:
             return self.run()
 
 
+def _without_denoiser(loop: Loop, report: Report, passed: PassRecord) -> Any:
+    """Return what a pass returned that called no denoiser, if the loop has called one before."""
+    if loop.structures:
+        report.mode, report.reason = "sequential", "no denoiser was called this time."  # an action from a queue
+        report.converged = True
+        return passed.value
+    names = ", ".join(type(module).__name__ for module in loop.denoisers)
+    raise NotParallelizable(f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...].")
+
+
 def _report_seconds(report: Report, runner: LoopRunner, calls: Sequence[Any], started: float) -> None:
     """Say how long the call took, and how long the unmodified loop with these kinds of calls would have taken."""
     loop = runner.loop
@@ -383,6 +387,7 @@ def _report_seconds(report: Report, runner: LoopRunner, calls: Sequence[Any], st
 def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:
     """Return the tolerance of a solver, and the unit roundoff of the network."""
     network = torch.finfo(structure.network_dtype)
+    tolerance = max(tolerance, ROUNDING / 4 * torch.finfo(structure.dtype).eps)  # less is not claimed
     if network.bits < 32:
         # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
         tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
@@ -401,12 +406,13 @@ def _report_stage(report: Report, judgement: Judgement, floor: float, *, first: 
     """Add the judgement of a stage: the worst of all stages counts."""
     report.error_estimate = judgement.estimate if first else max(report.error_estimate, judgement.estimate)
     report.floor = floor if first else max(report.floor, floor)
-    report.converged = judgement.good if first else judgement.good and report.converged
+    report.converged = judgement.within_tolerance and (first or report.converged)
 
 
 def _claim_no_less_than_floors(report: Report, structures: Sequence[Structure]) -> None:
     """Claim nothing below what rounding does to the result, where that is more than the tolerance."""
     floors = [s.floor for s in structures if s.floor > max(report.tolerance, ROUNDING * torch.finfo(s.dtype).eps)]
     if floors:
+        report.converged = False
         report.error_estimate = max(report.error_estimate, *floors)
         report.reason = f"{report.reason} {ABOVE_FLOOR}".lstrip()
