@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import logging
 import sys
 import types
@@ -180,8 +181,8 @@ def package(monkeypatch):
     latest.io = SimpleNamespace(
         ComfyNode=type("ComfyNode", (), {}),
         Schema=lambda **fields: SimpleNamespace(**fields),
-        NodeOutput=lambda *values: SimpleNamespace(result=values),
-        **{name: kind(name) for name in ("Sampler", "Int", "Float", "Combo")},
+        NodeOutput=lambda *values, ui=None: SimpleNamespace(result=values, ui=ui),
+        **{name: kind(name) for name in ("Sampler", "Int", "Float", "Combo", "Latent", "String")},
     )
     modules = {
         "comfy": comfy,
@@ -219,15 +220,16 @@ def load():
 
 def test_both_apis_have_the_same_node(package):
     nodes = package()
-    (name,) = nodes.NODE_CLASS_MAPPINGS
-    assert set(nodes.NODE_DISPLAY_NAME_MAPPINGS) == {name}
-    old = nodes.NODE_CLASS_MAPPINGS[name]
-    (new,) = asyncio.run(asyncio.run(nodes.comfy_entrypoint()).get_node_list())
-    schema = new.define_schema()
-    assert schema.node_id == name
-    assert schema.display_name == nodes.NODE_DISPLAY_NAME_MAPPINGS[name]
-    assert [given.id for given in schema.inputs] == list(old.INPUT_TYPES()["required"])
-    assert [given.kind.upper() for given in schema.outputs] == list(old.RETURN_TYPES)
+    assert set(nodes.NODE_DISPLAY_NAME_MAPPINGS) == set(nodes.NODE_CLASS_MAPPINGS)
+    listed = asyncio.run(asyncio.run(nodes.comfy_entrypoint()).get_node_list())
+    for (name, old), new in zip(nodes.NODE_CLASS_MAPPINGS.items(), listed, strict=True):
+        schema, inputs = new.define_schema(), old.INPUT_TYPES()["required"]
+        assert schema.node_id == name
+        assert schema.display_name == nodes.NODE_DISPLAY_NAME_MAPPINGS[name]
+        assert [given.id for given in schema.inputs] == list(inputs)
+        assert [given.tooltip for given in schema.inputs] == [options["tooltip"] for _, options in inputs.values()]
+        assert [given.kind.upper() for given in schema.outputs] == list(old.RETURN_TYPES)
+    old, new = nodes.NODE_CLASS_MAPPINGS["ParataxisParallelSampler"], listed[0]
     sampler = KSampler(euler, {"s_churn": 1.0}, {"random": True})
     given = {"sampler": sampler, "window": 4, "tolerance": 0.01, "solver": "secant"}
     for result in (getattr(old(), old.FUNCTION)(**given)[0], new.execute(**given).result[0]):
@@ -249,13 +251,44 @@ def test_without_the_new_api_the_old_one_is_there(package, monkeypatch):
 def test_defaults_of_the_inputs_are_what_the_node_takes(package):
     """The defaults of the inputs are what the node takes."""
     nodes = package()
-    (old,) = nodes.NODE_CLASS_MAPPINGS.values()
+    old = nodes.NODE_CLASS_MAPPINGS["ParataxisParallelSampler"]
     inputs = old.INPUT_TYPES()["required"]
-    given = {name: options[0]["default"] for name, (_, *options) in inputs.items() if options}
+    given = {name: options["default"] for name, (_, options) in inputs.items() if name in ("window", "tolerance")}
     for solver in inputs["solver"][0]:
         (sampler,) = old().execute(KSampler(euler), solver=solver, **given)
         expected, x = (drawn(one, guider()) for one in (KSampler(euler), sampler))
         assert relative(x, expected) <= 1e-2
+
+
+def test_report_says_what_the_run_took(package):
+    nodes = package()
+    old = nodes.NODE_CLASS_MAPPINGS["ParataxisReport"]
+    _, new = asyncio.run(asyncio.run(nodes.comfy_entrypoint()).get_node_list())
+    sampler = wrapped(nodes, KSampler(euler), tolerance=0.01)
+    drawn(sampler, guider())
+    latent = {"samples": torch.zeros(1)}
+    shown = old().execute(sampler, latent)
+    assert shown["result"] == new.execute(sampler, latent).result == (latent, shown["ui"]["text"][0])
+    for part in ("rounds", "error estimate"):
+        assert part in shown["result"][1]
+    assert "not one of Parallel Sampler" in old().execute(KSampler(euler), latent)["result"][1]
+
+
+def test_workflow_uses_the_nodes_as_they_are(package):
+    """The graph to load names the nodes, their inputs and the types that are connected."""
+    nodes = package().NODE_CLASS_MAPPINGS
+    folder = Path(__file__).parents[1] / "integrations" / "comfyui"
+    graph = json.loads((folder / "workflow.json").read_text())
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    for _, source, output, target, place, form in graph["links"]:
+        assert by_id[source]["outputs"][output]["type"] == by_id[target]["inputs"][place]["type"] == form
+    ours = [node for node in graph["nodes"] if node["type"] in nodes]
+    assert {node["type"] for node in ours} == set(nodes)
+    for node in ours:
+        required = nodes[node["type"]].INPUT_TYPES()["required"]
+        linked = [entry["name"] for entry in node["inputs"]]
+        assert linked + list(required)[len(linked) :] == list(required)
+        assert len(node.get("widgets_values", [])) == len(required) - len(linked)
 
 
 def drawn(sampler, guide, callback=None, mask=None, options=None):
@@ -266,7 +299,7 @@ def drawn(sampler, guide, callback=None, mask=None, options=None):
 
 
 def wrapped(nodes, sampler, window=8, tolerance=0.0):
-    (node,) = nodes.NODE_CLASS_MAPPINGS.values()
+    node = nodes.NODE_CLASS_MAPPINGS["ParataxisParallelSampler"]
     return node().execute(sampler, window=window, tolerance=tolerance, solver="secant")[0]
 
 

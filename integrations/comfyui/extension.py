@@ -6,7 +6,24 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import CATEGORY, DESCRIPTION, DISPLAY_NAME, NODE_ID, SOLVERS, TOLERANCE, WINDOW, parallel
+from .nodes import (
+    CATEGORY,
+    DESCRIPTION,
+    DISPLAY_NAME,
+    LATENT_TIP,
+    NODE_ID,
+    PARALLEL_TIP,
+    REPORT_DESCRIPTION,
+    REPORT_ID,
+    REPORT_NAME,
+    SAMPLER_TIP,
+    SOLVER_TIP,
+    SOLVERS,
+    TOLERANCE,
+    WINDOW,
+    describe,
+    parallel,
+)
 
 
 class ParallelSampler(io.ComfyNode):
@@ -21,10 +38,10 @@ class ParallelSampler(io.ComfyNode):
             category=CATEGORY,
             description=DESCRIPTION,
             inputs=[
-                io.Sampler.Input("sampler"),
+                io.Sampler.Input("sampler", tooltip=SAMPLER_TIP),
                 io.Int.Input("window", **WINDOW),
                 io.Float.Input("tolerance", **TOLERANCE),
-                io.Combo.Input("solver", options=list(SOLVERS)),
+                io.Combo.Input("solver", options=list(SOLVERS), default="secant", tooltip=SOLVER_TIP),
             ],
             outputs=[io.Sampler.Output()],
         )
@@ -35,12 +52,38 @@ class ParallelSampler(io.ComfyNode):
         return io.NodeOutput(parallel(sampler, window, tolerance, solver))
 
 
+class ParallelReport(io.ComfyNode):
+    """Says what the last run of a parallel sampler took."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's inputs and outputs."""
+        return io.Schema(
+            node_id=REPORT_ID,
+            display_name=REPORT_NAME,
+            category=CATEGORY,
+            description=REPORT_DESCRIPTION,
+            inputs=[
+                io.Sampler.Input("sampler", tooltip=PARALLEL_TIP),
+                io.Latent.Input("latent", tooltip=LATENT_TIP),
+            ],
+            outputs=[io.Latent.Output(display_name="latent"), io.String.Output(display_name="report")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, sampler: Any, latent: Any) -> io.NodeOutput:
+        """Run the node."""
+        text = describe(sampler)
+        return io.NodeOutput(latent, text, ui={"text": [text]})
+
+
 class Extension(ComfyExtension):
     """All nodes of the package."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the nodes."""
-        return [ParallelSampler]
+        return [ParallelSampler, ParallelReport]
 
 
 async def comfy_entrypoint() -> Extension:

@@ -19,6 +19,13 @@ NODE_ID = "ParataxisParallelSampler"
 DISPLAY_NAME = "Parallel Sampler (parataxis)"
 CATEGORY = "sampling/custom_sampling/samplers"
 DESCRIPTION = "The same images in fewer rounds of model calls: steps are evaluated side by side and corrected."
+REPORT_ID = "ParataxisReport"
+REPORT_NAME = "Parallel Sampler Report (parataxis)"
+REPORT_DESCRIPTION = "What the last run of a parallel sampler took: seconds, rounds and estimated error, as text."
+SAMPLER_TIP = "The sampler to run in parallel: of KSamplerSelect or any node that makes a SAMPLER."
+SOLVER_TIP = "secant: ours, the fewest rounds. picard: ParaDiGMS."
+PARALLEL_TIP = "The output of Parallel Sampler (parataxis)."
+LATENT_TIP = "The latents that it has drawn: they pass through, so that the report is read after the run."
 SOLVERS = {"secant": Secant, "picard": Picard}
 WINDOW = {"default": 8, "min": 0, "max": 1000, "tooltip": "Steps evaluated side by side; 0: all of them."}
 TOLERANCE = {
@@ -116,10 +123,10 @@ class ParallelSampler:
         """Return the node's inputs."""
         return {
             "required": {
-                "sampler": ("SAMPLER",),
+                "sampler": ("SAMPLER", {"tooltip": SAMPLER_TIP}),
                 "window": ("INT", WINDOW),
                 "tolerance": ("FLOAT", TOLERANCE),
-                "solver": (list(SOLVERS),),
+                "solver": (list(SOLVERS), {"default": "secant", "tooltip": SOLVER_TIP}),
             }
         }
 
@@ -128,5 +135,39 @@ class ParallelSampler:
         return (parallel(sampler, window, tolerance, solver),)
 
 
-NODE_CLASS_MAPPINGS = {NODE_ID: ParallelSampler}
-NODE_DISPLAY_NAME_MAPPINGS = {NODE_ID: DISPLAY_NAME}
+class ParallelReport:
+    """Says what the last run of a parallel sampler took; the latents make it run after the sampling."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = REPORT_DESCRIPTION
+    RETURN_TYPES = ("LATENT", "STRING")
+    RETURN_NAMES = ("latent", "report")
+    OUTPUT_NODE = True
+    FUNCTION = "execute"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # ComfyUI's name
+        """Return the node's inputs."""
+        return {
+            "required": {
+                "sampler": ("SAMPLER", {"tooltip": PARALLEL_TIP}),
+                "latent": ("LATENT", {"tooltip": LATENT_TIP}),
+            }
+        }
+
+    def execute(self, sampler: Any, latent: Any) -> dict[str, Any]:
+        """Run the node: its text is shown on it, and is its second output."""
+        text = describe(sampler)
+        return {"ui": {"text": [text]}, "result": (latent, text)}
+
+
+def describe(sampler: Any) -> str:
+    """Return how the last run of a parallel sampler went."""
+    report = getattr(getattr(sampler, "sampler_function", None), "report", None)
+    if report is None:
+        return "this sampler is not one of Parallel Sampler (parataxis)."
+    return str(report)
+
+
+NODE_CLASS_MAPPINGS = {NODE_ID: ParallelSampler, REPORT_ID: ParallelReport}
+NODE_DISPLAY_NAME_MAPPINGS = {NODE_ID: DISPLAY_NAME, REPORT_ID: REPORT_NAME}
