@@ -48,6 +48,7 @@ def run_state(run: Run) -> dict[str, Tensor]:
         own["stream"] = batch.streams[place].bit_generator.state
     state = {"about": _packed(own), "history": torch.tensor(run.history, dtype=torch.float64).view(-1, 3)}
     state["bounded"] = torch.tensor(bool(batch.bounded[place]))
+    state["output_rounding"] = torch.tensor(batch.output_rounding, dtype=torch.float64)
     if run._final is not None:
         state["final"] = run._final.clone()
     trajectory = run._trajectory if run.done else None if batch.trajectory is None else batch.trajectory[place]
@@ -82,6 +83,7 @@ def restore_run(run: Run, state: dict[str, Tensor]) -> None:
     run.history = [Round(int(a), int(w), float(e)) for a, w, e in state["history"].tolist()]
     batch.accepted[place], batch.error[place] = own["accepted"], own["error"]
     batch.bounded[place] = bool(state["bounded"])
+    batch.output_rounding = float(state["output_rounding"])
     if "stream" in own:
         stream = np.random.default_rng()
         stream.bit_generator.state = own["stream"]

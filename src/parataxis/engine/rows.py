@@ -10,7 +10,9 @@ from torch import Tensor
 from ..arrays import Indices, upload
 from ..checks import OutputError
 
-__all__ = ["EvalBatch", "OutputError", "expect"]
+__all__ = ["EvalBatch", "OutputError", "expect", "rounding_of"]
+
+TF32 = 2.0**-11  # its unit roundoff
 
 
 class EvalBatch(NamedTuple):
@@ -47,3 +49,20 @@ def expect(outputs: Any, shape: tuple[int, ...], dtype: torch.dtype, step: Indic
     raise OutputError(
         f"the network returned {outputs.dtype}, expected that of its input, {dtype}, {where}: convert it."
     )
+
+
+def rounding_of(outputs: Tensor) -> float:
+    """Return the unit roundoff with which a network seems to have computed these outputs.
+
+    Outputs that all are numbers of a 16-bit type came from a network in that type, whatever type they have now. On a
+    GPU, float32 is multiplied as TF32 where torch says so.
+    """
+    few = outputs[:2].detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        if outputs.dtype == dtype or (bool((few.to(dtype).to(few) == few).all()) and bool(few.any())):
+            return torch.finfo(dtype).eps / 2
+    if outputs.dtype == torch.float32 and outputs.is_cuda:
+        kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        if any(getattr(kind, "fp32_precision", "ieee") == "tf32" for kind in kinds):
+            return TF32
+    return torch.finfo(outputs.dtype).eps / 2

@@ -22,7 +22,7 @@ from ..solvers.base import Answer, Problem, Query, Solver
 from ..solvers.batch import Batch
 from ..solvers.sequential import PlainLoop
 from .checkpoint import restore_run, run_state
-from .rows import EvalBatch, expect
+from .rows import EvalBatch, expect, rounding_of
 from .solution import Round, Solution
 
 __all__ = ["Group", "Run", "Share", "answer_shares", "drive", "drive_sequential", "evaluation", "shares_of", "start"]
@@ -87,6 +87,8 @@ class Group:
     def take(self, share: Share, outputs: Tensor) -> None:
         """Take the outputs of a share, (R, *shape); the solver goes on with the places that are through."""
         query = self.ask()
+        if not self.batch.output_rounding:
+            self.batch.output_rounding = rounding_of(outputs)
         outputs = outputs.detach().to(self.batch.start)
         if self.sampler is not None and self.sampler.transform is not None:
             x, step = query.x, query.step

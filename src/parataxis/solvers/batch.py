@@ -51,6 +51,7 @@ class Batch:
         active: (S,) places whose samples are being solved; free places and ended samples are not.
         memory: The solver's working memory; None before it begins.
         trajectory: (S, N + 1, dim) accepted states, or None if they are not kept.
+        output_rounding: Unit roundoff of the network, as its first outputs show it; 0 before.
         returns_errors: Whether an output that is not finite ends its sample only, instead of being raised.
         streams: Random streams of places that have been asked for.
         failures: Why samples have ended so, by their places.
@@ -73,6 +74,7 @@ class Batch:
         self.failures: dict[int, str] = {}
         self.problem, self.guess, self.generator = problem, guess, generator
         self.recurrence = recurrence
+        self.output_rounding = 0.0
         self.accepted = np.zeros(count, np.int64)
         self.error = np.zeros(count)
         self.finished = np.zeros(count, bool)

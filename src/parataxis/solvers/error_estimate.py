@@ -17,7 +17,15 @@ With c_j = |new - old| of the state behind step j, du its input's move since the
     to the sample     gain_j = gamma_{j+1} .. gamma_{h-1} times what may happen from state h on, where nothing is
     measured
 
-The first state comes from an accepted input and has no local error. Measured on six trained networks
+The first state comes from an accepted input and has no local error.
+
+A network in few bits answers moves with its rounding: below some size they do not fall any more. What its outputs
+differ by, whatever their inputs do, is measured (s, see :func:`output_noise`) and taken out of the moves, of m and of
+G: no round makes it smaller, so it does not keep states from being accepted. It is added to their error instead:
+
+    floor             F_j^2 = sum_{i <= j} (gamma_{i+1} .. gamma_j |B_i| s)^2
+
+Measured on six trained networks
 (docs/research.md): the local error is P within a factor of 0.9 to 1.3 in the median, and the growth behind a state is
 0.7 to 1.7 times the product of gamma, while average slopes say up to 590 times too little.
 """
@@ -29,7 +37,18 @@ from numpy.typing import NDArray
 
 from ..arrays import Array, Indices
 
-__all__ = ["Estimate", "carried", "choose_accepted", "choose_passed", "gain_to_sample", "local_error"]
+__all__ = [
+    "Estimate",
+    "accumulated",
+    "carried",
+    "choose_accepted",
+    "choose_passed",
+    "gain_to_sample",
+    "local_error",
+    "lower_median",
+    "output_noise",
+    "without_noise",
+]
 
 Flags = NDArray[np.bool_]
 
@@ -44,6 +63,12 @@ REACH = (
 REACH_UNKNOWN = 16.0  # instead, where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
 TELLING = 0.3  # of the largest move by which the growth of a step was measured: smaller ones measure rounding
+SMOOTH = 2.0  # times the smallest |df| / |du| of a step: what moves df beyond that is not the move of its input
+FINE = 2.0**-20  # rounding of outputs below which a network counts as smooth
+ROUNDINGS = 2.0  # of outputs, relative to them, that noise is at most; in bfloat16 1.5 were seen
+FLOOR_SHARE = 0.5  # of the floor that is reported three times: it is measured, and its parts are independent
+NOISE_SAFETY = 1.25  # times the noise that is taken out of a move; what is left of 97 % of noisy moves is then nothing
+CLEAR = 2.0  # times the square of the noise in it: a smaller square measures nothing
 UNMEASURED = 1e100  # a slope error that has not been measured: the whole move may remain
 TINY = 1e-300
 
@@ -75,6 +100,42 @@ def local_error(slope_errors: Array, growth: Array, moves: Array, safety: float)
     moved = np.logical_or.accumulate(moves > 0, 1)[:, 1:]
     np.multiply(np.minimum(cap[:, 1:], np.maximum(local, smallest)), moved, out=left[:, 1:])
     return left
+
+
+def accumulated(sources: Array, growth: Array) -> Array:
+    """Return (S, W) root sums of squares: what independent errors (S, W), made by each step, have grown to behind it."""
+    level = np.add.accumulate(logs(growth), 1)
+    return np.exp(level + np.logaddexp.accumulate(2 * (logs(sources) - level), 1) / 2) * sources.any(1, keepdims=True)
+
+
+def without_noise(values: Array, noise: Array) -> Array:
+    """Return norms of which the noise in them, (S, W) as well, is taken out; infinite ones stay."""
+    return values * np.sqrt(np.maximum(1 - (noise / np.maximum(values, TINY)) ** 2, 0.0))
+
+
+def output_noise(changes: Array, moves: Array, smoothness: Array, near: Flags, noise: Array) -> Array:
+    """Return s (S,): the norm by which two outputs differ though their inputs hardly do.
+
+    A change of an output beyond :data:`SMOOTH` times what the move of its input was once seen to explain is noise, if
+    most steps of the window have it. Once seen it stays, but it is never more than most outputs change by now.
+
+    Args:
+        changes: (S, W) |df|.
+        moves: (S, W) |du|.
+        smoothness: (S, W) the smallest |df| / |du| that was seen of each step before, or NaN.
+        near: (S, W) the steps whose moves count.
+        noise: (S,) s of the last round.
+    """
+    seen = near & np.isfinite(smoothness)
+    found = lower_median(without_noise(changes, SMOOTH * smoothness * moves), seen)
+    return np.where(seen.sum(1) >= 3, np.fmin(np.fmax(noise, found), lower_median(changes, seen)), noise)
+
+
+def lower_median(values: Array, counted: Flags) -> Array:
+    """Return (S,) the largest number that at least half of the counted values reach, or NaN if none counts."""
+    count = counted.sum(1)
+    ordered = np.sort(np.where(counted, values, np.nan), 1)
+    return ordered[np.arange(len(values)), np.maximum(count - 1, 0) // 2]
 
 
 def gain_to_sample(gamma: Array, measured: Flags, reach: Array, at_end: Flags) -> Array:
@@ -121,11 +182,13 @@ class Estimate:
 
     __slots__ = ("accepted", "planned", "relative", "reported")
 
-    def __init__(self, left: Array, carry: Array, gain: Array, size: Array, at_end: Flags) -> None:
+    def __init__(
+        self, left: Array, carry: Array, gain: Array, size: Array, at_end: Flags, floor: Array | float = 0.0
+    ) -> None:
         share = gain / size[:, None]
         self.relative = np.where(at_end, left, PLANNED * left) * share
         self.planned = np.hypot(carry * share, self.relative)
-        self.accepted = np.hypot(carry, left)
+        self.accepted = np.hypot(np.hypot(carry, left), FLOOR_SHARE * floor)
         self.reported = REPORTED * self.accepted * share
         if not np.isfinite(self.reported.sum()):
             for values in (self.relative, self.planned, self.accepted, self.reported):

@@ -9,14 +9,14 @@ import numpy as np
 from ..arrays import Array, Indices
 from . import error_estimate as estimates
 from .error_estimate import Estimate
-from .frame import Frame, PerSample
+from .frame import Flags, Frame, PerSample
 
 __all__ = ["ErrorRecord"]
 
 NOISY = 0.3  # signal below which a data prediction is mostly the network's error
 NEAR_NOISE = 0.05  # alpha below which it is that error divided by alpha
 SMALL = 1e-12  # growth for Gaussian data below which no ratio to it is taken
-SIZE, SLOPES = 3, 4
+SIZE, SLOPES = 3, 5
 
 
 class ErrorRecord(PerSample):
@@ -26,9 +26,13 @@ class ErrorRecord(PerSample):
         used: (S,) error of the sample that has been accepted, as it is reported.
         carried: (S,) absolute error of the accepted state of each window.
         variance: (S,) mean square of the data prediction; ``variances`` (S, 3) in the last rounds.
-        known: (S, 5, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
-            largest growth that was measured, that over the growth for Gaussian data, and the largest move, over the
-            expected rms, by which growth was measured; and in the first W entries their slopes.
+        noise: (S,) norm by which two outputs differ though their inputs hardly do.
+        output_size: (S,) norm of an output.
+        smallest_slope_error: (S,) the smallest that most steps of a round had.
+        known: (S, 6, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
+            largest growth that was measured, that over the growth for Gaussian data, the largest move, over the
+            expected rms, by which growth was measured, and the smallest change of an output over that of its input;
+            and in the first W entries their slopes.
         slopes: (S, W) of the last round, or NaN; a view.
     """
 
@@ -37,6 +41,9 @@ class ErrorRecord(PerSample):
         "carried": 0.0,
         "variance": 1.0,
         "variances": np.inf,
+        "noise": 0.0,
+        "output_size": 0.0,
+        "smallest_slope_error": np.inf,
         "known": np.nan,
     }
 
@@ -54,8 +61,10 @@ class ErrorRecord(PerSample):
         """Begin anew with so many samples."""
         self.used, self.carried, self.variance = np.zeros(count), np.zeros(count), np.ones(count)
         self.variances = np.full((count, 3), np.inf)
+        self.noise, self.output_size = np.zeros(count), np.zeros(count)
+        self.smallest_slope_error = np.full(count, np.inf)
         # The room of W more entries is for shifts.
-        self.room = np.full((count, 5, 3 * self.W), np.nan)
+        self.room = np.full((count, 6, 3 * self.W), np.nan)
         self.slopes = self.room[:, SLOPES, : self.W]
         self.shifted = np.lib.stride_tricks.sliding_window_view(self.room, 2 * self.W, 2)
 
@@ -100,7 +109,9 @@ class ErrorRecord(PerSample):
             return smallest
         return np.where(self.tables.signal[frame.hi] < NOISY, np.minimum(smallest, 1.0), smallest)
 
-    def note_moves(self, frame: Frame, pairs: Array, residuals: Array, gaussian: Array) -> tuple[Array, Array, Array]:
+    def note_moves(
+        self, frame: Frame, pairs: Array, residuals: Array, gaussian: Array
+    ) -> tuple[Array, Array, Array | None]:
         """Note what a round says of slopes and growth, where moves were large enough to say something.
 
         Args:
@@ -110,7 +121,8 @@ class ErrorRecord(PerSample):
             gaussian: (S, W) growth for Gaussian data.
 
         Returns:
-            (S, W) the error of the slopes, the growth, and that over the growth for Gaussian data; NaN where unknown.
+            (S, W) the error of the slopes and the growth, NaN where unknown, and the noise of each step's result, or
+            None.
         """
         a, b, rms = frame.a, frame.b_sum, frame.rms
         dx_dx = pairs[..., 0, 0]
@@ -120,17 +132,51 @@ class ErrorRecord(PerSample):
         if frame.strided:
             near &= ~frame.coarse[:, None]
         square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
-        grown, missed = np.sqrt(np.maximum(square, 0.0)) / moved, residuals / moved
-        near &= np.isfinite(grown + missed)
-        slope_error, growth, ratio, largest = self.room[:, :SLOPES, self.W : 2 * self.W].transpose(1, 0, 2)
-        np.copyto(slope_error, missed, where=near)
+        missed = residuals / moved
+        near &= np.isfinite(square + missed)
+        slope_error, growth, ratio, largest, _ = self.room[:, :SLOPES, self.W : 2 * self.W].transpose(1, 0, 2)
+        noise = self.note_noise(frame, np.sqrt(pairs[..., 1, 1]), moved, residuals, near)
         # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of
         # growth.
         telling = near & ~(size < estimates.TELLING * largest)
-        np.fmax(growth, grown, out=growth, where=telling)
+        if noise is not None:
+            # Of a residual that is mostly noise, the error of the slope is at most what it says.
+            clear = residuals**2 > estimates.CLEAR * noise**2
+            missed = np.where(clear, estimates.without_noise(residuals, noise) / moved, np.fmin(missed, slope_error))
+            telling &= square > 2 * estimates.CLEAR * noise**2
+            square = square - noise**2
+        np.copyto(slope_error, missed, where=near)
+        np.fmax(growth, np.sqrt(np.maximum(square, 0.0)) / moved, out=growth, where=telling)
         np.fmax(largest, size, out=largest, where=telling)
         np.divide(growth, np.maximum(gaussian, SMALL), out=ratio)
-        return slope_error, growth, ratio
+        return slope_error, growth, noise
+
+    def note_noise(self, frame: Frame, changes: Array, moved: Array, residuals: Array, near: Flags) -> Array | None:
+        """Note what rounding of the network does to its outputs; return (S, W) what it adds to the result of each step.
+
+        Args:
+            frame: Where the windows stand.
+            changes: (S, W) norms of df.
+            moved: (S, W) norms of du.
+            residuals: (S, W) their norms.
+            near: (S, W) steps whose moves count.
+        """
+        rounding = frame.batch.output_rounding
+        if rounding <= estimates.FINE or self.problem.tolerance == 0:  # with 0 every move counts
+            return None
+        smoothness = self.room[:, SLOPES - 1, self.W : 2 * self.W]
+        size = estimates.lower_median(changes, frame.inside & ~frame.evaluated)  # moves from the origin
+        self.output_size = np.where(np.isfinite(size), size, self.output_size)
+        noise = estimates.output_noise(changes, moved, smoothness, near, self.noise)
+        self.noise = np.fmin(noise, estimates.ROUNDINGS * rounding * self.output_size)
+        np.fmin(smoothness, changes / moved, out=smoothness, where=near)
+        typical = estimates.lower_median(residuals / moved, near)
+        self.smallest_slope_error = np.fmin(self.smallest_slope_error, typical)
+        noise = np.sqrt(np.square(frame.b).sum(2)) * self.noise[:, None]
+        # Steps differ in their noise: once there is some, all of a residual that slopes do not explain is taken for it.
+        explained = estimates.SMOOTH * self.smallest_slope_error[:, None] * moved
+        unexplained = np.where(near & (noise > 0), estimates.without_noise(residuals, explained), 0.0)
+        return np.fmax(noise, unexplained)
 
     def estimate(self, frame: Frame, pairs: Array, residuals: Array, moves: Array, growth: Array) -> Estimate:
         """Return the estimate of a round, behind its correction; see error_estimate.py.
@@ -147,7 +193,7 @@ class ErrorRecord(PerSample):
             nothing = np.zeros((len(moves), 1))
             return Estimate(nothing, nothing, nothing, np.ones(len(moves)), at_end)
         gaussian = frame.gaussian_growth(self.variance)
-        slope_error, measured, _ = self.note_moves(frame, pairs, residuals, gaussian)
+        slope_error, measured, noise = self.note_moves(frame, pairs, residuals, gaussian)
         # New steps take the largest that is known of the steps before them.
         largest = np.fmax.reduce(self.room[:, :SIZE, : 2 * self.W], axis=2)[..., None]
         missed_before, growth_before, ratio_before = largest[:, 0], largest[:, 1], largest[:, 2]
@@ -159,10 +205,17 @@ class ErrorRecord(PerSample):
         if not frame.uniform:
             local, gamma = np.where(frame.inside, local, 1.0), np.where(frame.inside, gamma, 1.0)
             unknown &= frame.inside
+        floor: Array | float = 0.0
+        if noise is not None:
+            carrying = np.where(frame.inside, np.abs(growth), 1.0)
+            moves = estimates.without_noise(moves, estimates.NOISE_SAFETY * estimates.accumulated(noise, carrying))
+            # The same input gives the same output: a step from an exact state adds nothing.
+            noise[:, 0] = np.where(self.carried > 0, noise[:, 0], 0.0)
+            floor = estimates.accumulated(noise, gamma)
         left = estimates.local_error(missed, local, moves, estimates.SLOPE_ERROR_SAFETY)
         gain = estimates.gain_to_sample(gamma, ~unknown, frame.reach, at_end)
         carry = estimates.carried(self.carried, gamma)
-        estimate = Estimate(left, carry, gain, self.norm * np.sqrt(self.smallest_variance(frame)), at_end)
+        estimate = Estimate(left, carry, gain, self.norm * np.sqrt(self.smallest_variance(frame)), at_end, floor)
         if frame.strided:
             for values in (estimate.relative, estimate.planned):
                 values[:, 1:] = np.where(frame.coarse[:, None], np.inf, values[:, 1:])
