@@ -79,3 +79,33 @@ def test_unknown_numbers_are_never_accepted():
 def test_what_was_carried_is_reported():
     """The reported error holds what was accepted before."""
     assert np.allclose(estimate_of([0.0, 0.0], carry=0.1).reported, estimates.REPORTED * 0.1)
+
+
+def test_noise_is_what_small_moves_do_not_explain():
+    """Moves fall tenfold, outputs go on changing by one unit: that is noise. Where they fall along there is none."""
+    near, smoothness = np.ones((1, 4), bool), np.ones((1, 4))
+    moves = np.full((1, 4), 0.1)
+    noise = estimates.output_noise(np.ones((1, 4)), moves, smoothness, near, np.zeros(1))
+    assert 0.9 < noise[0] <= 1
+    assert estimates.output_noise(1.5 * moves, moves, smoothness, near, np.zeros(1))[0] == 0
+
+
+def test_noise_of_one_step_is_none_of_the_network():
+    """A jump between two answers is met by few steps at a time."""
+    changes = np.array([[0.1, 0.1, 5.0, 0.1]])
+    noise = estimates.output_noise(changes, np.full((1, 4), 0.1), np.ones((1, 4)), np.ones((1, 4), bool), np.zeros(1))
+    assert noise[0] == 0
+
+
+def test_noise_is_no_more_than_outputs_change_by():
+    """What was seen before is taken back once outputs change by less."""
+    changes = np.full((1, 4), 1e-3)
+    noise = estimates.output_noise(changes, changes, np.ones((1, 4)), np.ones((1, 4), bool), np.ones(1))
+    assert noise[0] == 1e-3
+
+
+def test_independent_errors_add_as_squares():
+    """And grow along the window."""
+    total = estimates.accumulated(np.full((1, 3), 3.0), np.array([[9.0, 1.0, 2.0]]))
+    assert np.allclose(total[0], [3, np.sqrt(18), np.sqrt(81)])
+    assert not estimates.accumulated(np.zeros((1, 3)), np.full((1, 3), 2.0)).any()

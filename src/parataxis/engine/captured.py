@@ -24,6 +24,7 @@ from ..solvers.batch import Batch
 from ..solvers.instructions import write_frame
 from ..solvers.window import Window
 from ..solvers.windowed import Windowed
+from .rows import rounding_of
 from .run import Group, Run
 from .solution import Round
 
@@ -157,6 +158,8 @@ class CapturedRounds:
         outputs = self.denoise(inputs, self.times.index_select(0, sent["step"]), *condition)
         if outputs.shape != x.shape or outputs.dtype != self.dtype:
             raise RuntimeError(f"the network returned {outputs.dtype} {tuple(outputs.shape)}")
+        if not self.batch.output_rounding:  # in the first round, which warms up: a graph cannot be asked
+            self.batch.output_rounding = rounding_of(outputs)
         outputs = outputs.to(x)
         if self.sampler.transform is not None:
             assert self.columns is not None

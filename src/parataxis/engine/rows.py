@@ -62,7 +62,7 @@ def rounding_of(outputs: Tensor) -> float:
         if outputs.dtype == dtype or (bool((few.to(dtype).to(few) == few).all()) and bool(few.any())):
             return torch.finfo(dtype).eps / 2
     if outputs.dtype == torch.float32 and outputs.is_cuda:
-        kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-        if any(getattr(kind, "fp32_precision", "ieee") == "tf32" for kind in kinds):
+        kinds: tuple[Any, ...] = (getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul)
+        if any(getattr(kind, "fp32_precision", None) == "tf32" for kind in kinds):
             return TF32
     return torch.finfo(outputs.dtype).eps / 2

@@ -103,7 +103,7 @@ def local_error(slope_errors: Array, growth: Array, moves: Array, safety: float)
 
 
 def accumulated(sources: Array, growth: Array) -> Array:
-    """Return (S, W) root sums of squares: what independent errors (S, W), made by each step, have grown to behind it."""
+    """Return (S, W) root sums of squares: what independent errors (S, W) of the steps have grown to behind each."""
     level = np.add.accumulate(logs(growth), 1)
     return np.exp(level + np.logaddexp.accumulate(2 * (logs(sources) - level), 1) / 2) * sources.any(1, keepdims=True)
 
