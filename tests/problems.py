@@ -136,3 +136,60 @@ def law_exact():
             cls(window=4, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
         ]
     return found
+
+
+# -- problems made to hurt -----------------------------------------------------------------------------------------
+
+
+def pointwise(kind, strength):
+    """Return a network that is no denoiser, element by element: growth, jumps, saturation and chaos."""
+    return {
+        "zero": lambda x, t: torch.zeros_like(x),
+        "linear": lambda x, t: strength * x,
+        "sign": lambda x, t: torch.sign(x + 0.05),
+        "relu": lambda x, t: strength * torch.relu(x),
+        "saturated": lambda x, t: strength * torch.tanh(5 * x),
+        "chaotic": lambda x, t: torch.sin(5 * strength * x),
+    }[kind]
+
+
+def rough(network, strength):
+    """Return a network with the error of a trained one: a fixed function of its input that changes quickly."""
+    return lambda x, t: network(x, t) + strength * torch.sin(7 * x + 3 * x.roll(1, -1))
+
+
+HARD = ("zero", "linear", "sign", "relu", "saturated", "chaotic", "points", "close points", "learned-like")
+HARD_SAMPLERS = ("ddim", "ddpm", "clipped", "clipped ddpm", "flow_euler", "sigma 25", "sigma 80", "no signal")
+
+
+@cache
+def hard_schedule(name):
+    """Return the schedule of a hard sampler."""
+    if name == "flow_euler":
+        return px.flow()
+    if name.startswith("sigma"):
+        return px.karras(sigma_max=float(name.split()[1]))
+    return px.cosine() if name == "no signal" else px.vp()
+
+
+@cache
+def hard_sampler(name, steps):
+    """Return a sampler: clipped, of a schedule whose variance explodes, or whose signal is 0 where it starts."""
+    schedule = hard_schedule(name)
+    if name.startswith("sigma"):
+        return px.samplers.euler_ancestral(schedule, steps)
+    kind = {"clipped": "ddim", "clipped ddpm": "ddpm", "no signal": "ddim"}.get(name, name)
+    options = {"clip": 1.0} if name.startswith("clipped") else {"prediction": "v"} if name == "no signal" else {}
+    return px.SAMPLERS[kind](schedule, steps, **options)
+
+
+@cache
+def hard_network(kind, strength, dim, sampler):
+    """Return a hard network for a sampler."""
+    if kind not in ("points", "close points", "learned-like"):
+        return pointwise(kind, strength)
+    points = torch.randn(5, dim, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    prediction = {"flow_euler": "flow", "no signal": "v"}.get(sampler, "eps")
+    ideal = empirical(points, 0.01 if kind == "close points" else 0.0 if kind == "points" else 0.3)
+    network = ideal.network(hard_schedule(sampler), prediction, scaled=sampler.startswith("sigma"))
+    return rough(network, 0.02 * strength) if kind == "learned-like" else network

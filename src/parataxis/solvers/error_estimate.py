@@ -127,8 +127,8 @@ def output_noise(changes: Array, moves: Array, smoothness: Array, near: Flags, n
         noise: (S,) s of the last round.
     """
     seen = near & np.isfinite(smoothness)
-    found = lower_median(without_noise(changes, SMOOTH * smoothness * moves), seen)
-    return np.where(seen.sum(1) >= 3, np.fmin(np.fmax(noise, found), lower_median(changes, seen)), noise)
+    excess = lower_median(without_noise(changes, SMOOTH * smoothness * moves), seen)
+    return np.where(seen.sum(1) >= 3, np.fmin(np.fmax(noise, excess), lower_median(changes, seen)), noise)
 
 
 def lower_median(values: Array, counted: Flags) -> Array:

@@ -1,0 +1,93 @@
+"""The laws over networks made to hurt, with examples that hypothesis picks.
+
+`PARATAXIS_EXAMPLES=20000 pytest tests/solvers/test_hard_laws.py` takes more of them than `make test` has time for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import parataxis as px
+import problems
+
+EXAMPLES = int(os.environ.get("PARATAXIS_EXAMPLES", "2000"))
+# The same examples in every run: what is new is looked for by `make matrix`.
+COMMON = settings(
+    deadline=None,
+    derandomize=EXAMPLES <= 2000,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+SOLVERS = [kind(window=window) for kind in (px.Secant, px.Picard, px.Anderson) for window in (2, 5, 8, None)]
+SOLVERS.append(px.CoarseToFine())
+
+loops = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(problems.HARD),
+        "strength": st.sampled_from((0.3, 0.9, 0.97, 1.1, 2.0)),
+        "name": st.sampled_from(problems.HARD_SAMPLERS),
+        "dim": st.sampled_from((1, 2, 6)),
+        "steps": st.integers(2, 8),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def solved(solver, tolerance, kind, strength, name, dim, steps, seed):
+    """Return a run and its error to the loop, relative to the sample where that is not 0."""
+    sampler, network = problems.hard_sampler(name, steps), problems.hard_network(kind, strength, dim, name)
+    noise = problems.noise(1, seed=seed, shape=(dim,))
+    found, loop = (
+        px.sample(network, noise, sampler, way, tolerance=tolerance, generator=problems.generators(1, seed))
+        for way in (solver, px.Sequential())
+    )
+    size = float(loop.x.norm())
+    return found[0], float((found.x - loop.x).norm()) / (size if size > 0 else 1.0)
+
+
+@settings(COMMON, max_examples=EXAMPLES // 5)
+@given(solver=st.sampled_from(SOLVERS), loop=loops)
+def test_tolerance_zero_is_the_loop(solver, loop):
+    """Whatever the network: to rounding, and in at most N rounds."""
+    run, error = solved(solver, 0.0, **loop)
+    assert error <= 1e-9
+    assert run.converged
+    assert run.rounds <= loop["steps"] + (isinstance(solver, px.CoarseToFine))
+
+
+@settings(COMMON, max_examples=EXAMPLES - EXAMPLES // 5)
+@given(solver=st.sampled_from(SOLVERS), tolerance=st.sampled_from((1e-6, 1e-3, 1e-2, 1e-1)), loop=loops)
+def test_a_run_is_right_or_says_that_it_cannot_tell(solver, tolerance, loop):
+    """A run that converged is within its tolerance; one that did not reports more than the tolerance."""
+    run, error = solved(solver, tolerance, **loop)
+    if run.converged:
+        assert run.error_estimate <= tolerance
+        assert error <= max(tolerance, 1e-9)
+    else:
+        assert run.error_estimate > tolerance
+
+
+@settings(COMMON, max_examples=30)
+@given(solver=st.sampled_from(SOLVERS), loop=loops, step=st.integers(0, 7))
+def test_nan_never_converges(solver, loop, step):
+    """A network that breaks at a step is named, and nothing is returned."""
+    name, steps = loop["name"], loop["steps"]
+    sampler = problems.hard_sampler(name, steps)
+    network = problems.hard_network(loop["kind"], loop["strength"], loop["dim"], name)
+    broken = sampler.network_times(torch.float64)[step % steps]
+    noise = problems.noise(1, seed=loop["seed"], shape=(loop["dim"],))
+
+    def breaks(x, t):
+        return torch.where((t == broken)[:, None], math.nan, network(x, t))
+
+    try:
+        px.sample(breaks, noise, sampler, solver, generator=problems.generators(1))
+    except px.OutputError as error:
+        assert "NaN" in str(error)
+    else:
+        raise AssertionError("a NaN converged")
