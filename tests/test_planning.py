@@ -16,6 +16,7 @@ import torch
 
 import parataxis as px
 import problems
+from parataxis.engine.latency import format_seconds
 from parataxis.planning import CURVES, RoundsCurve
 
 ODE, SDE = "ddim", "ddpm"
@@ -283,7 +284,10 @@ def test_auto_solves_as_planned_and_says_how_well(costing):
         assert result.seconds == pytest.approx(named.seconds)
         off = 100 * (result.seconds / result.plan.seconds - 1)
         said = f"2 x 50 steps by {result.plan.solver!r}: converged after {result.rounds} rounds, "
-        assert str(result).startswith(said)
+        assert f": {said}" in str(result)
+        assert result.sequential_seconds == result.plan.loop_seconds
+        assert result.speedup == result.sequential_seconds / result.seconds
+        assert str(result).startswith(f"{format_seconds(result.seconds)}, {result.speedup:.2g} times as fast as")
         assert str(result).endswith(f" {off:+.0f} %")
         assert "planned" not in str(named)
 

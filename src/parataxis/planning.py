@@ -58,7 +58,9 @@ Array = NDArray[np.float64]
 LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for nothing
 TRIED_AT_ONCE = 2  # candidates that are tried side by side
 FEWEST_TRIALS, MOST_TRIALS = 3, 5  # runs of each; more where equal runs differ by more than NOISY
-TIE = 0.95  # candidates whose seconds differ by less are equally fast
+TIE = 0.98  # candidates whose seconds differ by less are equally fast
+LEAST_BUSY = 0.2  # share of the seconds of a run, the busiest one, that the processor works if the network runs on it
+LEAST_GAIN = 0.95  # seconds over the loop's that are worth another solver
 CALIBRATION_SEED = 2**40  # of noise that nobody chooses by a seed
 CURVES = Path(__file__).parent / "rounds_curve.json"
 
@@ -398,6 +400,9 @@ def try_candidates(
     and a busy machine disturbs short timings most. The loop and the candidates that are expected to be fastest are run
     in turn. The forecasts of the others are corrected by what these took more or less than forecast.
 
+    Where equal runs on a CPU differ by much, they compare by their processor time, which other work does not lengthen,
+    and the seconds are that times what a second of it took on average.
+
     Args:
         candidates: As forecast; the last one is sequential.
         sampler: The equation.
@@ -408,16 +413,17 @@ def try_candidates(
     generator = torch.Generator(noise.device).manual_seed(0)
     recurrence = sampler.recurrence(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
 
-    def run(solver: Solver) -> tuple[float, int]:
+    def run(solver: Solver) -> _Trial:
         def solve() -> int:
             runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=noise.dtype)
             plain = isinstance(solver, Sequential)
             return max(drive_sequential(runs, execute) if plain else drive(runs, execute))
 
+        processor = time.process_time()
         rounds, seconds = timed(solve, noise.device)
-        return seconds, rounds
+        return _Trial(seconds, time.process_time() - processor, rounds)
 
-    taken: dict[Solver, list[tuple[float, int]]] = {candidates[-1].solver: []}
+    taken: dict[Solver, list[_Trial]] = {candidates[-1].solver: []}
     corrected = list(candidates)
     while True:
         fastest = sorted(corrected[:-1], key=_expected)[:TRIED_AT_ONCE]
@@ -426,35 +432,57 @@ def try_candidates(
             return corrected
         taken |= {solver: [] for solver in new}
         while not _tried_enough(taken):
-            for solver, results in taken.items():
-                results.append(run(solver))
+            for solver, trials in taken.items():
+                trials.append(run(solver))
+        results = _by_processor_time(taken) if noise.device.type == "cpu" and _noisy(taken) else taken
         ratio = statistics.median(
-            statistics.median(seconds for seconds, _ in taken[candidate.solver]) / candidate.seconds.median
+            statistics.median(trial.seconds for trial in results[candidate.solver]) / candidate.seconds.median
             for candidate in candidates[:-1]
             if candidate.solver in taken
         )
         corrected = [
-            _as_tried(candidate, taken[candidate.solver])
+            _as_tried(candidate, results[candidate.solver])
             if candidate.solver in taken
             else candidate._replace(seconds=Range(*(ratio * seconds for seconds in candidate.seconds)))
             for candidate in candidates
         ]
 
 
-def _tried_enough(taken: dict[Solver, list[tuple[float, int]]]) -> bool:
+class _Trial(NamedTuple):
+    """One run: its seconds, those of the processor, and its rounds."""
+
+    seconds: float
+    processor: float
+    rounds: int
+
+
+def _tried_enough(taken: dict[Solver, list[_Trial]]) -> bool:
     """Return whether every candidate was run often enough: more often where equal runs differ."""
-    for results in taken.values():
-        seconds = [seconds for seconds, _ in results]
-        if len(seconds) < FEWEST_TRIALS:
-            return False
-        low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-        if high - low > NOISY * middle and len(seconds) < MOST_TRIALS:
-            return False
-    return True
+    fewest = min(len(trials) for trials in taken.values())
+    return fewest >= FEWEST_TRIALS and (fewest >= MOST_TRIALS or not _noisy(taken))
 
 
-def _as_tried(candidate: Candidate, results: Sequence[tuple[float, int]]) -> Candidate:
-    seconds, rounds = np.array(results).T
+def _noisy(taken: dict[Solver, list[_Trial]]) -> bool:
+    """Return whether equal runs differ by much."""
+    quartiles = [np.quantile([trial.seconds for trial in trials], [0.25, 0.5, 0.75]) for trials in taken.values()]
+    return any(high - low > NOISY * middle for low, middle, high in quartiles)
+
+
+def _by_processor_time(taken: dict[Solver, list[_Trial]]) -> dict[Solver, list[_Trial]]:
+    """Return the trials with the seconds that they would have taken had other work slowed them all alike."""
+    every_run = [trial for trials in taken.values() for trial in trials]
+    busiest = max(trial.processor / max(trial.seconds, 1e-9) for trial in every_run)
+    if busiest < LEAST_BUSY:  # the network runs elsewhere, or waits
+        return taken
+    slower = sum(trial.seconds for trial in every_run) / sum(trial.processor for trial in every_run)
+    return {
+        solver: [trial._replace(seconds=slower * trial.processor) for trial in trials]
+        for solver, trials in taken.items()
+    }
+
+
+def _as_tried(candidate: Candidate, trials: Sequence[_Trial]) -> Candidate:
+    seconds, _, rounds = np.array(trials).T
     low, middle, high = (float(value) for value in np.quantile(seconds, [0.1, 0.5, 0.9]))
     counts = float(np.median(rounds))
     return candidate._replace(rounds=Range(counts, counts, counts), seconds=Range(low, middle, high))
@@ -463,11 +491,11 @@ def _as_tried(candidate: Candidate, results: Sequence[tuple[float, int]]) -> Can
 def _choose(candidates: Sequence[Candidate], loop: float) -> Candidate:
     """Return the fastest candidate, or the loop unless one beats it.
 
-    Of those that are as fast, to a twentieth, it is the narrowest: what timings do not tell apart is decided by the
+    Of those that are as fast, to a fiftieth, it is the narrowest: what timings do not tell apart is decided by the
     number of evaluations, and so decided alike every time.
     """
     best = min(candidate.seconds.median for candidate in candidates[:-1])
-    if best >= TIE * loop:
+    if best >= LEAST_GAIN * loop:
         return candidates[-1]
     fast = [candidate for candidate in candidates[:-1] if candidate.seconds.median <= best / TIE]
     fast = [candidate for candidate in fast if candidate.seconds.median < loop]

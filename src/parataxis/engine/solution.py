@@ -177,12 +177,26 @@ class Solutions(Sequence[Solution]):
         """Steps evaluated for all samples (NFE)."""
         return sum(solution.evaluations for solution in self._solutions)
 
+    @property
+    def sequential_seconds(self) -> float:
+        """How long the sequential loop takes, as it was planned with; NaN without a plan."""
+        return math.nan if self.plan is None else self.plan.loop_seconds
+
+    @property
+    def speedup(self) -> float:
+        """``sequential_seconds`` over ``seconds``."""
+        return self.sequential_seconds / self.seconds if self.seconds else math.nan
+
     def __str__(self) -> str:
-        """Return what was done, and how well it was forecast."""
+        """Return what was done, seconds first, and how well it was forecast."""
         first, ratio = self[0], sum(solution.nfe_ratio for solution in self) / len(self)
         reasons = sorted({solution.reason for solution in self})
+        timing = format_seconds(self.seconds)
+        if self.plan is not None:
+            loop = format_seconds(self.sequential_seconds)
+            timing = f"{timing}, {self.speedup:.2g} times as fast as the loop ({loop})"
         text = (
-            f"{len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after {self.rounds} rounds, "
-            f"{ratio:.2f} evaluations / N, {format_seconds(self.seconds)}"
+            f"{timing}: {len(self)} x {first.steps} steps by {first.solver!r}: {', '.join(reasons)} after "
+            f"{self.rounds} rounds, {ratio:.2f} evaluations / N"
         )
         return text if self.plan is None else f"{text}\n{self.plan.compare(self.seconds)}"
