@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import figures
 import galaxies
 import parataxis as px
 from parataxis import models
@@ -177,8 +178,8 @@ class Runs:
         result = self.solve(block, px.Secant(window=block.window), TOLERANCE * block.scale)
         errors = relative_errors(result.x, self._exact)
         for seed, (solution, error) in enumerate(zip(result, errors, strict=True), block.first):
-            figures = [solution.rounds, solution.evaluations, f"{error:.3e}", f"{solution.error_estimate:.3e}"]
-            yield dict(zip(COLUMNS, [*block.key[:-1], seed, *figures, int(solution.converged)], strict=True))
+            numbers = [solution.rounds, solution.evaluations, f"{error:.3e}", f"{solution.error_estimate:.3e}"]
+            yield dict(zip(COLUMNS, [*block.key[:-1], seed, *numbers, int(solution.converged)], strict=True))
 
 
 def fill(path: Path, networks: Sequence[str] | None, seconds: float) -> None:
@@ -326,9 +327,36 @@ def guesses(rows: Sequence[Row]) -> str:
     )
     for cell, group in sorted(groups.items()):
         rounds, work, errors = (np.array([row[name] for row in group]) for name in ("rounds", "evaluations", "error"))
-        figures = [f"{rounds.mean():.1f}", f"{work.mean() / cell[2]:.2f}", f"{np.median(errors):.0e}"]
-        lines.append("| " + " | ".join(map(str, [*cell, *figures, f"{errors.max():.0e}"])) + " |")
+        numbers = [f"{rounds.mean():.1f}", f"{work.mean() / cell[2]:.2f}", f"{np.median(errors):.0e}"]
+        lines.append("| " + " | ".join(map(str, [*cell, *numbers, f"{errors.max():.0e}"])) + " |")
     return "\n".join(lines)
+
+
+def equal_error(rows: Sequence[Row]) -> str:
+    """Return the table of rounds beside ParaDiGMS (``rounds.csv``), where both reach the same median error."""
+    cells = {cell for cell in grouped(rows, "network", "sampler", "steps", "window") if cell[3] != "all"}
+    theirs = [
+        row
+        for row in figures.rounds()
+        if row["solver"] == "paradigms" and (row["model"], row["sampler"], row["steps"], row["width"]) in cells
+    ]
+    measured = {(row["model"], row["sampler"], row["steps"], row["width"]) for row in theirs}
+    ours = [
+        {
+            **{name: row[name] for name in ("sampler", "steps", "rounds", "evaluations")},
+            "model": row["network"],
+            "width": row["window"],
+            "solver": "secant",
+            "options": "",
+            "target": row["scale"],
+            "relative_error": max(row["error"], 1e-9),
+        }
+        for row in rows
+        if row["guess"] == "none" and (row["network"], row["sampler"], row["steps"], row["window"]) in measured
+    ]
+    table = figures.equal_error([*theirs, *ours])
+    ratios = [float(line.split("| x ")[1].split()[0]) for line in table.splitlines() if "| x " in line]
+    return f"{table}\n\nrounds over theirs, median of {len(ratios)} cells: {np.median(ratios):.2f}" if ratios else "-"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -384,6 +412,7 @@ def main() -> None:
     sections: dict[str, Callable[[Sequence[Row]], str]] = {
         "Errors, and what runs said of them": honesty,
         "The price of certainty": certainty,
+        "Rounds beside ParaDiGMS at equal error": equal_error,
         "Full width, with a guess from moments": guesses,
     }
     text = "\n\n".join(f"## {title}\n\n{table(rows)}" for title, table in sections.items())
