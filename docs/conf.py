@@ -35,8 +35,12 @@ suppress_warnings = ["ref.python"]  # a class is shown by its public name only
 
 
 def _outside(app: Any, docname: str, source: list[str]) -> None:
-    """Point links to files outside of this folder at the repository."""
+    """Point links to files outside of this folder at the repository, and complete the list of pages."""
     base = "https://github.com/parataxis-dev/parataxis/blob/main/"
+    if docname == "index":  # pages that it does not name stand at its end
+        named = set(re.findall(r"^[\w-]+$", source[0], re.MULTILINE))
+        others = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in named | {"index"})
+        source[0] = source[0].replace("(others)", "\n".join(others))
     source[0] = re.sub(r"\]\(\.\./([^)#]+)", rf"]({base}\1", source[0])
 
 
