@@ -31,6 +31,7 @@ lint: $(READY)
 # random; all go on where they stopped.
 matrix: $(READY)
 	$(BIN)/python benchmarks/matrix.py
+	PARATAXIS_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/solvers/test_hard_laws.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipelines.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops_at_random.py
 
