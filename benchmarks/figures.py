@@ -232,7 +232,9 @@ cheapest cells come first). Sequential sampling takes N rounds. Seeds: 16 up to 
 ## Secant with its default tolerance
 
 What `px.Secant(window=W)` takes until its own estimate is within 1e-2, and how far the sample then is from the
-sequential one: median (worst).
+sequential one: median (worst). These rows and those of narrow windows below are of version 0.1.0's estimate, which was
+wrong without a word on networks of other people. With the [present one](exactness.md), N = 100, 6 seeds: digits, DDIM,
+windows of 8, 16 and all, 21.5 / 15.3 / 10.2 rounds in the mean; DDPM 31.2 / 22.3 / 14; digits-flow 18.8 / 13.8 / 11.2.
 
 {own_end(rows)}
 
