@@ -4,8 +4,8 @@
     python training/digits.py DATA digits-flow           # flow matching, velocity, class-conditional
     python training/digits.py DATA digits --start MODELS/digits/unet --steps 2000 --rate 5e-4 --emphasis 20
     python training/digits.py DATA digits-unconditional --steps 1500 --rate 5e-4 --emphasis 20
-    python training/digits.py DATA digits-v --steps 1200      # cosine, v-prediction, a transformer
-    python training/digits.py DATA digits-edm --steps 1200    # variance-exploding, EDM's preconditioning, a transformer
+    python training/digits.py DATA digits-v --steps 700 --batch 32 --rate 3e-3    # cosine, v-prediction
+    python training/digits.py DATA digits-edm --steps 700 --batch 32 --rate 3e-3  # variance-exploding (EDM)
 
 DATA is a folder with the MNIST files `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. The second stage
 of `digits` weighs high noise up: with the plain loss the network's relative error there, small as it is, leaves noise
@@ -59,7 +59,7 @@ def mnist(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def network(classes: int | None, name: str = "digits") -> UNet2DModel | DiTTransformer2DModel:
-    """Build a U-Net of 0.7 M parameters and 144 MFLOP a row, or a transformer of 0.4 M; class CLASSES is none."""
+    """Build a U-Net of 0.7 M parameters and 144 MFLOP a row, or a transformer of 0.3 M; class CLASSES is none."""
     if name in TRANSFORMERS:
         return DiTTransformer2DModel(
             sample_size=28,
