@@ -35,7 +35,7 @@ from .calibration import Calibration
 from .calibration import calibrate as calibration_of
 from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check_inputs, select_condition
-from .engine.latency import NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
+from .engine.latency import LEAST_BUSY, NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, drive_sequential, start
 from .engine.solution import Solution
@@ -59,7 +59,6 @@ LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for not
 TRIED_AT_ONCE = 2  # candidates that are tried side by side
 FEWEST_TRIALS, MOST_TRIALS = 3, 5  # runs of each; more where equal runs differ by more than NOISY
 TIE = 0.98  # candidates whose seconds differ by less are equally fast
-LEAST_BUSY = 0.2  # share of the seconds of a run, the busiest one, that the processor works if the network runs on it
 LEAST_GAIN = 0.95  # seconds over the loop's that are worth another solver
 CALIBRATION_SEED = 2**40  # of noise that nobody chooses by a seed
 CURVES = Path(__file__).parent / "rounds_curve.json"
@@ -316,7 +315,7 @@ def plan(
         overheads = _measure_overheads(forecasts, sampler, states, call, float(known.seconds(1)))
         candidates = setting.candidates(forecasts, known, overheads)
         loop = sampler.steps * float(known.seconds(setting.rows(len(noise))))
-        if trials and loop < LONGEST_TRIAL:
+        if trials and loop < LONGEST_TRIAL * known.slowdown:
             execute = Executor(network, max_rows=known.limit, buckets=buckets)
             candidates = try_candidates(candidates, sampler, noise, tolerance, execute)
             loop = candidates[-1].seconds.median

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ __all__ = ["Latency", "timings_agree", "format_seconds", "latency", "seconds_of"
 
 
 Array = NDArray[np.float64]
+LEAST_BUSY = 0.2  # share of the seconds of a call, the busiest one, that the processor works if the network runs on it
 NOISY = 0.1  # interquartile range over median, above which timings are called noisy, as torch.utils.benchmark does
 SHORT = 5e-3  # seconds of a call below which a few calls say little
 SOME_CALLS, MANY_CALLS = 7, 25  # calls of each size, where calls are short, and where their timing is noisy
@@ -42,6 +43,7 @@ class Latency:
         padded: Whether a call has one of these numbers of rows (buckets), others being padded to the next.
         spread: Interquartile range of calls with the same rows, relative to their median; the median of all numbers of
             rows.
+        slowdown: How much what else runs lengthens a call on average; 1 where timing is not noisy.
     """
 
     rows: tuple[int, ...]
@@ -49,6 +51,7 @@ class Latency:
     limit: int | None = None
     padded: bool = False
     spread: float = 0.0
+    slowdown: float = 1.0
 
     @property
     def noisy(self) -> bool:
@@ -131,11 +134,11 @@ def latency(
         torch.cuda.OutOfMemoryError: If there is no memory for the smallest call.
     """
     sizes = sorted(buckets) if buckets else sorted({*(2**i for i in range(max_rows.bit_length())), max_rows})
-    taken: list[list[float]] = []
+    taken: list[list[Timing]] = []
     limit = sizes[-1] if buckets else None
     with torch.no_grad():
         for size in sizes:
-            times = [median(seconds) for seconds in taken]
+            times = _medians(taken)
             try:
                 taken.append(_time(evaluate, _repeated(rows, size)))
             except (RuntimeError, MemoryError) as error:
@@ -143,17 +146,34 @@ def latency(
                     raise
                 limit = sizes[len(times) - 1]
                 break
-            times.append(median(taken[-1]))
+            times = _medians(taken)
             known = Latency(tuple(sizes[: len(times)]), tuple(times))
             if not buckets and (_straight(known.rows, times) or enough(known)):
                 break
         sizes = sizes[: len(taken)]
         spread = _spread(taken)
-        if spread > NOISY or min(taken[0]) < SHORT:
+        if spread > NOISY or min(taken[0]).seconds < SHORT:
             _time_again(evaluate, rows, sizes, taken)
             spread = _spread(taken)
-    times = _average(taken) if spread > NOISY else [median(seconds) for seconds in taken]
-    return Latency(tuple(sizes), tuple(times), limit, padded=bool(buckets), spread=spread)
+    times, slowdown = _average(taken) if spread > NOISY else (_medians(taken), 1.0)
+    return Latency(tuple(sizes), tuple(times), limit, padded=bool(buckets), spread=spread, slowdown=slowdown)
+
+
+class Timing(NamedTuple):
+    """A call: its seconds, and those of the processor."""
+
+    seconds: float
+    processor: float
+
+
+def _timing(call: Callable[[], object], device: torch.device) -> Timing:
+    processor = time.process_time()
+    seconds = seconds_of(call, device)
+    return Timing(seconds, time.process_time() - processor)
+
+
+def _medians(taken: Sequence[Sequence[Timing]]) -> list[float]:
+    return [median(call.seconds for call in calls) for calls in taken]
 
 
 def _repeated(rows: EvalBatch, size: int) -> EvalBatch:
@@ -161,46 +181,53 @@ def _repeated(rows: EvalBatch, size: int) -> EvalBatch:
 
 
 def _time_again(
-    evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch, sizes: Sequence[int], taken: list[list[float]]
+    evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch, sizes: Sequence[int], taken: list[list[Timing]]
 ) -> None:
     """Time calls of all sizes in turn, so that whatever else runs meets all of them, within half a second."""
     started = time.perf_counter()
     while len(taken[0]) < (MANY_CALLS if _spread(taken) > NOISY else SOME_CALLS):
         if time.perf_counter() - started > LONGEST:
             break
-        for size, seconds in zip(sizes, taken, strict=True):
+        for size, calls in zip(sizes, taken, strict=True):
             repeated = _repeated(rows, size)
-            seconds.append(seconds_of(lambda: evaluate(repeated), rows.x.device))  # noqa: B023
+            calls.append(_timing(lambda: evaluate(repeated), rows.x.device))  # noqa: B023
 
 
-def _spread(taken: Sequence[Sequence[float]]) -> float:
+def _spread(taken: Sequence[Sequence[Timing]]) -> float:
     """Return the interquartile range of equal calls, relative to their median; the median of all sizes."""
     from torch.utils.benchmark import Measurement, TaskSpec  # here, because it loads much that nothing else needs
 
     task = TaskSpec(stmt="call", setup="")
-    measured = [Measurement(1, list(seconds), task) for seconds in taken if len(seconds) > 1]
+    measured = [Measurement(1, [call.seconds for call in calls], task) for calls in taken if len(calls) > 1]
     return median([times.iqr / times.median for times in measured if times.median > 0] or [0.0])
 
 
-def _average(taken: Sequence[Sequence[float]]) -> list[float]:
-    """Return the seconds of a call of every size on average, with what else runs.
+def _average(taken: Sequence[Sequence[Timing]]) -> tuple[list[float], float]:
+    """Return the seconds of a call of every size on average, with what else runs, and how much that slows a call.
 
-    A busy machine slows calls of all sizes alike. How they compare is seen in the quickest ones; how much slower they
-    are on average, in all of them together.
+    A busy machine slows calls of all sizes alike. How they compare is seen in what does not depend on other work: the
+    processor's time, or for networks that run elsewhere the quickest quarter. How much slower they are on average is
+    seen in all of them together.
     """
-    quickest = [float(np.quantile(seconds, 0.25)) for seconds in taken]
-    total = sum(min(call, 10 * quick) for calls, quick in zip(taken, quickest, strict=True) for call in calls)
-    undisturbed = sum(len(seconds) * quick for seconds, quick in zip(taken, quickest, strict=True))
-    return [quick * total / undisturbed for quick in quickest]
+    share = max(call.processor / max(call.seconds, 1e-9) for calls in taken for call in calls)
+    if share >= LEAST_BUSY:
+        undisturbed = [median(call.processor for call in calls) for calls in taken]
+    else:
+        undisturbed = [float(np.quantile([call.seconds for call in calls], 0.25)) for calls in taken]
+    total = sum(call.seconds for calls in taken for call in calls)
+    slower = total / sum(len(calls) * seconds for calls, seconds in zip(taken, undisturbed, strict=True))
+    return [slower * seconds for seconds in undisturbed], slower
 
 
-def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> list[float]:
-    def once() -> float:
-        return seconds_of(lambda: evaluate(rows), rows.x.device)
+def _time(evaluate: Callable[[EvalBatch], Tensor], rows: EvalBatch) -> list[Timing]:
+    def once() -> Timing:
+        return _timing(lambda: evaluate(rows), rows.x.device)
 
     once()
     taken = [once()]
-    while len(taken) < 5 and sum(taken) < 0.1 and not timings_agree(taken, min(taken)):
+    while len(taken) < 5 and sum(seconds := [call.seconds for call in taken]) < 0.1:
+        if timings_agree(seconds, min(seconds)):
+            break
         taken.append(once())
     return taken
 
