@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +91,6 @@ class Parallel:
                     "step: denoisers=[...]."
                 )
             denoisers = (modules[0],)
-        for module in denoisers:
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"{type(module).__name__} is a TorchScript module, whose calls cannot be taken over: pass a module "
-                    "whose forward calls it, and let the loop call that one."
-                )
         # A module around a denoiser (a preconditioning) belongs to the loop.
         wrappers = [m for m in modules if any(part is denoiser for part in m.modules() for denoiser in denoisers)]
         others = tuple((module, "__call__") for module in modules if not _contains(wrappers, module))
@@ -106,7 +101,15 @@ class Parallel:
                 return self.function(*args, **kwargs)
 
             owner = (_name(self.function), self.function)
-            loop = self.loop = Loop(run, denoisers, others, schedulers=self._schedulers, ranks=self._ranks, owner=owner)
+            loop = self.loop = Loop(
+                run,
+                denoisers,
+                others,
+                schedulers=self._schedulers,
+                ranks=self._ranks,
+                owner=owner,
+                unsupported=partial(_unsupported, denoisers),
+            )
         return loop
 
     def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -117,6 +120,15 @@ def _name(function: Callable[..., Any]) -> str:
     """Return how messages name a function: methods by their owner."""
     name = getattr(function, "__name__", type(function).__name__)
     return f"self.{name}" if isinstance(function, MethodType) else name
+
+
+def _unsupported(denoisers: Sequence[nn.Module]) -> str | None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in denoisers):
+        return (
+            "its denoiser is a TorchScript module, whose calls cannot be taken over: pass a module whose forward calls "
+            "it, and let the loop call that one."
+        )
+    return None
 
 
 def _modules(function: Callable[..., Any], args: Any, kwargs: Any) -> list[nn.Module]:

@@ -105,7 +105,9 @@ class Loop:
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the loop's coefficients may depend on: shapes, numbers and options, not texts and contents."""
         leaves, spec = tree_flatten((args, kwargs))
-        training = tuple(denoiser.training for denoiser in self.denoisers)
+        training = tuple(
+            getattr(denoiser, "training", False) for denoiser in self.denoisers
+        )  # frozen TorchScript has none
         return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state()), training
 
 
