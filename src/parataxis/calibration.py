@@ -35,7 +35,7 @@ from torch import Tensor
 from .checks import check_generators, check_solver, check_tolerance, is_finite, wrap_denoiser
 from .engine.executor import Executor, Network, check_inputs, select_condition
 from .engine.latency import format_seconds
-from .engine.run import drive, drive_sequential, start
+from .engine.run import drive, start
 from .engine.solution import Solution
 from .fingerprint import Fingerprint, changes, fingerprint, without_counters
 from .guarantees import allowed_failures, conformal_quantile, failure_bound
@@ -340,7 +340,7 @@ def calibrate(
             sampler, recurrence, solver, tolerance=tolerance, guess=guess, dtype=noise.dtype, generator=generator
         )
         with torch.no_grad():
-            for _ in (drive_sequential if isinstance(solver, Sequential) else drive)(runs, evaluate):
+            for _ in drive(runs, evaluate):
                 pass
         return [run.solution for run in runs]
 

@@ -37,7 +37,7 @@ from .checks import check_tolerance, check_whole
 from .engine.executor import Executor, Network, check_inputs, select_condition
 from .engine.latency import LEAST_BUSY, NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
 from .engine.rows import EvalBatch, OutputError
-from .engine.run import drive, drive_sequential, start
+from .engine.run import drive, start
 from .engine.solution import Solution
 from .html import preformatted
 from .samplers.coefficients import Coefficients
@@ -415,8 +415,7 @@ def try_candidates(
     def run(solver: Solver) -> _Trial:
         def solve() -> int:
             runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=noise.dtype)
-            plain = isinstance(solver, Sequential)
-            return max(drive_sequential(runs, execute) if plain else drive(runs, execute))
+            return max(drive(runs, execute))
 
         processor = time.process_time()
         rounds, seconds = timed(solve, noise.device)

@@ -29,7 +29,7 @@ from .engine.captured import GraphedNetwork
 from .engine.checkpoint import Interruptions, load_runs, save_runs
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
 from .engine.rows import EvalBatch
-from .engine.run import Run, drive, drive_sequential, start
+from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
 from .planning import PLAN_CLASSES, Plan, plan
 from .samplers.from_scheduler import as_sampler
@@ -299,12 +299,10 @@ def _solve(
             with torch.no_grad(), nullcontext() if checkpoint is None else interruptions:
                 if captured is not None and not captured.finish():
                     runs = begin()  # these samples need more than a graph
-                plain = isinstance(runs[0].solver, Sequential) and on_round is None and stop is None
-                plain = plain and not runs[0].group.batch.returns_errors and checkpoint is None
-                driven = drive(runs, evaluate, on_round=on_round, stop=stop)
-                for rounds in drive_sequential(runs, evaluate) if plain else driven:
-                    bar.set_postfix(rounds=rounds, refresh=False)
-                    bar.update(sum(run.accepted for run in runs) - bar.n)
+                for rounds in drive(runs, evaluate, on_round=on_round, stop=stop):
+                    if progress:  # a bar that is not shown costs as much as a step of the plain loop
+                        bar.set_postfix(rounds=rounds, refresh=False)
+                        bar.update(sum(run.accepted for run in runs) - bar.n)
         except KeyboardInterrupt:
             if checkpoint is not None and not all(run.done for run in runs):
                 save_runs(checkpoint, runs)

@@ -20,12 +20,11 @@ from ..samplers.sampler import Sampler
 from ..solvers import as_solver
 from ..solvers.base import Answer, Problem, Query, Solver
 from ..solvers.batch import Batch
-from ..solvers.sequential import PlainLoop
 from .checkpoint import restore_run, run_state
 from .rows import EvalBatch, expect, rounding_of
 from .solution import Round, Solution
 
-__all__ = ["Group", "Run", "Share", "answer_shares", "drive", "drive_sequential", "evaluation", "shares_of", "start"]
+__all__ = ["Group", "Run", "Share", "answer_shares", "drive", "evaluation", "shares_of", "start"]
 
 
 UNCERTAIN = "uncertain: every step is accepted, but the estimated error is above the tolerance"
@@ -518,34 +517,3 @@ def drive(
             if stop is not None and not run.done and stop(run):
                 run.stop(f"stopped: {getattr(stop, '__name__', '') or repr(stop)}")
         yield rounds
-
-
-def drive_sequential(runs: Sequence[Run], evaluate: Callable[[EvalBatch], Tensor]) -> Iterator[int]:
-    """Drive runs of one call of :func:`start`, whose solver is ``Sequential``, from their first step to their last.
-
-    What :func:`drive` does, at the cost of a loop written by hand: all samples stand at the same step in every round.
-
-    Yields:
-        The number of rounds so far, after each round.
-    """
-    group = runs[0].group
-    batch, count = group.batch, len(runs)
-    loop = batch.memory = PlainLoop(batch)
-    slots, steps = torch.from_numpy(group.slots.copy()), np.arange(batch.problem.steps)
-    transform = None if group.sampler is None else group.sampler.transform
-    for step in range(batch.problem.steps):
-        # A copy: the network may write into its input.
-        x = loop.u.clone().view(count, *group.shape)
-        index = torch.full((count,), step, device="cpu")
-        outputs = evaluate(EvalBatch(x.to(group.dtype), index, slots))
-        outputs = expect(outputs, (count, *group.shape), group.dtype, steps[step : step + 1]).detach().to(batch.start)
-        if transform is not None:
-            outputs = transform(index, loop.u.view(count, *group.shape), outputs)
-        loop.advance_all(step, outputs.reshape(count, -1))
-        if step + 1 == batch.problem.steps:
-            batch.finished[:] = True
-            batch.results = {place: loop.u[place].clone() for place in range(count)}
-            batch.check_results(range(count))
-        for run in runs:
-            run.took_round(Round(step, 1, 0.0))
-        yield step + 1
