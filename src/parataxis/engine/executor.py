@@ -184,7 +184,7 @@ class Executor:
 def _padded(rows: EvalBatch, first: int, count: int, size: int) -> EvalBatch:
     """Return ``count`` rows from ``first`` on and, up to ``size``, the last of them again."""
     if size == count:
-        return EvalBatch(*(field[first : first + count] for field in rows))
+        return rows if count == len(rows.x) else EvalBatch(*(field[first : first + count] for field in rows))
     return rows.take(torch.arange(first, first + size, device="cpu").clamp(max=first + count - 1))
 
 
