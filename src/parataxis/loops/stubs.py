@@ -57,6 +57,7 @@ class Stub:
 
     def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         self.switch, self.original, self.answer = switch, original, answer
+        self.__wrapped__ = original  # whoever looks at what a network holds looks behind its stub
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer, or make the call itself."""

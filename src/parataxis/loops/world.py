@@ -141,6 +141,9 @@ class World:
             code = [] if _is_library(module) or not isinstance(forward, types.FunctionType) else [(name, forward)]
             return [*code, *self._note(_Attributes(name, value.__dict__))]
         known = isinstance(value, STATEFUL) or module.split(".")[0] in STATEFUL_MODULES
+        wrapped = getattr(value, "__dict__", {}).get("__wrapped__")
+        if wrapped is not None and module.startswith("parataxis."):  # a stub
+            return [(name, wrapped)]
         if isinstance(value, types.ModuleType) or (_is_library(module) and not known):
             return ()
         held: list[tuple[str, Any]] = [] if known else [(kind.__name__, kind)]
