@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import parataxis as px
 import problems
 
+PAIRS = 2  # of solvers: each example is two, as the loop is the same for both
 EXAMPLES = int(os.environ.get("PARATAXIS_EXAMPLES", "2000"))
 # The same examples in every run: what is new is looked for by `make matrix`.
 COMMON = settings(
@@ -27,6 +28,7 @@ COMMON = settings(
 SOLVERS = [kind(window=window) for kind in (px.Secant, px.Picard, px.Anderson) for window in (2, 5, 8, None)]
 SOLVERS.append(px.CoarseToFine())
 
+pairs = st.lists(st.sampled_from(SOLVERS), min_size=PAIRS, max_size=PAIRS)
 loops = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(problems.HARD),
@@ -39,38 +41,39 @@ loops = st.fixed_dictionaries(
 )
 
 
-def solved(solver, tolerance, kind, strength, name, dim, steps, seed):
-    """Return a run and its error to the loop, relative to the sample where that is not 0."""
+def solved(solvers, tolerance, kind, strength, name, dim, steps, seed):
+    """Yield solver, run and its error to the loop, relative to the sample where that is not 0."""
     sampler, network = problems.hard_sampler(name, steps), problems.hard_network(kind, strength, dim, name)
     noise = problems.noise(1, seed=seed, shape=(dim,))
-    found, loop = (
+    loop, *found = (
         px.sample(network, noise, sampler, way, tolerance=tolerance, generator=problems.generators(1, seed))
-        for way in (solver, px.Sequential())
+        for way in (px.Sequential(), *solvers)
     )
     size = float(loop.x.norm())
-    return found[0], float((found.x - loop.x).norm()) / (size if size > 0 else 1.0)
+    for solver, solution in zip(solvers, found, strict=True):
+        yield solver, solution[0], float((solution.x - loop.x).norm()) / (size if size > 0 else 1.0)
 
 
-@settings(COMMON, max_examples=EXAMPLES // 5)
-@given(solver=st.sampled_from(SOLVERS), loop=loops)
-def test_tolerance_zero_is_the_loop(solver, loop):
+@settings(COMMON, max_examples=EXAMPLES // 5 // PAIRS)
+@given(solvers=pairs, loop=loops)
+def test_tolerance_zero_is_the_loop(solvers, loop):
     """Whatever the network: to rounding, and in at most N rounds."""
-    run, error = solved(solver, 0.0, **loop)
-    assert error <= 1e-9
-    assert run.converged
-    assert run.rounds <= loop["steps"] + (isinstance(solver, px.CoarseToFine))
+    for solver, run, error in solved(solvers, 0.0, **loop):
+        assert error <= 1e-9
+        assert run.converged
+        assert run.rounds <= loop["steps"] + (isinstance(solver, px.CoarseToFine))
 
 
-@settings(COMMON, max_examples=EXAMPLES - EXAMPLES // 5)
-@given(solver=st.sampled_from(SOLVERS), tolerance=st.sampled_from((1e-6, 1e-3, 1e-2, 1e-1)), loop=loops)
-def test_a_run_is_right_or_says_that_it_cannot_tell(solver, tolerance, loop):
+@settings(COMMON, max_examples=(EXAMPLES - EXAMPLES // 5) // PAIRS)
+@given(solvers=pairs, tolerance=st.sampled_from((1e-6, 1e-3, 1e-2, 1e-1)), loop=loops)
+def test_a_run_is_right_or_says_that_it_cannot_tell(solvers, tolerance, loop):
     """A run that converged is within its tolerance; one that did not reports more than the tolerance."""
-    run, error = solved(solver, tolerance, **loop)
-    if run.converged:
-        assert run.error_estimate <= tolerance
-        assert error <= max(tolerance, 1e-9)
-    else:
-        assert run.error_estimate > tolerance
+    for _, run, error in solved(solvers, tolerance, **loop):
+        if run.converged:
+            assert run.error_estimate <= tolerance
+            assert error <= max(tolerance, 1e-9)
+        else:
+            assert run.error_estimate > tolerance
 
 
 @settings(COMMON, max_examples=30)
