@@ -289,6 +289,16 @@ def test_policy_that_takes_an_action_of_its_queue_keeps_its_road():
     assert run.report.reason == "the loop called none of its denoisers."
 
 
+@pytest.mark.parametrize("name", ["ddim clipped", "ddpm clipped", "ddpm thresholded"])
+def test_clipped_loop_goes_the_way_of_the_solution(name):
+    """Where predictions are clipped, outputs move along slopes of single elements: no miss, no further error."""
+    net = Net(DIM)
+    expected = plain_loop(net, SCHEDULERS[name](), 50)(seeded())
+    run = parallel(plain_loop(net, SCHEDULERS[name](), 50), px.Secant(window=16), denoisers=[net])
+    assert relative(run(seeded()), expected) <= run.report.error_estimate <= 1e-2
+    assert not run.report.misses
+
+
 def test_list_of_the_loop_has_its_own_entries():
     ours = case(append, world={"trace": []})
     run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])

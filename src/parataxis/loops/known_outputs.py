@@ -86,16 +86,20 @@ class KnownOutputs:
         for call in self.structure.calls_of_step[step]:
             self.outputs[call] = None
 
-    def answer(self, call: int, step: int, states: Tensor) -> list[Any]:
-        """Return f_q + d_q (u - u_q) at these states, of this step or of the last evaluated one before it."""
+    def answer(self, call: int, step: int, states: Tensor, element_slopes: Tensor | None = None) -> list[Any]:
+        """Return f_q + d_q (u - u_q) at these states, of this step or of the last evaluated one before it.
+
+        ``element_slopes`` (S, dim) are d_q where it is not the same for all elements; the step is evaluated then.
+        """
         structure, row_map = self.structure, self.structure.row_maps[call]
         if self.evaluated[step].all():
             inputs = self.inputs_at_evaluation[step]
             assert inputs is not None
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs[call] or []]
             samples = row_map.sample_of_row
-            factor = upload(self.slopes[step][samples], states).unsqueeze(1)
-            row_map.add(leaves, factor * (states - inputs[upload(samples, states.device)]))
+            index = upload(samples, states.device)
+            slopes = upload(self.slopes[step], states).unsqueeze(1) if element_slopes is None else element_slopes
+            row_map.add(leaves, slopes[index] * (states - inputs[index]))
             return leaves
         leaves = [
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices
+from ..arrays import Array, Indices, upload
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
@@ -38,6 +38,7 @@ from .structure import Stage, Structure
 __all__ = ["PredictedStep", "Speculation"]
 
 SOLVERS_SHARE = 3 / 4  # of the tolerance; the rest is for the loop's way beside the accepted states
+FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 ROUNDING = 32  # ulps by which the loop's state may differ from the accepted one, whatever the tolerance
 
 
@@ -181,11 +182,40 @@ class Speculation:
             assert accepted is not None
         expected = accepted[row_index(row_map.sample_of_row, states)]
         distances = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-        self.distance = float(distances.max())
-        if not self.distance <= self.share:  # or not a number
-            self.distance = 0.0
+        distance = float(distances.max())
+        if not distance <= self.share:  # or not a number
             return None
-        return self.known.answer(number, step, states)
+        self.distance = distance
+        return self.known.answer(number, step, states, self._element_slopes(step))
+
+    def _element_slopes(self, step: int) -> Tensor | None:
+        """Return the slopes (S, dim) of raw outputs where predictions are clipped, or None where slopes are scalars.
+
+        What enters the recurrence, y = xhat + g (clipped(xhat) - xhat), is to move by d (u - u_k). Its derivative D by
+        xhat is not the same for all elements, so xhat has to move by d / D, or not at all where D is 0.
+        """
+        transform, known, structure = self.sampler.transform, self.known, self.structure
+        inputs = known.inputs_at_evaluation[step]
+        if transform is None or (transform.clip is None and transform.quantile is None) or inputs is None:
+            return None
+        combined, before = torch.zeros_like(inputs), 0
+        for c in self.form.solved:
+            row_map = self.form.row_maps[c]
+            weights = upload(self.form.weights[row_map.guidance_index + before], combined).unsqueeze(1)
+            before += int(row_map.guidance_index.max()) + 1
+            rows = row_map.answers(known.outputs[step * self.width + c] or [], structure.dtype)
+            combined.index_add_(0, upload(row_map.sample_of_row, combined.device), rows * weights)
+        p, q, gain = (float(values[step]) for values in transform.columns)
+        data = p * inputs + q * combined
+        limit, shrink = torch.full_like(data[:, :1], transform.clip or 0.0), 1.0
+        if transform.quantile is not None:
+            limit = torch.quantile(data.abs(), transform.quantile, dim=1, keepdim=True).clamp(1.0, transform.largest)
+            shrink = 1 / limit
+        derivative = torch.where(data.abs() > limit, 1 - gain, 1 + gain * (shrink - 1))
+        total = float(self.form.weights.sum())
+        slopes = upload(known.slopes[step], data).unsqueeze(1) * (q * total) + p
+        slopes = torch.where(derivative.abs() > FLAT, slopes / derivative, 0.0)
+        return (slopes - p) / (q * total)
 
     def take_step(self) -> None:
         """Go on to the next step: all calls of the present one have been answered."""
