@@ -98,8 +98,8 @@ class KnownOutputs:
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs[call] or []]
             samples = row_map.sample_of_row
             index = upload(samples, states.device)
-            slopes = upload(self.slopes[step], states).unsqueeze(1) if element_slopes is None else element_slopes
-            row_map.add(leaves, slopes[index] * (states - inputs[index]))
+            factors = upload(self.slopes[step], states).unsqueeze(1) if element_slopes is None else element_slopes
+            row_map.add(leaves, factors[index] * (states - inputs[index]))
             return leaves
         leaves = [
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf

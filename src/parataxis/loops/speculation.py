@@ -207,7 +207,8 @@ class Speculation:
             combined.index_add_(0, upload(row_map.sample_of_row, combined.device), rows * weights)
         p, q, gain = (float(values[step]) for values in transform.columns)
         data = p * inputs + q * combined
-        limit, shrink = torch.full_like(data[:, :1], transform.clip or 0.0), 1.0
+        limit = torch.full_like(data[:, :1], transform.clip or 0.0)
+        shrink = torch.ones_like(limit)
         if transform.quantile is not None:
             limit = torch.quantile(data.abs(), transform.quantile, dim=1, keepdim=True).clamp(1.0, transform.largest)
             shrink = 1 / limit
