@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import warnings
@@ -118,6 +119,29 @@ def test_damaged_weight_file_is_said_to_be_one(tmp_path):
         models.load(folder)
     weights.unlink()
     with pytest.raises(ValueError, match="cannot be read"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": [2**22, 2**22, 2**22]}, "does not fit its weights"),  # terabytes
+        ({"layers_per_block": 10**9}, "does not fit its weights: layers_per_block is 1000000000"),
+        ({"in_channels": 3}, "does not fit its weights: conv_in.weight is"),
+        ({"down_block_types": ["Nothing"]}, "is not of a UNet2DModel"),
+        ("[1, 2]", "must hold a JSON object, got list"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_configuration_that_is_not_of_the_weights_is_refused(changes, message, tmp_path):
+    """Nothing is allocated before the form is known."""
+    folder = tmp_path / "broken"
+    shutil.copytree(models.FOLDER / "digits", folder)
+    path = folder / "unet" / "config.json"
+    if isinstance(changes, dict):
+        changes = json.dumps(json.loads(path.read_text()) | changes)
+    path.write_text(changes)
+    with pytest.raises(ValueError, match=message):
         models.load(folder)
 
 
