@@ -7,12 +7,12 @@ PYTHON ?= python3
 
 DEVICE ?= cuda
 
-.PHONY: sample test lint matrix gpu figures options docs demo format clean
+.PHONY: sample test wheel oldest newest mutants soak faults trust lint matrix gpu figures options docs demo format clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
 # A robot's plans and a digit, both ways: seconds, speed-up and error; figures and pictures in out/.
@@ -27,6 +27,32 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel, installed outside of the checkout and run from there.
+wheel: $(READY)
+	.ci/wheel
+
+# The oldest supported versions and the newest ones, each in an environment of its own.
+VERSIONED := tests/samplers tests/solvers tests/engine tests/test_sample.py tests/test_stream.py tests/test_files.py
+oldest newest: .ci/oldest.txt pyproject.toml
+	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(if $(filter oldest,$@),--constraint .ci/oldest.txt) \
+		--editable '.[models]' pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q $(VERSIONED)
+
+# Break each mechanism once; fault each rank; a thousand samples; more examples of the laws. All but the soak go on
+# where they stopped; `trust` writes docs/trust.md from their tables.
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py
+
+trust: $(READY)
+	$(BIN)/python benchmarks/trust.py
+
 # Every pair of the registry on more problems than `make test` takes, every option of every pipeline, and 500 loops at
 # random; all go on where they stopped.
 matrix: $(READY)
@@ -34,6 +60,7 @@ matrix: $(READY)
 	PARATAXIS_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/solvers/test_hard_laws.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipelines.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops_at_random.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/properties.py
 
 # Sets nothing up: it takes the Python that has torch, as on a machine without a network. DEVICE=cpu is a dry run.
 gpu:

@@ -109,3 +109,31 @@ def test_independent_errors_add_as_squares():
     total = estimates.accumulated(np.full((1, 3), 3.0), np.array([[9.0, 1.0, 2.0]]))
     assert np.allclose(total[0], [3, np.sqrt(18), np.sqrt(81)])
     assert not estimates.accumulated(np.zeros((1, 3)), np.full((1, 3), 2.0)).any()
+
+
+def test_the_first_state_is_accepted_whatever_is_known():
+    """Even of a state without a number: it is the loop's own step, and every round must accept one."""
+    unknown = estimate_of([np.nan, 0.0, 0.0])
+    share = np.ones((1, 3))
+    assert estimates.choose_accepted(unknown, 1e-2, share, share, np.array([3]), np.array([True]))[0] >= 1
+    assert np.isinf(unknown.relative[0, 0])
+
+
+def test_early_states_have_a_share_of_the_tolerance():
+    """An error that the whole loop may have is too large for its first part."""
+    small = estimate_of([0.0, 1e-3, 1e-3], carry=1e-3)
+    whole, part, width = np.ones((1, 3)), np.full((1, 3), 0.1), np.array([3])
+    assert estimates.choose_accepted(small, 1e-2, whole, part, width, np.array([True])).tolist() == [3]
+    assert estimates.choose_accepted(small, 1e-2, part, part, width, np.array([True])).tolist() == [1]
+
+
+def test_something_of_a_move_remains():
+    """However well slopes are known: a hundredth of the move itself."""
+    moves = np.array([[1.0, 1.0, 0.5]])
+    left = estimates.local_error(np.zeros((1, 3)), np.ones((1, 3)), moves, 4.0)
+    assert np.allclose(left[0], [0, 0.01, 0.005])
+
+
+def test_carried_errors_grow_along_the_window():
+    """With the product of the growth of the steps."""
+    assert np.allclose(estimates.carried(np.array([0.5]), np.array([[2.0, 3.0, 1.0]])), [[1, 3, 3]])
