@@ -195,11 +195,12 @@ def _time_again(
 
 def _spread(taken: Sequence[Sequence[Timing]]) -> float:
     """Return the interquartile range of equal calls, relative to their median; the median of all sizes."""
-    from torch.utils.benchmark import Measurement, TaskSpec  # here, because it loads much that nothing else needs
-
-    task = TaskSpec(stmt="call", setup="")
-    measured = [Measurement(1, [call.seconds for call in calls], task) for calls in taken if len(calls) > 1]
-    return median([times.iqr / times.median for times in measured if times.median > 0] or [0.0])
+    spreads = []
+    for calls in taken:
+        low, middle, high = np.percentile([call.seconds for call in calls], [25, 50, 75])
+        if len(calls) > 1 and middle > 0:
+            spreads.append(float((high - low) / middle))
+    return median(spreads or [0.0])
 
 
 def _average(taken: Sequence[Sequence[Timing]]) -> tuple[list[float], float]:
