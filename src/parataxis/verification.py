@@ -183,17 +183,17 @@ def _rows_of_a_round(network: Network, noise: Tensor, sampler: Sampler, seed: in
     generator = torch.Generator(noise.device).manual_seed(seed)
     states = noise[:1].to(torch.promote_types(noise.dtype, torch.float32))
     runs = start(sampler, sampler.recurrence(states, generator, noise.dtype), Sequential(), dtype=noise.dtype)
-    stride, kept = max(1, sampler.steps // 8), []
+    stride, rows_of_steps = max(1, sampler.steps // 8), []
 
     def evaluate(rows: EvalBatch) -> Tensor:
         if int(rows.step[0]) % stride == 0:
-            kept.append(rows)
+            rows_of_steps.append(rows)
         return network(rows)
 
     for _ in drive(runs, evaluate):
         pass
-    kept = kept if len(kept) > 1 else kept * 2
-    return EvalBatch(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+    rows_of_steps = rows_of_steps if len(rows_of_steps) > 1 else rows_of_steps * 2
+    return EvalBatch(*(torch.cat(parts) for parts in zip(*rows_of_steps, strict=True)))
 
 
 def _call(network: Network, rows: EvalBatch) -> Tensor:

@@ -42,11 +42,11 @@ def run_state(run: Run) -> dict[str, Tensor]:
     _check_can_be_saved(run)
     if not run.done:
         run.group.ask()  # the solver sets up its memory
-    own = {**_arguments(run), "reason": run._reason, "accepted": run.accepted, "error": run.error}
-    own |= {name: getattr(run, name) for name in COUNTS}
+    about = {**_arguments(run), "reason": run._reason, "accepted": run.accepted, "error": run.error}
+    about |= {name: getattr(run, name) for name in COUNTS}
     if place in batch.streams:
-        own["stream"] = batch.streams[place].bit_generator.state
-    state = {"about": _packed(own), "history": torch.tensor(run.history, dtype=torch.float64).view(-1, 3)}
+        about["stream"] = batch.streams[place].bit_generator.state
+    state = {"about": _packed(about), "history": torch.tensor(run.history, dtype=torch.float64).view(-1, 3)}
     state["bounded"] = torch.tensor(bool(batch.bounded[place]))
     state["output_rounding"] = torch.tensor(batch.output_rounding, dtype=torch.float64)
     if run._final is not None:
@@ -60,7 +60,7 @@ def run_state(run: Run) -> dict[str, Tensor]:
     if not run.done:
         assert batch.memory is not None
         for name, value in batch.memory.state(place).items():
-            # torch.tensor copies: the solver goes on in its own memory.
+            # torch.tensor copies: the solver goes on in its about memory.
             state[f"memory.{name}"] = value.clone() if isinstance(value, Tensor) else torch.tensor(value)
     return state
 
@@ -71,22 +71,22 @@ def restore_run(run: Run, state: dict[str, Tensor]) -> None:
     _check_can_be_saved(run)
     if run.rounds or run.done:
         raise ValueError(f"{run!r} has begun already: load a state into a run that has just been started.")
-    own = _unpacked(state)
-    differing = {name: (own.get(name), value) for name, value in _arguments(run).items() if own.get(name) != value}
+    about = _unpacked(state)
+    differing = {name: (about.get(name), value) for name, value in _arguments(run).items() if about.get(name) != value}
     if differing:
         texts = "; ".join(f"{name}: saved {saved}, now {now}" for name, (saved, now) in differing.items())
         raise ValueError(f"this state is of another solve ({texts}): start the run with the same arguments.")
     run.group.ask()  # the solver sets up its memory
     assert batch.memory is not None
     for name in COUNTS:
-        setattr(run, name, own[name])
+        setattr(run, name, about[name])
     run.history = [Round(int(a), int(w), float(e)) for a, w, e in state["history"].tolist()]
-    batch.accepted[place], batch.error[place] = own["accepted"], own["error"]
+    batch.accepted[place], batch.error[place] = about["accepted"], about["error"]
     batch.bounded[place] = bool(state["bounded"])
     batch.output_rounding = float(state["output_rounding"])
-    if "stream" in own:
+    if "stream" in about:
         stream = np.random.default_rng()
-        stream.bit_generator.state = own["stream"]
+        stream.bit_generator.state = about["stream"]
         batch.streams[place] = stream
     if "noise" in state:
         rows = state["noise"].to(batch.start)
@@ -95,10 +95,10 @@ def restore_run(run: Run, state: dict[str, Tensor]) -> None:
     trajectory = state.get("trajectory")
     if trajectory is not None and batch.trajectory is not None:
         batch.trajectory[place] = trajectory.to(batch.start)
-    if own["reason"]:
+    if about["reason"]:
         batch.finished[place] = True
         run._trajectory = None if trajectory is None or batch.trajectory is None else batch.trajectory[place]
-        run._end(own["reason"], state["final"].to(batch.start))
+        run._end(about["reason"], state["final"].to(batch.start))
     else:
         prefix = "memory."
         batch.memory.load(
@@ -252,5 +252,5 @@ def _packed(value: Any) -> Tensor:
 def _unpacked(state: dict[str, Tensor]) -> dict[str, Any]:
     if not isinstance(state, dict) or "about" not in state:
         raise ValueError("this is no state of a run: pass what Run.state_dict returned.")
-    own: dict[str, Any] = json.loads(state["about"].numpy().tobytes())
-    return own
+    about: dict[str, Any] = json.loads(state["about"].numpy().tobytes())
+    return about
