@@ -69,6 +69,7 @@ LOOPS = [
     "record",
     "refinement",
     "evaluate",
+    "equal_steps",
     "equation",
     "report",
     "schedulers",

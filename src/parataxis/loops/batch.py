@@ -26,7 +26,7 @@ from ..arrays import upload
 from .calls import Call, CallKind, RecordedCalls, Role, equal, feeders_of
 from .rows import RowIndex, RowMap, RowRequest, has_rows, row_index
 
-__all__ = ["KindCalls", "Layout", "Merging", "split_outputs"]
+__all__ = ["KindCalls", "Layout", "Merging", "column_of_numbers", "split_outputs"]
 
 
 class Merging(Enum):
@@ -145,7 +145,8 @@ class KindCalls:
                 leaves.append(torch.cat(parts)[row_index(order, parts[0])].flatten(0, 1))
             elif role is Role.SCALAR:
                 counts = [len(request.rows) for request in requests]
-                column = _scalars(values, counts, order, requests[0].states)
+                column = column_of_numbers(values, requests[0].states)
+                column = column[row_index(np.repeat(np.arange(len(counts)), counts)[order], column)]
                 if layout.narrow and column.is_floating_point():
                     column = column.to(self.dtype)
                 leaves.append(column.view(-1, *(1,) * len(row_map.slices[0].box)) if layout.column else column)
@@ -168,10 +169,8 @@ def split_outputs(leaves: Sequence[Any], requests: Sequence[RowRequest], order: 
     return outputs
 
 
-def _scalars(values: Sequence[Any], counts: Sequence[int], order: RowIndex, like: Tensor) -> Tensor:
-    """Return one entry a row of a number that differs between calls."""
+def column_of_numbers(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, or tensors of one element, as one tensor; those of Python in the dtype of the states ``like``."""
     if isinstance(values[0], Tensor):
-        column = torch.stack([value.reshape(()) for value in values])
-    else:
-        column = upload(np.array(values), like if isinstance(values[0], float) else like.device)
-    return column[row_index(np.repeat(np.arange(len(counts)), counts)[order], column)]
+        return torch.stack([value.reshape(()) for value in values])
+    return upload(np.array(values), like if isinstance(values[0], float) else like.device)

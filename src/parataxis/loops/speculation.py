@@ -26,7 +26,7 @@ from ..samplers.sampler import Sampler
 from ..solvers.base import Solver
 from .calls import Call, CallKind, RecordedCalls
 from .chain import Chain
-from .evaluate import StageEvaluator
+from .equal_steps import EqualStepsEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
@@ -268,7 +268,8 @@ class Speculation:
         )
         self.runs[0].group.batch.on_accept = self.states.take
         stage = Stage(structure, 0, self.calls)
-        self._rounds = drive(self.runs, StageEvaluator(stage, self.known, self.merger))
+        varying = {leaf for rules in self.predicted.rules for leaf in rules}
+        self._rounds = drive(self.runs, EqualStepsEvaluator(stage, self.known, self.merger, varying))
 
 
 class _PredictedCalls(RecordedCalls):
