@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "copy_leaves",
     "equal",
     "feeders_of",
+    "flatten_arguments",
     "flatten_output",
 ]
 
@@ -99,6 +100,20 @@ class Output:
         output = copy(self.shell)
         output.__dict__.update(tree)
         return output
+
+
+def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
+    """Return the leaves and the tree of (args, kwargs); plain arguments, of which most calls are made, are fast."""
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves):
+        return leaves, _plain_spec(len(args), tuple(kwargs))
+    return tree_flatten((args, kwargs))
+
+
+@lru_cache(maxsize=64)
+def _plain_spec(count: int, names: tuple[str, ...]) -> TreeSpec:
+    spec: TreeSpec = tree_flatten(((0,) * count, dict.fromkeys(names, 0)))[1]
+    return spec
 
 
 def flatten_output(output: Any) -> tuple[list[Any], TreeSpec, Any]:

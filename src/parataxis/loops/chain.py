@@ -45,6 +45,9 @@ class Chain:
     draw_dtype: torch.dtype
     past: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        self._floats: list[float] = self.times.tolist()
+
     @property
     def left(self) -> int:
         """How many steps are left."""
@@ -55,7 +58,7 @@ class Chain:
         return (
             step.scheduler is self.scheduler
             and self.left > 0
-            and float(step.t) == float(self.times[self.step])
+            and float(step.t) == self._floats[self.step]
             and step.options.keys() == self.options.keys()
             and all(step.options[name] is value or step.options[name] == value for name, value in self.options.items())
         )

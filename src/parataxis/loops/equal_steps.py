@@ -83,7 +83,7 @@ class EqualStepsEvaluator:
         total = answers[0] * self._weights[0] if rows == 1 else (answers * self._weights).sum(0)
         finite = torch.isfinite(total).all(1).cpu().numpy()
         inputs = states.to(structure.network_dtype).to(structure.dtype, copy=True)  # what the network was given
-        for j, (step, state) in enumerate(zip(batch.step.tolist(), inputs.split(1), strict=True)):
+        for j, (step, state) in enumerate(zip(batch.step.tolist(), inputs.unsqueeze(1).unbind(), strict=True)):
             known.outputs[step] = [part[j] for part in parts]
             known.inputs_at_evaluation[step] = state
             known.evaluated[step] = finite[j]

@@ -86,20 +86,22 @@ class KnownOutputs:
         for call in self.structure.calls_of_step[step]:
             self.outputs[call] = None
 
-    def answer(self, call: int, step: int, states: Tensor, element_slopes: Tensor | None = None) -> list[Any]:
+    def answer(self, call: int, step: int, states: Tensor, slopes: Tensor | None = None) -> list[Any]:
         """Return f_q + d_q (u - u_q) at these states, of this step or of the last evaluated one before it.
 
-        ``element_slopes`` (S, dim) are d_q where it is not the same for all elements; the step is evaluated then.
+        Slopes (S, 1) or (S, dim) may be passed for a step that is evaluated, instead of those that are stored.
         """
         structure, row_map = self.structure, self.structure.row_maps[call]
         if self.evaluated[step].all():
             inputs = self.inputs_at_evaluation[step]
             assert inputs is not None
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs[call] or []]
-            samples = row_map.sample_of_row
-            index = upload(samples, states.device)
-            factors = upload(self.slopes[step], states).unsqueeze(1) if element_slopes is None else element_slopes
-            row_map.add(leaves, factors[index] * (states - inputs[index]))
+            if slopes is None:
+                slopes = upload(self.slopes[step], states).unsqueeze(1)
+            if structure.samples > 1:
+                index = upload(row_map.sample_of_row, states.device)
+                slopes, inputs = slopes[index], inputs[index]
+            row_map.add(leaves, slopes * (states - inputs))
             return leaves
         leaves = [
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
@@ -117,10 +119,10 @@ class KnownOutputs:
             samples = row_map.sample_of_row[rows]
             inputs = self.inputs_at_evaluation[q]
             assert inputs is not None
-            slopes = self.slopes[q]
+            factors = self.slopes[q]
             if q != step:
-                slopes = np.where(np.isnan(self.extrapolation_slope), slopes, self.extrapolation_slope)
-            factor = upload(slopes[samples], states).unsqueeze(1)
+                factors = np.where(np.isnan(self.extrapolation_slope), factors, self.extrapolation_slope)
+            factor = upload(factors[samples], states).unsqueeze(1)
             change[index] = factor * (states[index] - inputs[upload(samples, states.device)])
         row_map.add(leaves, change)
         return leaves

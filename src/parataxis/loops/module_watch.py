@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .loop import is_library_object
+from .stubs import Stub
 
 __all__ = ["ModuleWatch"]
 
@@ -33,6 +34,7 @@ class ModuleWatch:
     def take(self) -> None:
         """Look at the modules anew."""
         parts = {id(part): part for module in self._modules for part in module.modules()}
+        self._roots = [module.__dict__ for module in self._modules]
         places: list[Any] = []  # dicts, and lists
         seen: set[int] = set()
         stack: list[tuple[Any, int]] = [(part.__dict__, 0) for part in parts.values()]
@@ -45,7 +47,8 @@ class ModuleWatch:
                 continue
             elif isinstance(value, (dict, list)):
                 seen.add(id(value))
-                places.append(value)
+                if not any(value is root for root in self._roots):
+                    places.append(value)
                 stack += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
             elif not isinstance(value, (*PLAIN, nn.Module, type, FunctionType)) and not is_library_object(value):
                 seen.add(id(value))
@@ -54,7 +57,7 @@ class ModuleWatch:
         self._empty = [place for place in places if not place]
         # Views of dicts show what is in them at any time.
         self._views = [place.values() if isinstance(place, dict) else place for place in places if place]
-        self._items = list(chain.from_iterable(self._views))
+        self._items, self._root_items = list(chain.from_iterable(self._views)), self._held_by_roots()
         self._versions = list(map(VERSION, self._tensors))
 
     def changed(self) -> bool:
@@ -63,6 +66,10 @@ class ModuleWatch:
             return True
         try:
             # Items are compared by identity first; numbers and texts may be replaced by equal ones.
-            return list(chain.from_iterable(self._views)) != self._items
+            return self._held_by_roots() != self._root_items or list(chain.from_iterable(self._views)) != self._items
         except Exception:  # what is not the same need not have a comparison
             return True
+
+    def _held_by_roots(self) -> list[Any]:
+        """Return what the modules themselves hold, but for the stubs that come and go."""
+        return [value for root in self._roots for value in root.values() if type(value) is not Stub]

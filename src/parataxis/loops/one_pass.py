@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec
 
 from ..solvers.base import Solver
-from .calls import Call, Output, copy_call
+from .calls import Call, Output, copy_call, flatten_arguments
 from .chain import Chain
 from .loop import Loop
 from .networks import Networks
@@ -98,7 +98,7 @@ class OnePass:
         """Answer a call of a denoiser."""
         if self.alone:
             return self.networks.real(module, args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = flatten_arguments(args, kwargs)
         try:
             self.networks.check_gradients(module, leaves)
             with self.networks.switch.off(), torch.no_grad():
@@ -127,7 +127,7 @@ class OnePass:
             outputs = speculation.answer(place, leaves)
             self.networks.look()
             if outputs is not None:
-                call = self._call(module, spec, leaves, speculation.predicted.calls[place].output)
+                call = speculation.taken(place, leaves)
                 self._answered.append((call, outputs))
                 return call.output.tree(outputs)
             difference = "the loop changes the state between the scheduler's steps"

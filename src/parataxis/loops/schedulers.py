@@ -43,9 +43,15 @@ class SchedulerStep(NamedTuple):
 
 def is_scheduler(value: Any) -> bool:
     """Return whether an object is stepped as diffusers' schedulers are: step(output, t, sample) at its timesteps."""
-    if isinstance(value, (type, nn.Module, torch.optim.Optimizer)) or not hasattr(value, "__dict__"):
+    kind: Any = type(value)
+    return _is_scheduler_class(kind) and hasattr(value, "__dict__")
+
+
+@functools.lru_cache(maxsize=1024)  # all that a network holds is looked at
+def _is_scheduler_class(kind: Any) -> bool:
+    if issubclass(kind, (type, nn.Module, torch.optim.Optimizer)):
         return False
-    return callable(getattr(type(value), "step", None)) and hasattr(type(value), "set_timesteps")
+    return callable(getattr(kind, "step", None)) and hasattr(kind, "set_timesteps")
 
 
 def schedulers_in(values: Iterable[Any]) -> list[Any]:

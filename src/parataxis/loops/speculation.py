@@ -24,13 +24,13 @@ from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
 from ..solvers.base import Solver
-from .calls import Call, CallKind, RecordedCalls
+from .calls import Call, CallKind, RecordedCalls, autocast_of
 from .chain import Chain
 from .equal_steps import EqualStepsEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
-from .rows import row_index
+from .rows import RowMap, row_index
 from .signals import NotParallelizable, RowsInteract
 from .step_arguments import ArgumentRule, argument_rules, predicted_calls, same_argument
 from .structure import Stage, Structure
@@ -95,6 +95,8 @@ class Speculation:
         )
         self.structure = _structure(form, self.calls, sampler)
         self.known = KnownOutputs(self.structure)
+        # Of accepted steps: states (S, dim), their norms (S,), and slopes (S, 1) or (S, dim) or None.
+        self._ready: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._recurrence = recurrence
         self._begin()
 
@@ -152,19 +154,18 @@ class Speculation:
         if self.answered == self.sampler.steps:
             return "the loop goes on behind the scheduler's last step"
         expected = self.calls.calls[self.answered * self.width + call]
-        if module != expected.module or spec != expected.spec:
+        same_form = spec is expected.spec or spec == expected.spec
+        if module != expected.module or not same_form or autocast_of(leaves) != expected.autocast:
             return "the denoiser is called in another form"
-        box = self.form.row_maps[call].slices[0]
-        for i, (now, then) in enumerate(zip(leaves, expected.leaves, strict=True)):
-            if i in expected.feeds:
-                continue  # it is what an earlier call of the step was answered
-            if i == box.leaf:
-                same = isinstance(now, Tensor) and now.shape == then.shape and now.dtype == then.dtype
-                if not same or (now[0].numel() != self.structure.dim and not _same_beside(now, then, box.state)):
-                    return "what stands beside the state in the denoiser's input changes"
-            elif not same_argument(then, now, is_time=i in self.predicted.rules[call]):
-                return f"an argument of the denoiser changes in a way that is not known ({type(now).__name__})"
-        return None
+        return _differing_argument(expected, leaves, self.form.row_maps[call], self.predicted.rules[call])
+
+    def taken(self, call: int, leaves: Sequence[Any]) -> Call:
+        """Return a call of the present step that is as it was expected, with a copy of its state."""
+        expected, place = self.calls.calls[self.answered * self.width + call], self.form.row_maps[call].slices[0].leaf
+        copies = list(expected.leaves)
+        copies[place] = leaves[place].detach().clone()
+        feeds = {leaf: (feeder % self.width, output) for leaf, (feeder, output) in expected.feeds.items()}
+        return Call(expected.module, expected.spec, copies, feeds, expected.autocast, expected.output)
 
     def answer(self, call: int, leaves: Sequence[Any]) -> list[Any] | None:
         """Return the output leaves of a call of the present step, or None if its state is not the accepted one."""
@@ -174,54 +175,40 @@ class Speculation:
                 leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.structure.outputs[number].leaves
             ]
         self.advance(step + 1)
+        if step not in self._ready:
+            self._prepare(range(step, self.accepted))
+        accepted, size, slopes = self._ready[step]
         row_map = self.form.row_maps[call]
         states = row_map.states(leaves, self.structure.dtype)
-        accepted = self.states.of(step)
-        if accepted is None:  # this solver does not keep them: where it evaluated is as near
-            accepted = self.known.inputs_at_evaluation[step]
-            assert accepted is not None
-        expected = accepted[row_index(row_map.sample_of_row, states)]
-        distances = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-        distance = float(distances.max())
+        if self.structure.samples > 1:
+            index = row_index(row_map.sample_of_row, states)
+            accepted, size = accepted[index], size[index]
+        distance = float((torch.linalg.vector_norm(states - accepted, dim=1) / size).max())
         if not distance <= self.share:  # or not a number
             return None
         self.distance = distance
-        return self.known.answer(number, step, states, self._element_slopes(step))
+        return self.known.answer(number, step, states, slopes)
 
-    def _element_slopes(self, step: int) -> Tensor | None:
-        """Return the slopes (S, dim) of raw outputs where predictions are clipped, or None where slopes are scalars.
-
-        What enters the recurrence, y = xhat + g (clipped(xhat) - xhat), is to move by d (u - u_k). Its derivative D by
-        xhat is not the same for all elements, so xhat has to move by d / D, or not at all where D is 0.
-        """
-        transform, known, structure = self.sampler.transform, self.known, self.structure
-        inputs = known.inputs_at_evaluation[step]
-        if transform is None or (transform.clip is None and transform.quantile is None) or inputs is None:
-            return None
-        combined, before = torch.zeros_like(inputs), 0
-        for c in self.form.solved:
-            row_map = self.form.row_maps[c]
-            weights = upload(self.form.weights[row_map.guidance_index + before], combined).unsqueeze(1)
-            before += int(row_map.guidance_index.max()) + 1
-            rows = row_map.answers(known.outputs[step * self.width + c] or [], structure.dtype)
-            combined.index_add_(0, upload(row_map.sample_of_row, combined.device), rows * weights)
-        p, q, gain = (float(values[step]) for values in transform.columns)
-        data = p * inputs + q * combined
-        limit = torch.full_like(data[:, :1], transform.clip or 0.0)
-        shrink = torch.ones_like(limit)
-        if transform.quantile is not None:
-            limit = torch.quantile(data.abs(), transform.quantile, dim=1, keepdim=True).clamp(1.0, transform.largest)
-            shrink = 1 / limit
-        derivative = torch.where(data.abs() > limit, 1 - gain, 1 + gain * (shrink - 1))
-        total = float(self.form.weights.sum())
-        slopes = upload(known.slopes[step], data).unsqueeze(1) * (q * total) + p
-        slopes = torch.where(derivative.abs() > FLAT, slopes / derivative, 0.0)
-        return (slopes - p) / (q * total)
+    def _prepare(self, steps: range) -> None:
+        """Make ready to answer accepted steps: all that belongs to them stays as it is from now on."""
+        inputs = self.known.inputs_at_evaluation
+        held = [inputs[step] if (state := self.states.of(step)) is None else state for step in steps]
+        states = torch.stack([state for state in held if state is not None])  # one of the two is always there
+        sizes = torch.linalg.vector_norm(states, dim=2).clamp(min=1e-30)
+        evaluated = [step for step in steps if self.known.evaluated[step].all()]
+        slopes = (
+            dict(zip(evaluated, _raw_slopes(self.form, self.sampler, self.known, evaluated), strict=True))
+            if evaluated
+            else {}
+        )
+        for step, state, size in zip(steps, states, sizes, strict=True):
+            self._ready[step] = state, size, slopes.get(step)
 
     def take_step(self) -> None:
         """Go on to the next step: all calls of the present one have been answered."""
         self.states.forget(self.answered)
         self.known.forget(self.answered)
+        self._ready.pop(self.answered, None)
         self.answered += 1
 
     def finish(self, state: Tensor) -> None:
@@ -369,3 +356,53 @@ def _same_beside(now: Tensor, then: Tensor, box: tuple[slice, ...]) -> bool:
     beside = torch.ones(now.shape, dtype=torch.bool, device=now.device)
     beside[box] = False
     return bool((now[beside] == then[beside]).all())
+
+
+def _raw_slopes(form: StepForm, sampler: Sampler, known: KnownOutputs, steps: list[int]) -> Tensor:
+    """Return the slopes of raw outputs at evaluated steps: (K, S, 1), or (K, S, dim) where predictions are clipped.
+
+    What enters the recurrence, y = xhat + g (clipped(xhat) - xhat), is to move by d (u - u_k). Its derivative D by
+    xhat is not the same for all elements, so xhat has to move by d / D, or not at all where D is 0.
+    """
+    transform, width = sampler.transform, len(form.calls)
+    inputs = torch.stack([state for step in steps if (state := known.inputs_at_evaluation[step]) is not None])
+    slopes = upload(known.slopes[steps], inputs).unsqueeze(2)
+    if transform is None or (transform.clip is None and transform.quantile is None):
+        return slopes
+    combined, before = torch.zeros_like(inputs), 0
+    for c in form.solved:
+        row_map = form.row_maps[c]
+        weights = upload(form.weights[row_map.guidance_index + before], combined).unsqueeze(1)
+        before += int(row_map.guidance_index.max()) + 1
+        place = row_map.slices[0]
+        outputs = [(known.outputs[step * width + c] or [])[place.output] for step in steps]
+        rows = torch.cat(outputs)[place.answer].reshape(len(steps), row_map.rows, -1).to(form.dtype)
+        combined.index_add_(1, upload(row_map.sample_of_row, combined.device), rows * weights)
+    p, q, gain = upload(transform.columns[:, steps], inputs).view(3, -1, 1, 1)
+    data = p * inputs + q * combined
+    if transform.quantile is None:
+        limit, shrink = torch.full_like(p, transform.clip or 0.0), torch.ones_like(p)
+    else:
+        limit = torch.quantile(data.abs(), transform.quantile, dim=2, keepdim=True).clamp(1.0, transform.largest)
+        shrink = 1 / limit
+    derivative = torch.where(data.abs() > limit, 1 - gain, 1 + gain * (shrink - 1))
+    q = q * float(form.weights.sum())
+    slopes = torch.where(derivative.abs() > FLAT, (slopes * q + p) / derivative, 0.0)
+    return (slopes - p) / q
+
+
+def _differing_argument(
+    expected: Call, leaves: Sequence[Any], row_map: RowMap, rules: dict[int, ArgumentRule]
+) -> str | None:
+    """Return what of a call's arguments is not as it was expected, except the state."""
+    place = row_map.slices[0]
+    for i, (now, then) in enumerate(zip(leaves, expected.leaves, strict=True)):
+        if i in expected.feeds:
+            continue  # it is what an earlier call of the step was answered
+        if i == place.leaf:
+            same = isinstance(now, Tensor) and now.shape == then.shape and now.dtype == then.dtype
+            if not same or (now.numel() != len(now) * place.size and not _same_beside(now, then, place.state)):
+                return "what stands beside the state in the denoiser's input changes"
+        elif not same_argument(then, now, is_time=i in rules):
+            return f"an argument of the denoiser changes in a way that is not known ({type(now).__name__})"
+    return None
