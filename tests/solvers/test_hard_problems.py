@@ -68,3 +68,26 @@ def test_run_is_right_or_says_that_it_cannot_tell(name, solver):
         assert error <= max(3 * tolerance, 1e-6) or not run.converged, run
     if tolerance == 0 or "clipped" in name:  # it takes more rounds, but it comes to an end that is right
         assert found.converged
+
+
+# Samples that come close to the border between two points late in the loop: where the first rounds see no slope at all.
+NEAR_TIES = [(0.0, "ddpm", 10), (0.0, "ddpm", 1023), (0.01, "ddpm", 1194), (0.0, "ddim", 1162), (0.01, "flow", 5)]
+
+
+@pytest.mark.parametrize(("blur", "name", "seed"), NEAR_TIES)
+def test_a_jump_that_only_a_large_move_showed_is_not_forgotten(blur, name, seed):
+    """Eight clusters of five close points: small moves on one side of a border measure a slope of 0."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(8, 64, generator=generator)
+    points = centres[torch.arange(40) % 8] + 0.3 * torch.randn(40, 64, generator=generator)
+    if name == "flow":
+        network, sampler = empirical(points, blur).network(px.flow(), "flow"), px.SAMPLERS["flow_euler"](steps=50)
+    else:
+        network, sampler = empirical(points, blur).network(px.vp()), px.SAMPLERS[name](steps=100)
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(seed))[None]
+    loop, found = (
+        px.sample(network, noise, sampler, solver, generator=[torch.Generator().manual_seed(10_000 + seed)])
+        for solver in (px.Sequential(), px.Secant())
+    )
+    error = float((found.x - loop.x).norm() / loop.x.norm())
+    assert found[0].error_estimate > 1e-2 or error <= 1e-2

@@ -17,7 +17,10 @@ With c_j = |new - old| of the state behind step j, du its input's move since the
     to the sample     gain_j = gamma_{j+1} .. gamma_{h-1} times what may happen from state h on, where nothing is
     measured
 
-The first state comes from an accepted input and has no local error.
+The first state comes from an accepted input and has no local error. Moves above :data:`MAX_TRUSTED_MOVE` measure
+neither G nor m. But a denoiser that jumps from one answer to another looks flat to every small move, so what the slope
+missed in such a move, |r_j| / |du|, counts for the next one in proportion to its size: m_j is at least
+|r_j| c_{j-1} / |du|^2.
 
 A network in few bits answers moves with its rounding: below some size they do not fall any more. What its outputs
 differ by, whatever their inputs do, is measured (s, see :func:`output_noise`) and taken out of the moves, of m and of

@@ -111,7 +111,7 @@ class ErrorRecord(PerSample):
 
     def note_moves(
         self, frame: Frame, pairs: Array, residuals: Array, gaussian: Array
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> tuple[Array, Array, Array, Array | None]:
         """Note what a round says of slopes and growth, where moves were large enough to say something.
 
         Args:
@@ -121,19 +121,22 @@ class ErrorRecord(PerSample):
             gaussian: (S, W) growth for Gaussian data.
 
         Returns:
-            (S, W) the error of the slopes and the growth, NaN where unknown, and the noise of each step's result, or
+            (S, W) the error of the slopes and the growth, NaN where unknown; the bend, by how much the slope of a step
+            misses more for each unit of a move, from moves too large to count; and the noise of each step's result, or
             None.
         """
         a, b, rms = frame.a, frame.b_sum, frame.rms
         dx_dx = pairs[..., 0, 0]
         moved = np.sqrt(dx_dx)
         size = moved / rms
-        near = frame.evaluated & (size > self.smallest_move) & (size < self.largest_move)
-        if frame.strided:
-            near &= ~frame.coarse[:, None]
         square = a * a * dx_dx + 2 * a * b * pairs[..., 0, 1] + b * b * pairs[..., 1, 1]
         missed = residuals / moved
-        near &= np.isfinite(square + missed)
+        near = frame.evaluated & (size > self.smallest_move) & np.isfinite(square + missed)
+        if frame.strided:
+            near &= ~frame.coarse[:, None]
+        far = near & (size >= self.largest_move)
+        near &= ~far
+        bend = np.where(far, missed / moved, 0.0)
         slope_error, growth, ratio, largest, _ = self.room[:, :SLOPES, self.W : 2 * self.W].transpose(1, 0, 2)
         noise = self.note_noise(frame, np.sqrt(pairs[..., 1, 1]), moved, residuals, near)
         # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of
@@ -149,7 +152,7 @@ class ErrorRecord(PerSample):
         np.fmax(growth, np.sqrt(np.maximum(square, 0.0)) / moved, out=growth, where=telling)
         np.fmax(largest, size, out=largest, where=telling)
         np.divide(growth, np.maximum(gaussian, SMALL), out=ratio)
-        return slope_error, growth, noise
+        return slope_error, growth, bend, noise
 
     def note_noise(self, frame: Frame, changes: Array, moved: Array, residuals: Array, near: Flags) -> Array | None:
         """Note what rounding of the network does to its outputs; return (S, W) what it adds to the result of each step.
@@ -193,13 +196,15 @@ class ErrorRecord(PerSample):
             nothing = np.zeros((len(moves), 1))
             return Estimate(nothing, nothing, nothing, np.ones(len(moves)), at_end)
         gaussian = frame.gaussian_growth(self.variance)
-        slope_error, measured, noise = self.note_moves(frame, pairs, residuals, gaussian)
+        slope_error, measured, bend, noise = self.note_moves(frame, pairs, residuals, gaussian)
         # New steps take the largest that is known of the steps before them.
         largest = np.fmax.reduce(self.room[:, :SIZE, : 2 * self.W], axis=2)[..., None]
         missed_before, growth_before, ratio_before = largest[:, 0], largest[:, 1], largest[:, 2]
         unknown = np.isnan(measured)
         worst = np.where(missed_before > 0, missed_before, estimates.UNMEASURED)
         missed = np.where(np.isnan(slope_error), worst, slope_error)
+        # Where outputs jump between two answers, small moves on one side showed nothing of it, but the last one did.
+        missed[:, 1:] = np.fmax(missed[:, 1:], bend[:, 1:] * moves[:, :-1])
         local = np.fmax(np.where(unknown, ratio_before * gaussian, measured), np.maximum(gaussian, np.abs(growth)))
         gamma = np.fmax(np.where(unknown, growth_before, measured), 1.0)
         if not frame.uniform:
