@@ -51,7 +51,7 @@ class Chain:
     @property
     def left(self) -> int:
         """How many steps are left."""
-        return len(self.times) - self.step
+        return len(self._floats) - self.step
 
     def expects(self, step: SchedulerStep) -> bool:
         """Return whether this is the next step."""
@@ -98,7 +98,7 @@ class Chain:
         self.step += 1
         if self.past.maxlen:
             inputs = form.inputs(call)
-            self.past.append((inputs, step.model_output.detach().flatten(1).to(inputs.dtype).clone()))
+            self.past.append((inputs, step.model_output.detach().flatten(1).to(inputs.dtype, copy=True)))
 
     def recurrence(self, state: Tensor) -> tuple[Sampler, Recurrence]:
         """Return the sampler and the recurrence of the steps that are left, from the network's input (B, *shape)."""

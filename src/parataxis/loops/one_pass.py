@@ -165,10 +165,10 @@ class OnePass:
             self.report.evaluations += len(step.sample)
         if self.alone:
             return result
-        with torch.no_grad():
-            if observed is None:
-                self._take_answered(step, result)
-            else:
+        if observed is None:
+            self._take_answered(step, result)
+        else:
+            with torch.no_grad():
                 self._take_observed(observed)
         return result
 

@@ -34,17 +34,17 @@ class StateSlice:
     box: tuple[tuple[int, int], ...]
     output: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements of a row."""
         return math.prod(stop - first for first, stop in self.box)
 
-    @property
+    @cached_property
     def state(self) -> tuple[slice, ...]:
         """The part of the argument, with its rows in front."""
         return (slice(None), *(slice(*ends) for ends in self.box))
 
-    @property
+    @cached_property
     def answer(self) -> tuple[slice, ...]:
         """The part of the output, with its rows in front."""
         return (slice(None), *(slice(0, stop - first) for first, stop in self.box))
@@ -86,6 +86,8 @@ class RowMap:
 
     def states(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Return the state parts of arguments, (R, dim); zeros for a part that is None (no prediction before it)."""
+        if len(self.slices) == 1:
+            return self.view(leaves[self.slices[0].leaf])[self.slices[0].state].flatten(1).to(dtype, copy=True)
         like = next(leaves[p.leaf] for p in self.slices if leaves[p.leaf] is not None)
         parts = [
             like.new_zeros(self.rows, p.size)
@@ -114,7 +116,10 @@ class RowMap:
             if leaf is not None:
                 part = self.view(leaf)[box]
                 values = rows[:, first : first + size].view(part.shape)
-                part.copy_(part.to(rows.dtype) + values if add else values)
+                if add and part.dtype == values.dtype:
+                    part.add_(values)
+                else:
+                    part.copy_(part.to(rows.dtype) + values if add else values)
             first += size
 
 

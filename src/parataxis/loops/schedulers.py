@@ -95,12 +95,12 @@ class _WatchedStep:
         self.scheduler, self.stepped, self.before = scheduler, stepped, before
         self.original = scheduler.step
         functools.update_wrapper(self, self.original)
-        self._signature = inspect.signature(self.original)
+        self._names = tuple(inspect.signature(self.original).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self.original, *args, **kwargs)
-        values = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
-        names = [name for name in self._signature.parameters if name in values][:3]
+        values = dict(zip(self._names, args, strict=False)) | kwargs
+        names = [name for name in self._names if name in values][:3]
         if len(names) < 3 or not all(isinstance(values[names[i]], Tensor) for i in (0, 2)):
             return run()
         output, t, sample = (values.pop(name) for name in names)

@@ -401,7 +401,7 @@ def _differing_argument(
             continue  # it is what an earlier call of the step was answered
         if i == place.leaf:
             same = isinstance(now, Tensor) and now.shape == then.shape and now.dtype == then.dtype
-            if not same or (now.numel() != len(now) * place.size and not _same_beside(now, then, place.state)):
+            if not same or (now.numel() != now.shape[0] * place.size and not _same_beside(now, then, place.state)):
                 return "what stands beside the state in the denoiser's input changes"
         elif not same_argument(then, now, is_time=i in rules):
             return f"an argument of the denoiser changes in a way that is not known ({type(now).__name__})"
