@@ -103,7 +103,8 @@ class Case:
         parallel = px.parallel(self.pipe, check.solver, tolerance=check.tolerance)
         self.calls = 0
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the loop runs sequentially", RuntimeWarning)
+            warnings.filterwarnings("ignore", "the (rest of the )?loop runs sequentially", RuntimeWarning)
+            warnings.filterwarnings("ignore", "running in parallel was slower", RuntimeWarning)  # networks cost nothing
             sample = zoo.run(parallel, self.call)
         report, error = parallel.report, zoo.distance(sample, self.expected)
         calls, short, floor = self.calls, [], None
@@ -115,7 +116,10 @@ class Case:
             short.append("error_estimate")
         if not report.converged and check.tolerance and report.error_estimate > report.floor:
             short.append("not converged")
-        if report.mode != "sequential" and calls != report.calls:
+        # One pass makes the checks of a denoiser behind its hooks, so they are not counted here.
+        if report.mode != "sequential" and (
+            calls > report.calls if report.mode == "one pass" else calls != report.calls
+        ):
             short.append("calls that are not counted")
         if report.mode == "replay" and check.solver == CHECKS["window 1"].solver and report.rounds != report.steps:
             short.append("more rounds than steps")

@@ -235,6 +235,7 @@ def hanging(mesh):
 def main():
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+    warnings.filterwarnings("ignore", "running in parallel was slower", RuntimeWarning)  # networks cost nothing
     torch.set_num_threads(1)
     case, folder = sys.argv[1:]
     dist.init_process_group("gloo")

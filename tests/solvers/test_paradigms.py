@@ -107,7 +107,7 @@ def test_scheduler_steps_as_it_does_alone_where_paradigms_steps_otherwise(parts,
     assert error(draw(parts, px.parallel(plain, tolerance=1e-4)), expected) <= 1e-4
 
 
-def test_outputs_that_are_not_numbers_are_an_error_where_paradigms_returns_them(parts):
+def test_outputs_that_are_not_numbers_are_named_where_paradigms_returns_them(parts):
     plain, theirs = both(parts, "DDIM")
 
     def spoil(module, args, output):
@@ -119,7 +119,7 @@ def test_outputs_that_are_not_numbers_are_an_error_where_paradigms_returns_them(
     try:
         sample, _ = paradigms(parts, theirs, 0.1)
         assert sample.isnan().all()
-        with pytest.raises(px.OutputError, match="NaN or Inf at step 25 of 50"):
-            draw(parts, px.parallel(plain))
+        with pytest.warns(RuntimeWarning, match="runs sequentially: .*NaN or Inf at step 24 of 49"):
+            assert draw(parts, px.parallel(plain)).isnan().all()
     finally:
         hook.remove()

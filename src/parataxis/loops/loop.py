@@ -82,6 +82,14 @@ class Loop:
         parameters = (parameter for denoiser in self.denoisers for parameter in denoiser.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
+    @property
+    def few_bits(self) -> bool:
+        """Whether a denoiser computes in 16 bits, as its parameters or autocast say."""
+        if torch.is_autocast_enabled(self.device.type):
+            return True
+        first = (next(denoiser.parameters(), None) for denoiser in self.denoisers)
+        return any(value is not None and value.is_floating_point() and value.element_size() < 4 for value in first)
+
     def roots(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
         """Return what the loop reaches, by names: its owner, its arguments and its modules."""
         modules = [*self.denoisers, *(module for module, _ in self.memoized)]

@@ -13,7 +13,8 @@ in a row it goes on by itself, from where it is: it is never started again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ MAX_CALLS = 64  # of denoisers without a step of a scheduler
 NO_STEP = "the loop does not step its scheduler."
 NO_CALL = "the loop called none of its denoisers."
 ONE_STEP = "the window is one step."
+UNFORESEEN = (RuntimeError, ValueError, TypeError, IndexError)  # the loop must not meet what it would not meet alone
 
 
 class OnePass:
@@ -162,7 +164,7 @@ class OnePass:
         result = run()
         if self.alone or observed is not None:
             self.report.rounds += 1
-            self.report.evaluations += len(step.sample)
+            self.report.evaluations += len(step.sample) if step.sample.ndim else 1
         if self.alone:
             return result
         if observed is None:
@@ -178,14 +180,15 @@ class OnePass:
         assert step is not None
         self._observed = ObservedStep() if self._single else None
         try:
-            form = self._form = observed.form()
-            if self._chain is None or not self._chain.expects(step):
-                chain = self._chain = Chain.begin(observed)
-                report.steps, report.samples = report.steps + chain.left, form.shape[0]
-                if report.steps <= MIN_STEPS:
-                    raise NotParallelizable(f"the loop has only {chain.left} steps.")
-            self._chain.generator = step.generator
-            self._chain.take(step, form, form.calls[0])
+            with _foreseen():
+                form = self._form = observed.form()
+                if self._chain is None or not self._chain.expects(step):
+                    chain = self._chain = Chain.begin(observed)
+                    report.steps, report.samples = report.steps + chain.left, form.shape[0]
+                    if report.steps <= MIN_STEPS:
+                        raise NotParallelizable(f"the loop has only {chain.left} steps.")
+                self._chain.generator = step.generator
+                self._chain.take(step, form, form.calls[0])
         except NotParallelizable as reason:
             self.refused = True
             self._go_alone(str(reason))
@@ -214,7 +217,8 @@ class OnePass:
         call = self._call(module, spec, leaves, form.calls[0].output)
         if call.signature() == form.calls[0].signature():
             merger = self.networks.merger
-            self._speculation = Speculation.begin(form, chain, call, merger, self.solver, self.tolerance)
+            with _foreseen():
+                self._speculation = Speculation.begin(form, chain, call, merger, self.solver, self.tolerance)
             self._solved = True
 
     def _miss(self, difference: str) -> None:
@@ -239,6 +243,14 @@ class OnePass:
         self._discard()
         self._observed, self._answered = None, []
         self._form = self._chain = None
+
+
+@contextmanager
+def _foreseen() -> Iterator[None]:
+    try:
+        yield
+    except UNFORESEEN as error:
+        raise NotParallelizable(f"its steps cannot be foreseen ({type(error).__name__}: {error}).") from error
 
 
 def _count(report: Report, speculation: Speculation) -> None:

@@ -197,7 +197,7 @@ class World:
                     if not ignored and not self._skips(place, key):
                         yield Change(place.describe(key), place, key)
         for tensor in self._tensors:
-            if tensor.changed():
+            if tensor.changed() and not self._skips(tensor, None):
                 yield Change(tensor.name, tensor, None)
 
     def restore(self, *, everything: bool = False) -> bool:
