@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 import urllib.error
 import urllib.request
+import warnings
 
 import pytest
 
@@ -67,6 +69,10 @@ def page():
     served = demo.launch(port=0, initial=SMALL, wait=False)
     yield served
     served.close(verbose=False)
+    del served
+    with warnings.catch_warnings():  # gradio leaves an event loop open: its warning belongs to no test after this
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_no_file_outside_its_folder_is_served(page):
