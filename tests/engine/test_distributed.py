@@ -104,7 +104,7 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert "load the same weights" in found["weights"]
         broken = "ValueError: the network of rank 1 is broken"
         assert found["failure"] == broken if rank == 1 else broken in found["failure"]
-        broken = "ValueError: calls of several rows fail"
+        broken = "ValueError: the third call fails"
         assert found["trial"] == broken if rank == 1 else broken in found["trial"]
         assert "expected that of its input, (6, 64)" in found["shape"]
         assert "rank 1 (" in found["stop"]
