@@ -22,7 +22,7 @@ from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
 from .loops.schedulers import schedulers_in
 from .loops.solver import check_options
-from .progress import logger, show_progress
+from .progress import reported
 from .solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -131,12 +131,8 @@ class ParallelPipeline:
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
         loop, name = self._current(), type(self.pipe).__name__
-        with show_progress(loop, name, bar=self.progress):
-            value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
-        logger.info("%s: %s", name, self.report)
-        if self.calibration is not None:
-            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
-        return value
+        with reported(loop, name, self.report, self.calibration, bar=self.progress):
+            return run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan of a call with these arguments; see :func:`parataxis.plan`."""

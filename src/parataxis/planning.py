@@ -616,10 +616,6 @@ def _expected(candidate: Candidate) -> float:
     return candidate.seconds.median
 
 
-def _width(solver: Any) -> float:
-    return getattr(solver, "window", None) or math.inf
-
-
 def _windowed(solver: Any, window: int, steps: int) -> Solver:
     changed: Solver = replace(solver, window=None if window == steps else window)
     return changed

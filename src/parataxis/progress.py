@@ -9,9 +9,27 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-__all__ = ["logger", "show_progress"]
+__all__ = ["logger", "reported", "show_progress"]
 
 logger = logging.getLogger("parataxis")  # silent until the application asks for it, as loggers of libraries are
+
+
+@contextmanager
+def reported(loop: Any, name: str, report: Any, calibration: Any, *, bar: bool) -> Iterator[None]:
+    """Follow a call of a loop; at its end log the report, whose error estimate is then bounded by the calibration.
+
+    Args:
+        loop: The loop.
+        name: Of the loop, for the log.
+        report: Filled in by the call.
+        calibration: By which the loop is solved; None without.
+        bar: Whether to show a bar.
+    """
+    with show_progress(loop, name, bar=bar):
+        yield
+    logger.info("%s: %s", name, report)
+    if calibration is not None:
+        report.error_estimate = calibration.bounded(report.error_estimate)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..fingerprint import loop_fingerprint
-from ..progress import logger, show_progress
+from ..progress import reported
 from ..solvers.base import Solver
 from .auto import plan_loop, run_loop
 from .loop import Loop, reachable
@@ -69,12 +69,8 @@ class Parallel:
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.function, args, kwargs))
         name = getattr(self.function, "__name__", type(self.function).__name__)
-        with show_progress(loop, name, bar=self.progress):
-            value = run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
-        logger.info("%s: %s", name, self.report)
-        if self.calibration is not None:
-            self.report.error_estimate = self.calibration.bounded(self.report.error_estimate)
-        return value
+        with reported(loop, name, self.report, self.calibration, bar=self.progress):
+            return run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan of a call with these arguments; see :func:`parataxis.plan`."""
