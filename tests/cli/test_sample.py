@@ -38,7 +38,7 @@ def test_sample_writes_pictures_and_figures(tmp_path, capsys):
     assert figures["relative_error_worst"] <= 1e-2
     assert figures["rounds"] <= 10
     printed = capsys.readouterr().out
-    for line in ("rounds", "evaluations a sample", "NFE ratio", "peak width", "median", "worst", "seconds"):
+    for line in ("rounds", "evaluations / N", "most steps in a round", "median", "worst", "seconds", "speed-up"):
         assert line in printed
 
 
@@ -65,7 +65,7 @@ def test_auto_samples_by_a_plan(capsys):
     arguments = ["sample", "--steps", "12", "--count", "1", "--solver", "auto"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    for line in ("plain loop", "1 samples of digits", "planned ", "; took "):
+    for line in ("plain loop", "1 sample of digits", "planned ", "; took "):
         assert line in printed
     assert main([*arguments, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -12,7 +12,7 @@ from . import flags
 from .errors import Wrong
 from .options import SOLVER_NAMES, TABLE, make_solver, with_options
 from .output import check_pictures, emit, picture_writer, save, table
-from .problem import Problem
+from .problem import Problem, Wanted, with_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,22 +24,14 @@ __all__ = ["bench"]
 DEFAULT_SOLVERS = "secant,picard,anderson"
 
 
+@with_problem()
 @with_options("samplers")
 def bench(
+    wanted: Wanted,
     options: dict[str, str],
-    model: flags.ModelName = "digits",
-    sampler: flags.Sampler = "ddim",
-    steps: flags.Steps = 50,
     solvers: Annotated[str, typer.Option(help=f"Separated by commas, of {', '.join(SOLVER_NAMES)}.")] = DEFAULT_SOLVERS,
     windows: Annotated[str, typer.Option(help="Steps of a round, separated by commas; all for N.")] = "8,all",
     repeat: Annotated[int, typer.Option(help="Timings of each solver, in turns; the median is printed.")] = 3,
-    tolerance: flags.Tolerance = 1e-2,
-    label: flags.Label = None,
-    guidance: flags.Guidance = 1.0,
-    count: flags.Count = 1,
-    seed: flags.Seed = 0,
-    max_rows: flags.MaxRows = 128,
-    device: flags.Device = "cpu",
     plot: flags.Plot = None,
     force: flags.Force = False,
     as_json: flags.Json = False,
@@ -50,19 +42,8 @@ def bench(
     if repeat < 1:
         raise Wrong(f"--repeat must be at least 1, got {repeat}.")
     methods = [method for name in solvers.split(",") for method in _methods(name.strip(), windows)]
-    problem = Problem.load(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        options=options,
-        tolerance=tolerance,
-        label=label,
-        guidance=guidance,
-        count=count,
-        device=device,
-        seed=seed,
-    )
-    rows = _measure(problem, methods, repeat, tolerance, max_rows)
+    problem = Problem.load(wanted, options)
+    rows = _measure(problem, methods, repeat)
     if plot is not None:
         from ..plots import figure_image, work_precision
 
@@ -72,10 +53,12 @@ def bench(
             points.setdefault(name, []).append((row["seconds"], row["relative_error"] or 0.0))
         save({plot: picture_writer(figure_image(work_precision(points, "seconds")))})
     if as_json:
-        setting = {"model": problem.model.name, "sampler": sampler, "steps": steps, "samples": count, "device": device}
-        emit(json.dumps({**setting, "tolerance": tolerance, "repeat": repeat, "solvers": rows}, indent=2))
+        setting = {"model": problem.model.name, "sampler": wanted.sampler, "steps": wanted.steps}
+        setting |= {"samples": wanted.count, "device": wanted.device, "tolerance": wanted.tolerance, "repeat": repeat}
+        emit(json.dumps({**setting, "solvers": rows}, indent=2))
         return
-    title = f"{problem.model.name}: {sampler}, N = {steps}, {count} samples on {device}, median of {repeat}"
+    samples = f"{wanted.count} sample{'s' if wanted.count > 1 else ''} on {wanted.device}"
+    title = f"{problem.model.name}: {wanted.sampler}, N = {wanted.steps}, {samples}, median of {repeat}"
     columns = ["solver", "rounds", "evaluations / N", "seconds", "speed-up", "error, median", "worst"]
     emit(table(title, columns, [_cells(row) for row in rows], numbers=range(1, len(columns))))
 
@@ -87,27 +70,13 @@ def _methods(name: str, windows: str) -> list[Any]:
     return [make_solver(name, {"window": window.strip()}) for window in windows.split(",")]
 
 
-def _measure(
-    problem: Problem, methods: list[Any], repeat: int, tolerance: float, max_rows: int
-) -> list[dict[str, Any]]:
+def _measure(problem: Problem, methods: list[Any], repeat: int) -> list[dict[str, Any]]:
     """Time every solver and the loop in turns, and return a row for each, the loop first."""
-    from .. import sample as draw
     from ..solvers import EXACT_IN_DISTRIBUTION
     from ..solvers.sequential import Sequential
 
-    noise, denoise = problem.noise(), problem.denoise
-
     def solve(solver: Any) -> Solutions:
-        return draw(
-            denoise,
-            noise,
-            problem.sampler,
-            solver,
-            tolerance=tolerance,
-            condition=problem.labels,
-            generator=problem.generators(),
-            max_rows=max_rows,
-        )
+        return problem.draw(solver)
 
     methods = [Sequential(), *(method for method in methods if method != Sequential())]
     results = [solve(method) for method in methods]  # also warms up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from . import flags
 from .errors import Wrong
 from .options import make_solver, with_options
 from .output import check_output, emit, save
-from .problem import Problem
+from .problem import Problem, Wanted, with_problem
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -20,22 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "read_calibration"]
 
 
+@with_problem(omit=("count",), seed=1_000_000)
 @with_options("samplers")
 def calibrate(
+    wanted: Wanted,
     options: dict[str, str],
-    model: flags.ModelName = "digits",
-    sampler: flags.Sampler = "ddim",
-    steps: flags.Steps = 50,
     windows: Annotated[str, typer.Option(help="Steps of a round, separated by commas; all for N.")] = "8",
     runs: Annotated[int, typer.Option(help="Runs; 59 prove the defaults, fewer promise less.")] = 59,
-    tolerance: flags.Tolerance = 1e-2,
     coverage: Annotated[float, typer.Option(help="Share of the runs that should be within the tolerance.")] = 0.95,
     confidence: Annotated[float, typer.Option(help="Probability that the calibration is right about that.")] = 0.95,
-    label: flags.Label = None,
-    guidance: flags.Guidance = 1.0,
-    seed: flags.Seed = 1_000_000,
-    max_rows: flags.MaxRows = 128,
-    device: flags.Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON to write, for `parataxis sample --calibration`.")] = None,
     force: flags.Force = False,
     as_json: flags.Json = False,
@@ -47,34 +41,23 @@ def calibrate(
     if runs < 1:
         raise Wrong(f"--runs must be at least 1, got {runs}.")
     solvers = [make_solver("secant", {"window": _window(part)}) for part in windows.split(",")]
-    problem = Problem.load(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        options=options,
-        tolerance=tolerance,
-        label=label,
-        guidance=guidance,
-        count=runs,
-        device=device,
-        seed=seed,
-    )
+    problem = Problem.load(replace(wanted, count=runs), options)
     from ..calibration import calibrate as measure
 
     made = measure(
         problem.denoise,
-        problem.noise(),
+        problem.noise,
         problem.sampler,
         solvers,
-        tolerance=tolerance,
+        tolerance=wanted.tolerance,
         coverage=coverage,
         confidence=confidence,
         condition=problem.labels,
         generator=problem.generators(),
-        max_rows=max_rows,
+        max_rows=wanted.max_rows,
     )
     save({} if out is None else {out: made.save})
-    text = f"{problem.model.name}: {sampler}, N = {steps}, tolerance {tolerance:g}\n{made}"
+    text = f"{problem.model.name}: {wanted.sampler}, N = {wanted.steps}, tolerance {wanted.tolerance:g}\n{made}"
     emit(json.dumps(_figures(made), indent=2) if as_json else text if out is None else f"{text}\nwrote {out}")
 
 

@@ -22,7 +22,17 @@ import typer
 
 from .errors import Wrong, choose
 
-__all__ = ["AUTO", "SAMPLER_NAMES", "SOLVER_NAMES", "TABLE", "describe", "make_solver", "read_options", "with_options"]
+__all__ = [
+    "AUTO",
+    "SAMPLER_NAMES",
+    "SOLVER_NAMES",
+    "TABLE",
+    "describe",
+    "make_solver",
+    "read_options",
+    "with_options",
+    "with_parameters",
+]
 
 FILE = Path(__file__).with_suffix(".json")
 TABLE: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -38,23 +48,44 @@ def with_options(*kinds: Literal["solvers", "samplers"]) -> Callable[[Callable[.
 
     ``options`` is a dict from names to the texts on the command line.
     """
+    added = [_parameter(name, panel, form) for kind in kinds for name, (panel, form) in _merged(kind).items()]
+    return with_parameters(
+        added, "options", lambda values: {name: text for name, text in values.items() if text is not None}
+    )
+
+
+def with_parameters(
+    added: Sequence[inspect.Parameter],
+    name: str,
+    collect: Callable[[dict[str, Any]], Any],
+    *,
+    first: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command more flags, which it takes together, as one argument.
+
+    Args:
+        added: The flags.
+        name: Of the argument.
+        collect: Makes it, from the values of the flags.
+        first: Whether help lists them before the flags that the command has.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         hints = typing.get_type_hints(command, include_extras=True)
-        parameters = [
-            parameter.replace(annotation=hints[name])
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name != "options"
+        present = [
+            parameter.replace(annotation=hints.get(other, parameter.annotation), kind=parameter.KEYWORD_ONLY)
+            for other, parameter in inspect.signature(command).parameters.items()
+            if other != name
         ]
-        added = [_parameter(name, panel, form) for kind in kinds for name, (panel, form) in _merged(kind).items()]
+        parameters = [*added, *present] if first else [*present, *added]
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            options = {parameter.name: values.pop(parameter.name) for parameter in added}
-            return command(**values, options={name: text for name, text in options.items() if text is not None})
+            collected = collect({parameter.name: values.pop(parameter.name) for parameter in added})
+            return command(**values, **{name: collected})
 
-        run.__signature__ = inspect.Signature([*parameters, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *added]}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate

@@ -10,7 +10,7 @@ import typer
 from . import flags
 from .options import with_options
 from .output import check_pictures, emit, picture_writer, save
-from .problem import Problem
+from .problem import Problem, Wanted, with_problem
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -18,18 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["plan", "plan_figures"]
 
 
+@with_problem(omit=("seed",), count=10)
 @with_options("samplers")
 def plan(
+    wanted: Wanted,
     options: dict[str, str],
-    model: flags.ModelName = "digits",
-    sampler: flags.Sampler = "ddim",
-    steps: flags.Steps = 50,
-    tolerance: flags.Tolerance = 1e-2,
-    label: flags.Label = None,
-    guidance: flags.Guidance = 1.0,
-    count: flags.Count = 10,
-    max_rows: flags.MaxRows = 128,
-    device: flags.Device = "cpu",
     devices: Annotated[int, typer.Option(help="Equal devices that would share the rows.")] = 1,
     plot: flags.Plot = None,
     force: flags.Force = False,
@@ -38,29 +31,19 @@ def plan(
 ) -> None:
     """Measure what calls of a model cost here, and say which solver is fastest and by how much."""
     check_pictures([] if plot is None else [plot], force=force)
-    problem = Problem.load(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        options=options,
-        tolerance=tolerance,
-        label=label,
-        guidance=guidance,
-        count=count,
-        device=device,
-    )
+    problem = Problem.load(wanted, options)
     import torch
 
     from ..planning import plan as make_plan
 
     made = make_plan(
         problem.denoise,
-        torch.zeros(count, *problem.model.shape, device=device),
+        torch.zeros(wanted.count, *problem.model.shape, device=wanted.device),
         problem.sampler,
-        tolerance=tolerance,
+        tolerance=wanted.tolerance,
         condition=problem.labels,
         devices=devices,
-        max_rows=max_rows,
+        max_rows=wanted.max_rows,
     )
     if plot is not None:
         from ..plots import figure_image

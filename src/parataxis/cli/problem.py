@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 import os
-from dataclasses import dataclass
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import flags
 from .errors import Wrong, choose
-from .options import SAMPLER_NAMES, sampler_options
+from .options import SAMPLER_NAMES, sampler_options, with_parameters
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from ..engine.solution import Solutions
     from ..models import Model
     from ..samplers.sampler import Sampler
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "Wanted", "with_problem"]
 
 SEEDS = 2**62
 NOISE_SEED = 2**32  # of the noise that samplers add: beyond any seed of the first noise that people choose
@@ -26,58 +32,81 @@ STATES = 8  # copies of a state that a solve holds at least: noise, states, outp
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is to be drawn; each field is a flag of the commands that have :func:`with_problem`."""
+
+    model: flags.ModelName = "digits"
+    sampler: flags.Sampler = "ddim"
+    steps: flags.Steps = 50
+    tolerance: flags.Tolerance = 1e-2
+    label: flags.Label = None
+    guidance: flags.Guidance = 1.0
+    count: flags.Count = 1
+    seed: flags.Seed = 0
+    max_rows: flags.MaxRows = 128
+    device: flags.Device = "cpu"
+
+
+def with_problem(omit: tuple[str, ...] = (), **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of :class:`Wanted`; it takes them together as ``wanted``.
+
+    Args:
+        omit: Fields that are no flag of this command.
+        defaults: Of fields, where they are others here.
+    """
+    hints = typing.get_type_hints(Wanted, include_extras=True)
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(field.name, field.default),
+            annotation=hints[field.name],
+        )
+        for field in fields(Wanted)
+        if field.name not in omit
+    ]
+    return with_parameters(added, "wanted", lambda values: Wanted(**{**defaults, **values}), first=True)
+
+
+@dataclass(frozen=True)
 class Problem:
     """What is drawn.
 
     Attributes:
+        wanted: The flags.
         model: With its network on the device.
         sampler: The equation.
         labels: (count,) or None.
-        guidance: Of the network.
-        count: Number of samples.
-        seed: Sample i has the seed plus i.
-        device: Of the network.
     """
 
+    wanted: Wanted
     model: Model
     sampler: Sampler
     labels: Tensor | None
-    guidance: float
-    count: int
-    seed: int
-    device: str
 
     @classmethod
-    def load(
-        cls,
-        *,
-        model: str,
-        sampler: str,
-        steps: int,
-        options: dict[str, str],
-        tolerance: float,
-        label: str | None,
-        guidance: float,
-        count: int,
-        device: str,
-        seed: int = 0,
-        window: int | None = None,
-    ) -> Problem:
+    def load(cls, wanted: Wanted, options: dict[str, str], *, window: int | None = None) -> Problem:
         """Read what the flags name.
+
+        Args:
+            wanted: The flags.
+            options: Those of samplers, as they were typed.
+            window: Steps of a round, for what a solve needs at least of memory; None for all.
 
         Raises:
             Wrong: For whatever does not fit, in one sentence.
             ValueError: Likewise, from the library.
         """
-        choose("sampler", sampler, SAMPLER_NAMES)
+        count, steps, device = wanted.count, wanted.steps, wanted.device
+        choose("sampler", wanted.sampler, SAMPLER_NAMES)
         if count < 1:
             raise Wrong(f"--count must be at least 1, got {count}.")
-        if not math.isfinite(tolerance):
-            raise Wrong(f"--tolerance must be a finite number, got {tolerance}.")
-        if abs(seed) > SEEDS:
-            raise Wrong(f"--seed must lie in -2^62..2^62, got {seed}.")
+        if not math.isfinite(wanted.tolerance):
+            raise Wrong(f"--tolerance must be a finite number, got {wanted.tolerance}.")
+        if abs(wanted.seed) > SEEDS:
+            raise Wrong(f"--seed must lie in -2^62..2^62, got {wanted.seed}.")
         _check_memory(count, steps, 1, window)
-        chosen_options = sampler_options(sampler, options)
+        chosen_options = sampler_options(wanted.sampler, options)
         import torch
 
         from .. import models
@@ -86,35 +115,53 @@ class Problem:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # what torch says without CUDA is an AssertionError
             raise Wrong(f"--device {device} cannot be used ({str(error).splitlines()[0]}): choose another.") from error
-        name = model if Path(model).is_dir() else choose("model", model, models.available())
-        loaded = models.load(name, device=device)
+        name = wanted.model
+        loaded = models.load(name if Path(name).is_dir() else choose("model", name, models.available()), device=device)
         _check_memory(count, steps, math.prod(loaded.shape), window)
-        labels = _labels(label, loaded.classes, count)
+        labels = _labels(wanted.label, loaded.classes, count)
         return cls(
+            wanted=wanted,
             model=loaded,
-            sampler=loaded.sampler(sampler, steps, **chosen_options),
+            sampler=loaded.sampler(wanted.sampler, steps, **chosen_options),
             labels=None if labels is None else labels.to(device),
-            guidance=guidance,
-            count=count,
-            seed=seed,
-            device=device,
         )
 
-    @property
+    def draw(self, solver: Any, **options: Any) -> Solutions:
+        """Draw the samples by a solver; the same ones each time."""
+        from .. import sample
+
+        arguments = self.denoise, self.noise, self.sampler, solver
+        options |= {"condition": self.labels, "generator": self.generators(), "max_rows": self.wanted.max_rows}
+        return sample(*arguments, tolerance=self.wanted.tolerance, **options)
+
+    def warm_up(self, rows: int) -> None:
+        """Call the network once with one sample and once with so many, as first calls take longer than others."""
+        import torch
+
+        times = self.sampler.network_times(self.noise.dtype)[:1].to(self.noise.device)
+        for count in (1, rows):
+            labels = () if self.labels is None else (self.labels[:1].expand(count),)
+            with torch.no_grad():
+                self.denoise(self.noise[:1].expand(count, *self.model.shape), times.expand(count), *labels)
+
+    @functools.cached_property
     def denoise(self) -> Any:
         """The network with guidance."""
-        return self.model.denoiser(self.guidance)
+        return self.model.denoiser(self.wanted.guidance)
+
+    @functools.cached_property
+    def noise(self) -> Tensor:
+        """(count, *shape) on the device."""
+        import torch
+
+        sources = _generators(self.wanted.seed, self.wanted.count)
+        return torch.stack([torch.randn(self.model.shape, generator=source) for source in sources]).to(
+            self.wanted.device
+        )
 
     def generators(self) -> list[Generator]:
         """Return the sources of the noise that samplers add, one a sample; each call begins them anew."""
-        return _generators(self.seed + NOISE_SEED, self.count)
-
-    def noise(self) -> Tensor:
-        """Return (count, *shape) on the device."""
-        import torch
-
-        drawn = [torch.randn(self.model.shape, generator=source) for source in _generators(self.seed, self.count)]
-        return torch.stack(drawn).to(self.device)
+        return _generators(self.wanted.seed + NOISE_SEED, self.wanted.count)
 
 
 def _generators(seed: int, count: int) -> list[Generator]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from .errors import INTERRUPTED, Failed, Wrong
 from .options import make_solver, with_options
 from .output import check_output, check_pictures, emit, is_figures, json_writer, picture_writer, save, table
 from .plan import plan_figures
-from .problem import Problem
+from .problem import Problem, Wanted, with_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,26 +27,20 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+SEQUENTIAL = "sequential"
+WARM_ROWS = 8
 SHOWN = 10  # samples in a picture of the rounds
 
 
+@with_problem(count=10)
 @with_options("solvers", "samplers")
 def sample(
+    wanted: Wanted,
     options: dict[str, str],
-    model: flags.ModelName = "digits",
-    sampler: flags.Sampler = "ddim",
-    steps: flags.Steps = 50,
     solver: flags.Solver = "secant",
-    tolerance: flags.Tolerance = 1e-2,
     calibration: Annotated[
         Path | None, typer.Option(help="File of `parataxis calibrate`, in the place of --solver and --tolerance.")
     ] = None,
-    label: flags.Label = None,
-    guidance: flags.Guidance = 1.0,
-    count: flags.Count = 10,
-    seed: flags.Seed = 0,
-    max_rows: flags.MaxRows = 128,
-    device: flags.Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Image grid to write; its figures go beside it as .json.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Picture to write of the samples after every round.")] = None,
     plot: flags.Plot = None,
@@ -64,24 +59,12 @@ def sample(
     method = make_solver(solver, options)
     calibrated = None if calibration is None else read_calibration(calibration)
     if calibrated is not None:
-        if method != make_solver("secant", {}) or tolerance not in (1e-2, calibrated.tolerance):
+        if method != make_solver("secant", {}) or wanted.tolerance not in (1e-2, calibrated.tolerance):
             raise Wrong(
                 "--calibration has its own solver and tolerance: leave --solver, its options and --tolerance out."
             )
-        method, tolerance = calibrated.solver, calibrated.tolerance
-    problem = Problem.load(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        options=options,
-        tolerance=tolerance,
-        label=label,
-        guidance=guidance,
-        count=count,
-        device=device,
-        seed=seed,
-        window=getattr(method, "window", None),
-    )
+        method, wanted = calibrated.solver, replace(wanted, tolerance=calibrated.tolerance)
+    problem = Problem.load(wanted, options, window=getattr(method, "window", None))
     rounds: list[Tensor] = []
 
     def remember(runs: Sequence[Run]) -> None:
@@ -89,11 +72,13 @@ def sample(
 
         rounds.append(torch.stack([run.estimate for run in runs[:SHOWN]]))
 
-    solve = _solving(problem, tolerance, max_rows, progress=sys.stderr.isatty() and not as_json)
-    result = solve(calibrated or method, None if trace is None else remember)
-    figures = _figures(problem, result, solver, tolerance)
+    progress = sys.stderr.isatty() and not as_json
+    if compare:
+        problem.warm_up(min(wanted.max_rows, WARM_ROWS))
+    result = problem.draw(calibrated or method, on_round=None if trace is None else remember, progress=progress)
+    figures = _figures(problem, result, solver)
     if compare and result[0].reason != "interrupted":
-        _compare(figures, result, solve)
+        _compare(figures, result, problem.draw(SEQUENTIAL, progress=progress))
     files = {}
     if pictures:
         from ..plots import figure_image, image_grid, trace_grid
@@ -116,37 +101,8 @@ def sample(
         )
 
 
-Solve = Callable[[Any, Any], "Solutions"]
-
-
-def _solving(problem: Problem, tolerance: float, max_rows: int, *, progress: bool) -> Solve:
-    """Return ``solve(solver, on_round)``, which draws the same samples each time."""
-    from .. import sample as draw
-
-    noise, denoise = problem.noise(), problem.denoise
-
-    def solve(solver: Any, on_round: Any = None) -> Solutions:
-        return draw(
-            denoise,
-            noise,
-            problem.sampler,
-            solver,
-            tolerance=tolerance,
-            condition=problem.labels,
-            generator=problem.generators(),
-            max_rows=max_rows,
-            progress=progress,
-            on_round=on_round,
-        )
-
-    return solve
-
-
-def _compare(figures: dict[str, Any], result: Solutions, solve: Solve) -> None:
-    """Run the sequential loop, and fill in how long it took and how far the samples are from it."""
-    from ..solvers.sequential import Sequential
-
-    reference = solve(Sequential(), None)
+def _compare(figures: dict[str, Any], result: Solutions, reference: Solutions) -> None:
+    """Fill in how long the sequential loop took, and how far the samples are from its."""
     figures["sequential_seconds"] = reference.seconds
     if not figures["exact_in_distribution"]:
         errors = (result.x - reference.x).flatten(1).norm(dim=1) / reference.x.flatten(1).norm(dim=1)
@@ -154,7 +110,7 @@ def _compare(figures: dict[str, Any], result: Solutions, solve: Solve) -> None:
         figures["relative_error_worst"] = float(errors.max())
 
 
-def _figures(problem: Problem, result: Solutions, solver: str, tolerance: float) -> dict[str, Any]:
+def _figures(problem: Problem, result: Solutions, solver: str) -> dict[str, Any]:
     """Return what is printed of a batch; errors to the sequential loop are filled in later."""
     from ..solvers import EXACT_IN_DISTRIBUTION
 
@@ -164,15 +120,15 @@ def _figures(problem: Problem, result: Solutions, solver: str, tolerance: float)
         "sampler": problem.sampler.name,
         "solver": repr(result[0].solver),
         "steps": problem.sampler.steps,
-        "samples": problem.count,
-        "seed": problem.seed,
+        "samples": problem.wanted.count,
+        "seed": problem.wanted.seed,
         "exact_in_distribution": exact,
-        "tolerance": None if exact else tolerance,
+        "tolerance": None if exact else problem.wanted.tolerance,
         "rounds": result.rounds,
         "evaluations": _median([solution.evaluations for solution in result]),
         "nfe_ratio": _median([solution.nfe_ratio for solution in result]),
         "peak_width": max(solution.peak_width for solution in result),
-        "rows_per_step": 1 if problem.guidance == 1 else 2,
+        "rows_per_step": 1 if problem.wanted.guidance == 1 else 2,
         "converged": result.converged,
         # None while it is not known, as JSON has no infinity
         "error_estimate": max(solution.error_estimate for solution in result) if result.converged else None,
@@ -192,29 +148,30 @@ def _median(values: Sequence[float]) -> float:
 
 def _text(figures: dict[str, Any], result: Solutions, pictures: list[Path]) -> str:
     """Return the figures as a table, with the plan where there is one."""
-
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    worst, middle = figures["relative_error_worst"], figures["relative_error"]
-    rows = [
-        ("rounds", str(figures["steps"]), str(figures["rounds"])),
-        ("evaluations a sample", str(figures["steps"]), f"{figures['evaluations']:g}"),
-        ("NFE ratio (evaluations / N)", "1.00", f"{figures['nfe_ratio']:.2f}"),
-        ("peak width", "1", str(figures["peak_width"])),
-        ("seconds", seconds(figures["sequential_seconds"]), seconds(figures["seconds"])),
+    seconds, sequential = figures["seconds"], figures["sequential_seconds"]
+    rows = [("seconds", "-" if sequential is None else f"{sequential:.2f}", f"{seconds:.2f}")]
+    if sequential is not None:
+        rows.append(("speed-up", "1", f"{sequential / seconds:.2f}"))
+    rows += [
+        ("rounds, one network call each", str(figures["steps"]), str(figures["rounds"])),
+        ("evaluations / N", "1.00", f"{figures['nfe_ratio']:.2f}"),
+        ("most steps in a round", "1", str(figures["peak_width"])),
     ]
-    if not figures["exact_in_distribution"]:
-        rows[-1:-1] = [
-            ("relative error, median", "0", "-" if middle is None else f"{middle:.1e}"),
-            ("relative error, worst", "0", "-" if worst is None else f"{worst:.1e}"),
-        ]
     kind = "other samples than the sequential loop's, of exactly the same distribution"
     if not figures["exact_in_distribution"]:
         kind = f"tolerance {figures['tolerance']:g}"
+        if not figures["converged"]:
+            rows.append(("estimated error", "0", "not known"))
+        else:
+            rows.append(("estimated error", "0", f"{figures['error_estimate']:.1e}"))
+        if sequential is not None:
+            many = figures["samples"] > 1
+            rows.append((f"relative error{', median' if many else ''}", "0", f"{figures['relative_error']:.1e}"))
+            if many:
+                rows.append(("relative error, worst", "0", f"{figures['relative_error_worst']:.1e}"))
+    samples = f"{figures['samples']} sample{'s' if figures['samples'] > 1 else ''}"
     heading = (
-        f"{figures['samples']} samples of {figures['model']}: {figures['sampler']}, N = {figures['steps']}\n"
-        f"{figures['solver']}, {kind}"
+        f"{samples} of {figures['model']}: {figures['sampler']}, N = {figures['steps']}\n{figures['solver']}, {kind}"
     )
     parts = [heading, table("", ["", "sequential", "parallel"], rows, numbers=(1, 2))]
     if result.plan is not None:

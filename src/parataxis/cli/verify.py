@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from . import flags
 from .errors import Failed, Wrong
 from .options import make_solver, with_options
 from .output import emit
-from .problem import Problem
+from .problem import Problem, Wanted, with_problem
 
 if TYPE_CHECKING:
     from ..verification import Verification
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 
+@with_problem(omit=("model", "label", "guidance", "max_rows"), count=3)
 @with_options("samplers", "solvers")
 def verify(
+    wanted: Wanted,
     options: dict[str, str],
     target: Annotated[
         str,
@@ -32,60 +35,43 @@ def verify(
             "(denoise, noise, sampler), or a loop run(generator) that returns a tensor."
         ),
     ],
-    sampler: flags.Sampler = "ddim",
-    steps: flags.Steps = 50,
     solver: flags.Solver = "secant",
-    tolerance: flags.Tolerance = 1e-2,
-    count: Annotated[int, typer.Option(help="Samples, or seeds of a loop, that are compared.")] = 3,
-    seed: flags.Seed = 0,
-    device: flags.Device = "cpu",
     as_json: flags.Json = False,
     config: flags.Config = None,
 ) -> None:
     """Measure whether a network or loop keeps the laws of parallel sampling, and say what to do where it does not."""
     method = make_solver(solver, options)
     if ":" in target:
-        result = _verify_function(target, method, tolerance, count, seed)
+        result = _verify_function(target, method, wanted)
     else:
-        problem = Problem.load(
-            model=target,
-            sampler=sampler,
-            steps=steps,
-            options=options,
-            tolerance=tolerance,
-            label=None,
-            guidance=1.0,
-            count=count,
-            device=device,
-            seed=seed,
-        )
+        problem = Problem.load(replace(wanted, model=target), options)
         from ..verification import verify as run
 
         result = run(
             problem.denoise,
-            problem.noise(),
+            problem.noise,
             problem.sampler,
             method,
-            tolerance=tolerance,
+            tolerance=wanted.tolerance,
             condition=problem.labels,
-            seed=seed,
+            seed=wanted.seed,
         )
     emit(json.dumps(_figures(result), indent=2) if as_json else str(result))
     if not result.passed:
         raise Failed(result.verdict)
 
 
-def _verify_function(target: str, method: Any, tolerance: float, count: int, seed: int) -> Verification:
+def _verify_function(target: str, method: Any, wanted: Wanted) -> Verification:
     made = _load(target)()
     from ..verification import verify as run
     from ..verification import verify_loop
 
     if callable(made):
-        return verify_loop(made, method, tolerance=tolerance, seeds=count)
+        return verify_loop(made, method, tolerance=wanted.tolerance, seeds=wanted.count)
     if not (isinstance(made, tuple) and len(made) == 3):
         raise Wrong(f"{target} must return (denoise, noise, sampler) or a loop, got {type(made).__name__}.")
     denoise, noise, equation = made
-    return run(denoise, noise, equation, method, tolerance=tolerance, seed=seed)
+    return run(denoise, noise, equation, method, tolerance=wanted.tolerance, seed=wanted.seed)
 
 
 def _load(target: str) -> Any:
