@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -166,7 +165,7 @@ class CapturedRounds:
             outputs = self.sampler.transform.apply(self.columns.index_select(1, sent["step"]), x, outputs)
         outputs = outputs.reshape(-1, tensors.outputs.shape[2])
         tensors.outputs.copy_(outputs.view(tensors.outputs.shape))
-        tensors.measure(outputs, pairs=tensors.keeps_pairs)
+        tensors.measure(pairs=tensors.keeps_pairs)
         self.measured.copy_(tensors.measured, non_blocking=True)
 
     def move(self) -> None:
@@ -235,8 +234,7 @@ class Captured(Iterator[int]):
             active[0].group.changed = False
         rounds.replay_evaluate()
         values = rounds.read()
-        finite = np.isfinite(values["largest"]).reshape(window.inside.shape) | ~window.inside
-        if not finite.all():
+        if not window.looks_finite(values):
             raise NotFinite
         batch = rounds.batch
         before = [

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Array, Indices, read, upload
+from ..arrays import Array, Indices, largest, read, upload
 from ..checks import OutputError
 from ..samplers.recurrence import Recurrence
 from .base import Problem
@@ -191,7 +191,7 @@ class Batch:
             (n,) which samples have ended.
         """
         first = upload(np.cumsum(widths) - widths, outputs.device)
-        failed = ~np.isfinite(read(torch.linalg.vector_norm(outputs.index_select(0, first), float("inf"), dim=1)))
+        failed = ~np.isfinite(read(largest(outputs.index_select(0, first))))
         for row in np.flatnonzero(failed):
             place = int(places[row])
             error = self.output_error(place, int(steps[row]), None if rounds is None else int(rounds[row]) + 1)

@@ -64,12 +64,21 @@ class Measuring(Seats):
         if self.batch.returns_errors:
             outputs = self._fail_broken(outputs)
         measured = self._measure(outputs, pairs=self.tensors.keeps_pairs)
-        finite = np.isfinite(measured["largest"][: len(outputs)])
         flags, pairs = None, measured["pairs"]
-        if not finite.all():
-            flags, outputs = self._repair(outputs, finite)
-            measured = self._measure(outputs, pairs=False)
+        if not self.looks_finite(measured):
+            finite = read(torch.isfinite(outputs).all(1)).astype(bool)
+            if not finite.all():
+                flags, outputs = self._repair(outputs, finite)
+                measured = self._measure(outputs, pairs=False)
         return self.take_measured({**measured, "pairs": pairs}, flags)
+
+    def looks_finite(self, measured: dict[str, Array]) -> bool:
+        """Return whether all outputs of a round are finite for sure; squares may also overflow by themselves.
+
+        An output that is not finite makes its move so, and its residual, which are measured anyway.
+        """
+        finite = np.isfinite(measured["pairs" if self.tensors.keeps_pairs else "gram"])
+        return bool(finite.all() or finite[self.inside].all())
 
     def _fail_broken(self, outputs: Tensor) -> Tensor:
         """End the samples that meet an output which the sequential loop meets too: their windows are empty then."""
@@ -93,7 +102,7 @@ class Measuring(Seats):
             write_frame(self)
             self.pack.send()
             self.frame_sent = True
-        self.tensors.measure(outputs, pairs=pairs)
+        self.tensors.measure(pairs=pairs)
         return self.tensors.split(read(self.tensors.measured))
 
     def _store(self, outputs: Tensor) -> None:

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Array, Indices, read, upload
+from ..arrays import Array, Indices, largest, read, upload
 from ..checks import is_int
 from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
@@ -394,9 +394,9 @@ class _Cohort:
         tick, published, memory = self.tick, self.tick.published, self.memory
         memory.grow(tick.slots)
         at = self._upload(tick)
-        largest = torch.linalg.vector_norm(outputs, float("inf"), dim=2)
-        outputs = repaired(outputs, torch.isfinite(largest))
-        measured = [largest]
+        sizes = largest(outputs)
+        outputs = repaired(outputs, torch.isfinite(sizes))
+        measured = [sizes]
         self._coarse_steps(at, memory[at["states"]], outputs)
         self._fine_steps(at, memory[at["states"]], outputs)
         self._boundaries(at)

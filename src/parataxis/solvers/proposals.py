@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Array, Indices, read, upload
+from ..arrays import Array, Indices, largest, read, upload
 from ..samplers.recurrence import Recurrence
 from .base import Query
 from .batch import Batch
@@ -169,7 +169,7 @@ class Tested:
         self._noise_std = self.batch.problem.coefficients.noise_std[step]
         self._step = step
         self._renewed: Tensor | None = None
-        norms = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
+        norms = largest(outputs)
         numbers = self._measure(outputs, norms)
         if not np.isfinite(numbers).all():
             numbers = self._measure(self._repair(outputs, np.isfinite(numbers)), norms)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices, upload
+from ..arrays import Indices, largest, upload
 from ..samplers.coefficients import Coefficients
 from .base import Queries, Query
 from .batch import Batch
@@ -117,7 +117,7 @@ class PlainLoop:
         noise = None if self.batch.noise is None else self.batch.noise[:, step, None]
         u = self._step(self.u[:, None], self.f, noise, self.a[step], self.b[:, step])
         self.u = u[:, 0]
-        self.largest[:, step] = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
+        self.largest[:, step] = largest(outputs)
         self.step[:] = step + 1
         count = len(self.step)
         self.batch.accept(np.arange(count), np.ones(count, np.int64), u, np.zeros(count))
@@ -127,7 +127,7 @@ class PlainLoop:
     def _check(self, places: Indices, outputs: Tensor, steps: Indices) -> None:
         """Raise if an output was not finite: at once on the CPU, elsewhere every few steps and at the end."""
         index = upload(places * self.largest.shape[1] + steps, outputs.device)
-        norms = torch.linalg.vector_norm(outputs, float("inf"), dim=1)
+        norms = largest(outputs)
         self.largest.view(-1).index_copy_(0, index, norms)
         ends = self.step[places] == self.batch.problem.steps
         if outputs.device.type == "cpu":

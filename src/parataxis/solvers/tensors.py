@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..arrays import Array, Packed
 from . import correction, extrapolation
@@ -102,8 +101,7 @@ class WindowTensors(RowBlock):
         """Return the shapes of what a round measures.
 
         The Gram matrix of the residuals, the products of (dx, df) of each step, the norms of the data prediction at
-        the last and at the first step, the products of corrections of accelerated methods, and the largest element of
-        each output.
+        the last and at the first step, and the products of corrections of accelerated methods.
         """
         count, width = self.count, self.width
         pairs = (count, width, 2, 2) if self.keeps_pairs else (0,)
@@ -112,7 +110,6 @@ class WindowTensors(RowBlock):
             "pairs": pairs,
             "sizes": (2, count),
             "corrections": (0,),
-            "largest": (count * width,),
         }
 
     def look(self) -> None:
@@ -153,8 +150,8 @@ class WindowTensors(RowBlock):
 
     # -- measure --------------------------------------------------------------------------------------------------
 
-    def measure(self, outputs: Tensor, *, pairs: bool) -> None:
-        """Measure a round whose outputs (R, dim) are in their places; see :meth:`measured_shapes`.
+    def measure(self, *, pairs: bool) -> None:
+        """Measure a round whose outputs are in their places; see :meth:`measured_shapes`.
 
         With ``pairs`` the moves take the place of what was kept of the evaluation before.
         """
@@ -175,10 +172,6 @@ class WindowTensors(RowBlock):
         torch.index_select(self.all, 0, sent["ends"], out=self.end_rows)
         prediction = torch.mul(self.end_inputs, sent["p"]).addcmul_(self.end_outputs, sent["q"])
         torch.linalg.vector_norm(prediction, dim=2, out=self.pieces["sizes"])
-        largest = self.pieces["largest"]
-        torch.linalg.vector_norm(
-            outputs, float("inf"), dim=1, out=largest if len(outputs) == len(largest) else largest[: len(outputs)]
-        )
         self.measure_residuals()
 
     def measure_residuals(self) -> None:
