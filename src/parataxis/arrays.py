@@ -51,13 +51,16 @@ class Packed:
 
     Args:
         numbers: Shapes of the float64 arrays.
-        indices: Lengths of the int64 arrays.
+        indices: Shapes of the int64 arrays; their tensors have one dimension.
         like: A tensor with the device, and the dtype of the numbers there.
     """
 
-    def __init__(self, numbers: Mapping[str, tuple[int, ...]], indices: Mapping[str, int], like: Tensor) -> None:
-        sizes = [int(np.prod(shape)) for shape in numbers.values()]
-        count, total = sum(sizes), sum(sizes) + sum(indices.values())
+    def __init__(
+        self, numbers: Mapping[str, tuple[int, ...]], indices: Mapping[str, tuple[int, ...]], like: Tensor
+    ) -> None:
+        shapes = {**numbers, **indices}
+        sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        count, total = sum(sizes[name] for name in numbers), sum(sizes.values())
         cuda = like.device.type == "cuda"
         self._host = torch.zeros(total, dtype=torch.float64, device="cpu", pin_memory=cuda)
         # On the CPU the host memory is the device memory; elsewhere it has a twin there.
@@ -72,14 +75,14 @@ class Packed:
         self.indices: dict[str, Indices] = {}
         self.tensors: dict[str, Tensor] = {}
         flat, first = self._host.numpy(), 0
-        for (name, shape), size in zip(numbers.items(), sizes, strict=True):
-            self.numbers[name] = flat[first : first + size].reshape(shape)
-            self.tensors[name] = self._cast[first : first + size].view(shape)
-            first += size
-        for name, size in indices.items():
-            self.indices[name] = flat[first : first + size].view(np.int64)
-            self.tensors[name] = self._device[first : first + size].view(torch.int64)
-            first += size
+        for name, shape in shapes.items():
+            piece = slice(first, first := first + sizes[name])
+            if name in numbers:
+                self.numbers[name] = flat[piece].reshape(shape)
+                self.tensors[name] = self._cast[piece].view(shape)
+            else:
+                self.indices[name] = flat[piece].view(np.int64).reshape(shape)
+                self.tensors[name] = self._device[piece].view(torch.int64)
 
     def begin(self) -> None:
         """Wait until the last copy is through, which it is if the device has been read since."""

@@ -206,8 +206,8 @@ class _AcceleratedTensors(WindowTensors):
     def numbers(self) -> dict[str, tuple[int, ...]]:
         return {**super().numbers(), **{f"mix{age}": (self.count, self.width, 1) for age in range(self.history)}}
 
-    def indices(self) -> dict[str, int]:
-        return {**super().indices(), "shift_history": self.width * self.count}
+    def indices(self) -> dict[str, tuple[int, ...]]:
+        return {**super().indices(), "shift_history": (self.count, self.width)}
 
     def measured_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = (self.count, self.width, self.history, self.history) if self.history > 1 else (0,)
@@ -296,7 +296,7 @@ class _Accelerated(Window):
         # State lo + 1 + j of the window comes from what lies count further on.
         source = count[:, None] + self.offset[:-1]
         here = np.where(source < self.width[:, None], self.rows[:, None] * self.W + source, len(count) * self.W)
-        self.pack.indices["shift_history"].reshape(here.shape)[:] = here
+        self.pack.indices["shift_history"][:] = here
         # Rounds on interpolated outputs begin a new history.
         now = np.stack([self.lo, self.hi], 1)[..., None]
         before = np.where(self.coarse[:, None, None], 0, self.spans)

@@ -16,7 +16,7 @@ __all__ = ["Frame", "PerSample"]
 
 Flags = NDArray[np.bool_]
 NEVER = np.zeros(1, bool)  # of rounds on all steps
-LAGS = len(Tables.COLUMNS)  # where the columns of the outputs' weights begin
+GAUSSIAN, PREDICTION, SUM, WEIGHTS = (Tables.COLUMNS.index(name) for name in ("mm_fixed", "p_step", "b_sum", "a"))
 
 
 class PerSample:
@@ -66,6 +66,7 @@ class Frame(PerSample):
         uniform: Whether all windows have W steps.
         evaluated: (S, W) steps that have been evaluated before.
         a, b, b_sum, b_inverse, rms, rms_ratio, reach, share: (S, W, ..) of its steps; see :class:`.tables.Tables`.
+        weights: (L + 2, S, W) a and b of each lag; ``prediction`` (2, S, W) p and q.
         coarse: (S,) whether some outputs of this round are interpolated; ``rough`` whether no round before was on all
             steps; ``strided`` whether such rounds are asked for.
     """
@@ -117,11 +118,11 @@ class Frame(PerSample):
         # Beyond the end of the loop the tables hold zeros; the windows of places without a sample are empty.
         columns = self.tables.windows[self.lo].transpose(1, 0, 2)
         if not everyone:
-            columns[:2] *= self.inside
-            columns[LAGS:] *= self.inside
-        self.a, self.b_sum, self.b_inverse, self.rms, self.rms_ratio, self.reach, self.share = columns[:7]
-        self.gaussian = columns[7:LAGS]
-        self.b = columns[LAGS:].transpose(1, 2, 0)
+            columns[SUM:] *= self.inside
+        self.b_inverse, self.rms, self.rms_ratio, self.reach, self.share = columns[:GAUSSIAN]
+        self.gaussian, self.prediction, self.b_sum = columns[GAUSSIAN:SUM], columns[PREDICTION:SUM], columns[SUM]
+        self.weights = columns[WEIGHTS:]
+        self.a, self.b = self.weights[0], self.weights[1:].transpose(1, 2, 0)
         if self.strided:
             self._look_at_strides()
         else:

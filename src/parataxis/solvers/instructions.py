@@ -18,56 +18,60 @@ if TYPE_CHECKING:
 
 __all__ = ["write_entering", "write_frame", "write_shift"]
 
+STATE_ITSELF = np.array([1.0, 0.0]).reshape(2, 1, 1)  # p and q
+
 
 def write_frame(window: Seats) -> None:
     """Write down where the windows stand."""
-    pack, tables, tensors, lags = window.pack, window.tables, window.tensors, window.lags
+    pack, tables = window.pack, window.tables
     pack.begin()
-    numbers, indices, rows = pack.numbers, pack.indices, window.rows
-    numbers["a"][:, :, 0] = window.a
-    for lag in range(lags + 1):
-        numbers[f"b{lag}"][:, :, 0] = window.b[:, :, lag]
-    point, steps = window.hi - 1, window.steps
-    if not window.uniform:
-        point, steps = np.maximum(point, window.lo), np.minimum(steps, window.problem.steps - 1)
-        point = np.where(window.width > 0, point, window.last_step)
+    numbers, indices, steps = pack.numbers, pack.indices, window.steps
+    numbers["weights"][..., 0] = window.weights
+    if window.uniform:
+        point = window.hi - 1
+        # Of the last step and of the first; if there is one step, it is both.
+        of_ends = window.prediction[:, :, :: -max(window.W - 1, 1)].transpose(0, 2, 1)
+    else:
+        steps = np.minimum(steps, window.problem.steps - 1)
+        point = np.where(window.width > 0, np.maximum(window.hi - 1, window.lo), window.last_step)
+        both = np.stack([point, window.lo])
+        of_ends = np.stack([tables.p[both], tables.q[both]])
     window.last_step = point
+    # Where the data prediction is unknown, the last state of the window stands for it.
+    numbers["prediction"][..., 0] = of_ends if window.tensors.predicts else STATE_ITSELF
     if not (window.uniform and window.ends_are_uniform):  # else they are as they were
-        last = np.maximum(window.width - 1, 0)
-        ends = indices["ends"].reshape(-1, len(rows))
+        last, ends = np.maximum(window.width - 1, 0), indices["ends"]
         first_x, first_f = window.first_x, window.first_f
         # In the order of WindowTensors.ends.
         ends[0], ends[1], ends[-3:] = first_x + last, first_x + window.width, (first_x, first_f + last, first_f)
         window.ends_are_uniform = window.uniform
-    if tensors.predicts:
-        both = np.stack([point, window.lo])
-        numbers["p"][:, :, 0], numbers["q"][:, :, 0] = tables.p[both], tables.q[both]
-    else:  # where the data prediction is unknown, the last state of the window stands for it
-        numbers["p"][:], numbers["q"][:] = 1.0, 0.0
-    indices["step"].reshape(steps.shape)[:] = steps
+    indices["step"][:] = steps
     if window.batch.noise is not None:
-        np.add(steps, window.first_noise, out=indices["noise"].reshape(steps.shape))
+        np.add(steps, window.first_noise, out=indices["noise"])
 
 
 def write_shift(window: Window, count: Indices, last: Indices) -> None:
     """Write down where every row of the next window comes from; states behind ``last`` are not gone on from."""
-    indices, tensors, W, lags = window.pack.indices, window.tensors, window.W, window.lags
-    samples, row = len(count), window.rows[:, None]
-    source = count[:, None] + window.offset
+    indices, samples, W, lags = window.pack.indices, len(count), window.W, window.lags
     # State lo + j of the window is the corrected state behind step j - 1; only empty windows would keep state lo.
-    here = np.where((source <= last[:, None]) & (source > 0), row * W - 1 + source, samples * W)
-    indices["shift"].reshape(here.shape)[:] = here
-    if tensors.keeps_pairs:
+    source = window.offset + count[:, None]
+    lost = source > last[:, None]
+    if not window.uniform:
+        lost |= source == 0
+    shift = np.add(source, window.row_step - 1, out=indices["shift"])
+    np.copyto(shift, samples * W, where=lost)
+    if window.tensors.keeps_pairs:
         # States and outputs of steps that stay; interpolated outputs are no measurement.
         source = source[:, :-1]
-        stays = source < window.width[:, None]
+        lost = source >= window.width[:, None]
         if window.strided:
-            stays &= ~window.coarse[:, None]
-        x, f = indices["before_x"].reshape(stays.shape), indices["before_f"].reshape(stays.shape)
-        x[:] = np.where(stays, row * (W + 1) + source, samples * (W + 1))
-        f[:] = np.where(stays, row * (lags + W) + lags + source, samples * (lags + W))
+            lost |= window.coarse[:, None]
+        before_x = np.add(source, window.row_x, out=indices["before_x"])
+        np.copyto(before_x, samples * (W + 1), where=lost)
+        before_f = np.add(source, window.row_f, out=indices["before_f"])
+        np.copyto(before_f, samples * (lags + W), where=lost)
     if lags:
-        indices["history"].reshape(samples, lags)[:] = row * (lags + W) + count[:, None] + np.arange(lags)
+        indices["history"][:] = window.row_f - lags + count[:, None] + np.arange(lags)
 
 
 def write_entering(window: Window, count: Indices, last: Indices, entering: Indices, entry: str) -> None:
@@ -96,7 +100,7 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
     whole = window.uniform and not window.overflow
     if not (whole and window.tail_is_uniform):  # else it is as it was
         # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early]; the state before the first step's is state lo itself.
-        ends, places = indices["ends"].reshape(-1, len(rows)), indices["tail"].reshape(len(rows), -1)
+        ends, places = indices["ends"], indices["tail"]
         lo_state, step = window.first_x, tensors.first["step"] - 1 + rows * W
         places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
         places[:, 2], places[:, 3] = ends[0], ends[-2]
@@ -104,8 +108,8 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
         if lags:
             history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
             history[last < width] = len(rows) * (lags + W)
-            indices["tail_history"].reshape(history.shape)[:] = history
+            indices["tail_history"][:] = history
         window.tail_is_uniform = whole
     if noise is not None:
         steps = np.minimum((window.lo + end)[:, None] + window.offset, window.problem.steps - 1)
-        np.add(steps, window.first_noise, out=indices["tail_noise"].reshape(steps.shape))
+        np.add(steps, window.first_noise, out=indices["tail_noise"])

@@ -60,10 +60,14 @@ class Seats(Frame):
         self.tensors, self.pack = tensors, tensors.pack
         self.errors = ErrorRecord(self)
         self.slopes = self.errors.slopes
-        # Where the rows of each sample begin: of its noise, its states, its outputs.
+        # Where the rows of each sample begin: of its noise; of its steps, states and outputs within their region; and
+        # of the last two in the block.
         self.first_noise = (places * self.problem.steps)[:, None]
-        self.first_x = tensors.first["x"] + self.rows * (self.W + 1)
-        self.first_f = tensors.first["f"] + self.rows * (self.lags + self.W) + self.lags
+        self.row_step, self.row_x, self.row_f = (
+            (self.rows * size + skipped)[:, None]
+            for size, skipped in ((self.W, 0), (self.W + 1, 0), (self.lags + self.W, self.lags))
+        )
+        self.first_x, self.first_f = tensors.first["x"] + self.row_x[:, 0], tensors.first["f"] + self.row_f[:, 0]
         self.rows_of_all = np.repeat(places, self.W)
         self.frame_sent = self.ends_are_uniform = self.tail_is_uniform = False
 

@@ -37,8 +37,6 @@ class Tables:
     """
 
     COLUMNS = (
-        "a",
-        "b_sum",
         "b_inverse",
         "rms",
         "rms_ratio",
@@ -53,6 +51,8 @@ class Tables:
         "target",
         "p_step",
         "q_step",
+        "b_sum",
+        "a",
     )
 
     def __init__(self, coefficients: Coefficients, width: int) -> None:

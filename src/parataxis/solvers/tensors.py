@@ -76,10 +76,8 @@ class WindowTensors(RowBlock):
         """Return the shapes of the numbers that the host sends."""
         width, lags, count = self.width, self.lags, self.count
         numbers: dict[str, tuple[int, ...]] = {
-            "a": (count, width, 1),
-            **{f"b{lag}": (count, width, 1) for lag in range(lags + 1)},
-            "p": (2, count, 1),
-            "q": (2, count, 1),
+            "weights": (lags + 2, count, width, 1),  # A, then B of each lag
+            "prediction": (2, 2, count, 1),  # p and q, of the last and of the first step
             "slopes": (count, width, 1),
             "enter": (count, width + 1, extrapolation.HISTORY + lags),
         }
@@ -89,13 +87,13 @@ class WindowTensors(RowBlock):
             numbers[f"chunk{i}"] = (count, *shape)
         return numbers
 
-    def indices(self) -> dict[str, int]:
-        """Return how many indices of each kind the host sends."""
+    def indices(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the indices that the host sends."""
         width, lags = self.width, self.lags
-        indices = {"step": width, "noise": width, "ends": 4 if self.predicts else 5, "before_x": width}
-        indices |= {"before_f": width, "shift": width + 1, "history": lags}
-        indices |= {"tail": extrapolation.HISTORY, "tail_history": lags, "tail_noise": width + 1}
-        return {name: size * self.count for name, size in indices.items()}
+        indices = {"step": width, "noise": width, "before_x": width, "before_f": width, "shift": width + 1}
+        indices |= {"history": lags, "tail": extrapolation.HISTORY, "tail_history": lags, "tail_noise": width + 1}
+        shapes = {name: (self.count, size) for name, size in indices.items()}
+        return {**shapes, "ends": (4 if self.predicts else 5, self.count)}
 
     def measured_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what a round measures.
@@ -118,6 +116,8 @@ class WindowTensors(RowBlock):
         width, lags, count = self.width, self.lags, self.count
         dim = self.all.shape[1]
         self.pack = Packed(self.numbers(), self.indices(), self.batch.start)
+        self.a, *self.b = self.pack.tensors["weights"]
+        self.p, self.q = self.pack.tensors["prediction"]
         self.x, self.f, self.step, self.r = (self.view(name) for name in ("x", "f", "step", "r"))
         self.x_rows, self.step_rows, self.r_transposed = self.flat["x"][:-1], self.flat["step"][:-1], self.r.mT
         self.inputs, self.targets = self.x[:, :width], self.x[:, 1:]
@@ -157,20 +157,20 @@ class WindowTensors(RowBlock):
         """
         sent, noise, step, r = self.pack.tensors, self.batch.noise_rows, self.step, self.r
         if noise is None:
-            torch.mul(self.outputs, sent["b0"], out=step)
+            torch.mul(self.outputs, self.b[0], out=step)
         else:
             torch.index_select(noise, 0, sent["noise"], out=self.step_rows)
-            step.addcmul_(self.outputs, sent["b0"])
+            step.addcmul_(self.outputs, self.b[0])
         for lag in range(1, self.lags + 1):
-            step.addcmul_(self.lagged[lag], sent[f"b{lag}"])
-        step.addcmul_(self.inputs, sent["a"])
+            step.addcmul_(self.lagged[lag], self.b[lag])
+        step.addcmul_(self.inputs, self.a)
         torch.sub(step, self.targets, out=r)
         if pairs:
             torch.sub(self.inputs, self.dx, out=self.dx)
             torch.sub(self.outputs, self.df, out=self.df)
             torch.bmm(self.pairs, self.pairs_transposed, out=self.pair_products)
         torch.index_select(self.all, 0, sent["ends"], out=self.end_rows)
-        prediction = torch.mul(self.end_inputs, sent["p"]).addcmul_(self.end_outputs, sent["q"])
+        prediction = torch.mul(self.end_inputs, self.p).addcmul_(self.end_outputs, self.q)
         torch.linalg.vector_norm(prediction, dim=2, out=self.pieces["sizes"])
         self.measure_residuals()
 
