@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
@@ -47,6 +48,39 @@ def test_raster_shows_what_was_evaluated():
     raster = image.get_array().T
     assert raster.shape == (solution.rounds, 12)
     assert (raster == 1).sum() == solution.evaluations
+
+
+def test_residuals_are_those_of_the_recurrence():
+    """The first round starts from scaled noise: its residuals follow from one call of the network at each step."""
+    network, sampler = mixture(dim=8).network(px.vp()), px.samplers.ddim(steps=6)
+    noise = torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solution = px.sample(network, noise, sampler, px.Secant(), keep_residuals=True)[0]
+    local = sampler.coefficients
+    states = noise * torch.from_numpy(local.rms / local.rms[0])[:, None]
+    outputs = network(states[:-1], sampler.network_times(torch.float64))
+    weight, gain = (torch.from_numpy(part).reshape(6, 1) for part in (local.state_weight, local.output_weight))
+    residuals = weight * states[:-1] + gain * outputs - states[1:]
+    expected = residuals.norm(dim=1) / (torch.from_numpy(local.rms[1:]) * 8**0.5)
+    assert solution.residuals.shape == (solution.rounds, 6)
+    torch.testing.assert_close(torch.from_numpy(solution.residuals[0]), expected)
+
+
+def test_residuals_of_a_window_fall_where_they_are_evaluated():
+    solution = solved(keep_residuals=True)[1]
+    known = ~np.isnan(solution.residuals)
+    for row, entry in zip(known, solution.history, strict=True):
+        assert np.flatnonzero(row).tolist() == list(range(entry.accepted, entry.accepted + entry.width))
+    assert solved()[1].residuals is None
+    plain = px.sample(
+        mixture(dim=8).network(px.vp()), torch.randn(1, 8), px.samplers.ddim(steps=4), "sequential", keep_residuals=True
+    )
+    assert plain[0].residuals is None  # nothing to correct
+
+
+def test_map_of_residuals_has_its_unit():
+    figure = solved(keep_residuals=True).plot()
+    assert "residual / state" in texts(figure)
+    assert len(figure.axes[0].get_images()) == 2
 
 
 def test_run_without_rounds_cannot_be_plotted():

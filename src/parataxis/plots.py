@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
     from .engine.latency import Latency
+    from .engine.solution import Solution
 
 __all__ = ["image_grid", "figure_image", "latency", "rounds", "trace_grid", "work_precision"]
 
-STATES = {"not evaluated yet": "#f1f3f5", "evaluated in this round": "#f59f00", "accepted": "#1c7ed6"}
+STATES = {"not evaluated yet": "#f1f3f5", "evaluated in this round": "#f59f00", "accepted": "#a5d8ff"}
+FIVE_DECADES = 1e-5  # of residuals; smaller ones look alike
 
 
 def image_grid(x: Tensor, columns: int = 10, zoom: int = 2) -> Image:
@@ -70,7 +73,8 @@ def rounds(result: Any, sample: int = 0) -> Figure:
     """Show how the solve of a sample went: which steps were evaluated and accepted in every round, and its error.
 
     Args:
-        result: What :func:`parataxis.sample` returned, or one of its solutions.
+        result: What :func:`parataxis.sample` returned, or one of its solutions. With ``keep_residuals=True`` the steps
+            are coloured by how far they were from obeying the sampler's equation.
         sample: Which of a batch.
 
     Raises:
@@ -78,42 +82,62 @@ def rounds(result: Any, sample: int = 0) -> Figure:
         ModuleNotFoundError: If matplotlib is not installed.
     """
     solution = result[sample] if isinstance(result, Sequence) else result
-    history, steps = solution.history, solution.steps
-    if not history:
+    if not solution.history:
         raise ValueError(f"there is no round to show: this sample is {solution.reason!r}.")
-    accepted = [entry.accepted for entry in history] + [steps if solution.converged else history[-1].accepted]
+    figure = _figure()
+    from matplotlib.ticker import MaxNLocator
+
+    map_of_steps, errors = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_steps(figure, map_of_steps, solution)
+    _draw_errors(errors, solution)
+    map_of_steps.set_title(f"{_name(solution.solver)}: {solution.rounds} rounds for {solution.steps} steps", loc="left")
+    errors.set_xlabel("round (network calls that wait for one another)")
+    errors.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return _signed(figure)
+
+
+def _draw_steps(figure: Figure, axes: Axes, solution: Solution) -> None:
+    """Draw the states or residuals of all steps, a column for each round, and what is accepted after it."""
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+
+    history, steps, residuals = solution.history, solution.steps, solution.residuals
     raster = np.zeros((len(history), steps))
     for number, entry in enumerate(history):
         raster[number, : entry.accepted] = 2
         raster[number, entry.accepted : entry.accepted + entry.width] = 1
-    figure = _figure()
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    options: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    options["extent"] = (0.5, len(history) + 0.5, 0, steps)
+    axes.imshow(raster.T, cmap=ListedColormap(list(STATES.values())), vmin=0, vmax=2, **options)
+    shown = dict(STATES)
+    if residuals is not None:
+        del shown["evaluated in this round"]
+        known = np.where(np.isfinite(residuals), residuals, np.nan)
+        # A residual of 0 is that of a step which obeys its equation already.
+        image = axes.imshow(
+            np.clip(known, FIVE_DECADES, 1).T, cmap="inferno_r", norm=LogNorm(FIVE_DECADES, 1), **options
+        )
+        figure.colorbar(image, ax=axes, label="residual / state", pad=0.01, extend="both")
+    accepted = [entry.accepted for entry in history[1:]] + [steps if solution.converged else history[-1].accepted]
+    axes.step(range(1, len(accepted) + 1), accepted, where="mid", color="black", label="accepted after the round")
+    patches = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in shown.items()]
+    front = axes.get_legend_handles_labels()[0]
+    axes.legend(handles=[*patches, *front], fontsize="small", loc="lower right")
+    axes.set_ylabel("step of the sampler")
 
-    extent = (0.5, len(history) + 0.5, 0, steps)
-    colours = ListedColormap(list(STATES.values()))
-    axes[0].imshow(
-        raster.T, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=2, interpolation="nearest"
-    )
-    axes[0].step(range(1, len(accepted)), accepted[1:], where="mid", color="black", label="accepted after the round")
-    handles = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in STATES.items()]
-    front = axes[0].get_legend_handles_labels()[0]
-    axes[0].legend(handles=[*handles, *front], fontsize="small", loc="lower right")
-    axes[0].set_ylabel("step of the sampler")
-    axes[0].set_title(f"{_name(solution.solver)}: {solution.rounds} rounds for {steps} steps", loc="left")
-    known = [(number, entry.error) for number, entry in enumerate(history) if 0 < entry.error < math.inf]
+
+def _draw_errors(axes: Axes, solution: Solution) -> None:
+    """Draw the error that is estimated of what is accepted, and the tolerance."""
+    known = [(number, entry.error) for number, entry in enumerate(solution.history) if 0 < entry.error < math.inf]
     if 0 < solution.error_estimate < math.inf:
-        known.append((len(history), solution.error_estimate))
+        known.append((len(solution.history), solution.error_estimate))
     if known:
-        axes[1].semilogy(*zip(*known, strict=True), marker=".", color="black", label="estimated error")
+        axes.semilogy(*zip(*known, strict=True), marker=".", color="black", label="estimated error")
     if solution.problem.tolerance > 0:
-        axes[1].axhline(solution.problem.tolerance, color="#e03131", linestyle="--", label="tolerance")
-    if axes[1].get_legend_handles_labels()[0]:
-        axes[1].legend(fontsize="small")
-    axes[1].set_ylabel("error")
-    axes[1].set_xlabel("round (network calls that wait for one another)")
-    return _signed(figure)
+        axes.axhline(solution.problem.tolerance, color="#e03131", linestyle="--", label="tolerance")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.95))
+    axes.set_ylabel("error")
 
 
 def latency(measured: Latency) -> Figure:
@@ -171,8 +195,10 @@ def _figure() -> Figure:
 
 
 def _name(solver: Any) -> str:
-    window = getattr(solver, "window", 0)
-    return type(solver).__name__ + ("" if window == 0 else f", window {window or 'all'}")
+    name = type(solver).__name__
+    if not hasattr(solver, "window"):
+        return name
+    return f"{name}, all steps at once" if solver.window is None else f"{name}, window {solver.window}"
 
 
 def _signed(figure: Figure) -> Figure:

@@ -60,6 +60,7 @@ def sample(
     guess: Tensor | Calibration | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     keep_trajectory: bool = False,
+    keep_residuals: bool = False,
     frozen_steps: int = 0,
     max_rows: int | None = None,
     buckets: Sequence[int] | None = None,
@@ -108,6 +109,7 @@ def sample(
             loop, or one for each sample. Solvers that are exact in distribution draw one seed for each
             sample from it.
         keep_trajectory: Keep the trajectories (memory of N + 1 states a sample).
+        keep_residuals: Keep the residual of every step in every round, which :meth:`Solution.plot` then shows.
         frozen_steps: Leading steps of the guess that are not changed; see :func:`parataxis.start`.
         max_rows: Most rows of one call; larger rounds are split. The result is the same. When memory runs out, the
             limit is halved for the remaining rounds.
@@ -163,13 +165,16 @@ def sample(
     options: dict[str, Any] = {"tolerance": tolerance, "keep_trajectory": keep_trajectory, "errors": errors}
     task = _Task(denoise, sampler, solver, condition, generator, limits, options, progress)
     if rows_per_round is not None or not isinstance(noise, Tensor):
-        if guess is not None or frozen_steps or on_round is not None or stop is not None:
-            raise ValueError("rows_per_round= cannot be combined with guess, frozen_steps, on_round or stop.")
+        if guess is not None or frozen_steps or keep_residuals or on_round is not None or stop is not None:
+            raise ValueError(
+                "rows_per_round= cannot be combined with guess, frozen_steps, keep_residuals, on_round or stop."
+            )
         drawn = _sample_stream(task, noise, rows_per_round, mesh)
     else:
         if calibration is not None and guess is None and not frozen_steps and calibration.guesses(sampler.steps):
             guess = calibration
         watching = _Watching(on_round, stop, None if checkpoint is None else Path(checkpoint))
+        task.options["keep_residuals"] = keep_residuals
         drawn = _sample_batch(task, noise, ranks_of(mesh), watching, guess, frozen_steps)
     return drawn if calibration is None else drawn.bounded(calibration.report)
 
@@ -261,7 +266,7 @@ def _sample_batch(
     begin = partial(start, sampler, recurrence, solver, dtype=noise.dtype, generator=task.generator, **options)
     network = Network(wrap_denoiser(task.denoise), sampler.network_times(noise.dtype), condition)
     capture = None
-    watched = any(part is not None for part in watching)
+    watched = any(part is not None for part in watching) or task.options["keep_residuals"]
     limited = task.limits["max_rows"] is not None
     if isinstance(task.denoise, GraphedNetwork) and ranks is None and not limited and not watched:
         capture = partial(task.denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)

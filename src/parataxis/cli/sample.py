@@ -75,7 +75,12 @@ def sample(
     progress = sys.stderr.isatty() and not as_json
     if compare:
         problem.warm_up(min(wanted.max_rows, WARM_ROWS))
-    result = problem.draw(calibrated or method, on_round=None if trace is None else remember, progress=progress)
+    result = problem.draw(
+        calibrated or method,
+        on_round=None if trace is None else remember,
+        keep_residuals=plot is not None,
+        progress=progress,
+    )
     figures = _figures(problem, result, solver)
     if compare and result[0].reason != "interrupted":
         _compare(figures, result, problem.draw(SEQUENTIAL, progress=progress))

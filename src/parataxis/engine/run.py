@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Indices, upload
+from ..arrays import Array, Indices, upload
 from ..checks import check_errors, check_generators, check_tolerance, check_whole
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
@@ -234,7 +234,20 @@ class Run:
             error_estimate=self.error if converged or self._reason == UNCERTAIN else float("inf"),
             history=tuple(self.history),
             trajectory=None if trajectory is None else trajectory.view(-1, *self.group.shape),
+            residuals=self._residuals(),
         )
+
+    def _residuals(self) -> Array | None:
+        """Return (rounds, N) what :class:`Solution` says of the residuals, or None if they were not kept."""
+        batch, problem = self.group.batch, self.problem
+        if batch.residuals is None or not batch.residuals[self.place]:
+            return None
+        kept = batch.residuals[self.place]
+        norms = np.full((len(self.history), problem.steps), np.nan)
+        # Of a run that went on from a checkpoint, only the rounds since then are known.
+        for row, (first, values) in zip(norms[len(norms) - len(kept) :], kept, strict=True):
+            row[first : first + len(values)] = values
+        return np.asarray(norms / (problem.coefficients.rms[1:] * np.sqrt(problem.dim)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the run is between two rounds, to go on with it in another process, to the same bits.
@@ -329,6 +342,7 @@ def start(
     guess: Tensor | None = None,
     dtype: torch.dtype | None = None,
     keep_trajectory: bool = False,
+    keep_residuals: bool = False,
     frozen_steps: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     rounding: float | None = None,
@@ -348,6 +362,7 @@ def start(
             guess.
         dtype: What the network is given; default the states' own.
         keep_trajectory: Keep every accepted state for ``Solution.trajectory``.
+        keep_residuals: Keep the residuals of every round for ``Solution.residuals``.
         generator: Seeds the random stream of every run, if its solver draws: one for the batch, one for each sample, or
             None for torch's own.
         rounding: Unit roundoff of the network, where it works in another dtype than it is given; default: of ``dtype``.
@@ -390,7 +405,13 @@ def start(
         transformed=sampler is not None and sampler.transform is not None,
     )
     batch = Batch(
-        problem, recurrence, guess, generator, keep_trajectory=keep_trajectory, returns_errors=errors == "return"
+        problem,
+        recurrence,
+        guess,
+        generator,
+        keep_trajectory=keep_trajectory,
+        keep_residuals=keep_residuals,
+        returns_errors=errors == "return",
     )
     group = Group(sampler, batch, solver, dtype)
     return [Run(group, place) for place in range(len(states))]

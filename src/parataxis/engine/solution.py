@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import plots
+from ..arrays import Array
 from ..html import figures, preformatted
 from ..solvers.base import Problem, Solver
 from .latency import format_seconds
@@ -52,6 +53,9 @@ class Solution:
         history: One entry a round.
         trajectory: (N + 1, *shape) every state, the sample last; only with ``keep_trajectory=True``, if converged, and
             from solvers that accept every state (not parareal).
+        residuals: (rounds, N) how far each state was from the step that leads to it, as a norm relative to that of the
+            state that is expected there; NaN where a step was not evaluated in a round, inf where it overflowed. Only
+            with ``keep_residuals=True``, and from solvers with a window.
     """
 
     x: Tensor
@@ -66,6 +70,7 @@ class Solution:
     error_estimate: float
     history: tuple[Round, ...]
     trajectory: Tensor | None = None
+    residuals: Array | None = None
 
     @property
     def failed(self) -> bool:

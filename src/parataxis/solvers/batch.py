@@ -51,6 +51,7 @@ class Batch:
         active: (S,) places whose samples are being solved; free places and ended samples are not.
         memory: The solver's working memory; None before it begins.
         trajectory: (S, N + 1, dim) accepted states, or None if they are not kept.
+        residuals: Of every place and round the first step and the norms of the residuals, or None if they are not kept.
         output_rounding: Unit roundoff of the network, as its first outputs show it; 0 before.
         returns_errors: Whether an output that is not finite ends its sample only, instead of being raised.
         streams: Random streams of places that have been asked for.
@@ -67,6 +68,7 @@ class Batch:
         generator: torch.Generator | Sequence[torch.Generator] | dict[int, Any] | None = None,
         *,
         keep_trajectory: bool = False,
+        keep_residuals: bool = False,
         returns_errors: bool = False,
     ) -> None:
         count = len(recurrence.start)
@@ -87,6 +89,7 @@ class Batch:
         self.refilled = False  # whether other samples take the places of those that end
         self.added: list[int] = []  # places that were filled after the solver had begun, for it to take up
         self.trajectory: Tensor | None = None
+        self.residuals: list[list[tuple[int, Array]]] | None = [[] for _ in range(count)] if keep_residuals else None
         self.on_accept: Callable[[Indices, Indices, Tensor], None] | None = None
         self.noise_owner: Tensor | None = recurrence.noise  # the caller's, until a copy takes its place
         self.streams: dict[int, np.random.Generator] = {}
@@ -171,6 +174,20 @@ class Batch:
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
         self.accepted[places] += counts
         self.error[places] = error
+
+    def note_residuals(self, places: Indices, lo: Indices, width: Indices, norms: Array) -> None:
+        """Keep the residuals of a round.
+
+        Args:
+            places: (S',) of the samples.
+            lo: (S',) their first steps.
+            width: (S',) how many steps each has; none where it is not evaluated in this round.
+            norms: (S', W) of the residuals.
+        """
+        assert self.residuals is not None
+        for place, first, count, row in zip(places.tolist(), lo.tolist(), width.tolist(), norms, strict=True):
+            if count:
+                self.residuals[place].append((first, row[:count].copy()))
 
     def fail_broken(
         self, places: Indices, steps: Indices, widths: Indices, outputs: Tensor, rounds: Indices | None = None

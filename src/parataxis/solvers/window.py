@@ -111,6 +111,8 @@ class Window(Measuring):
             count: (S,) at least 1, but 0 for empty windows.
             entry: How states enter the window: ``extrapolate`` or ``copy``.
         """
+        if self.batch.residuals is not None:
+            self.batch.note_residuals(self.places, self.lo, self.width, self.residuals)
         hi, width, steps, guessed = self.hi, self.width, self.problem.steps, self.batch.guess is not None
         ended, present = self.lo + count, width > 0
         entering = np.minimum(ended + self.W, steps) - hi
