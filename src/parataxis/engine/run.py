@@ -242,10 +242,10 @@ class Run:
         batch, problem = self.group.batch, self.problem
         if batch.residuals is None or not batch.residuals[self.place]:
             return None
-        kept = batch.residuals[self.place]
+        known = batch.residuals[self.place]
         norms = np.full((len(self.history), problem.steps), np.nan)
         # Of a run that went on from a checkpoint, only the rounds since then are known.
-        for row, (first, values) in zip(norms[len(norms) - len(kept) :], kept, strict=True):
+        for row, (first, values) in zip(norms[len(norms) - len(known) :], known, strict=True):
             row[first : first + len(values)] = values
         return np.asarray(norms / (problem.coefficients.rms[1:] * np.sqrt(problem.dim)))
 
