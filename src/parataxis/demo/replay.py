@@ -129,7 +129,8 @@ class Replay:
     def table(self) -> str:
         """The same as a table in HTML."""
         compared = figures("What it took", [["", "loop", "parataxis"], *self.rows])
-        return f'<div style="white-space: nowrap; font-size: 0.85em; font-variant-numeric: tabular-nums">{compared}</div>'
+        style = "white-space: nowrap; font-size: 0.85em; font-variant-numeric: tabular-nums"
+        return f'<div style="{style}">{compared}</div>'
 
     def caption(self, number: int) -> str:
         """Return how far the solve is after a round."""
