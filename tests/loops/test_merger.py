@@ -260,6 +260,49 @@ def test_times_that_multiply_the_input_become_a_column():
     assert run.report.peak_rows == 16
 
 
+class TwoBatches(nn.Module):
+    """States (n, b, dim): n samples for each of b conditions; time and condition broadcast along both."""
+
+    def forward(self, x, condition, t):
+        batch = torch.broadcast_shapes(x.shape[:-1], condition.shape[:-1])
+        x, condition = x.expand(*batch, -1), condition.expand(*batch, -1)
+        return torch.tanh(x + condition) * (1 + t.expand(batch)[..., None])
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_states_with_two_batch_dimensions_have_times_along_the_first(samples):
+    """Numbers are tried with every count of dimensions; an outer product of rows is no batch."""
+    net, condition = TwoBatches(), torch.full((1, DIM), 0.3)
+
+    def loop(samples):
+        x = torch.randn(samples, 1, DIM, generator=torch.Generator().manual_seed(0))
+        for k in range(24):
+            x = 0.95 * x + 0.05 * net(x, condition, torch.tensor(1 - k / 24))
+        return x
+
+    run = parallel(loop, "secant", denoisers=[net])
+    assert relative(run(samples), loop(samples)) <= 1e-2
+    assert run.report.rounds < 24
+    assert run.report.peak_rows > samples
+
+
+def test_equal_rows_are_found_among_hundreds():
+    """Rows that begin alike are samples of their own, if they differ later."""
+    net = Net()
+    x = torch.randn(300, DIM, generator=torch.Generator().manual_seed(0))
+    x[7] = x[3]
+
+    def loop(x):
+        for k in range(12):
+            x = 0.9 * x + 0.1 * net(x, torch.full((len(x),), 1 - k / 12))
+            x[7] += 0.01
+        return x
+
+    run = parallel(loop, "secant", denoisers=[net])
+    assert relative(run(x.clone()), loop(x.clone())) <= 1e-2
+    assert run.report.rounds < 12
+
+
 @pytest.mark.parametrize("told", [float, torch.tensor])
 def test_times_of_more_bits_than_the_network_has_become_a_column_of_its_dtype(told):
     class Strict(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..samplers.coefficients import Coefficients
@@ -204,41 +205,66 @@ def _steps(
     return steps
 
 
-def _equal_rows(calls: Sequence[Call], a: int, b: int, row_maps: Sequence[RowMap]) -> Tensor | None:
-    """Return which rows of two calls are equal to the bit, (R, R'), or None where their states differ in size."""
-    dtype = torch.promote_types(_state_leaf(calls, row_maps, a).dtype, torch.float32)
-    left, right = (row_maps[c].states(calls[c].leaves, dtype) for c in (a, b))
-    if left.shape[1] != right.shape[1]:
+def _numbered_rows(
+    recordings: Sequence[Sequence[Call]], members: Sequence[int], row_maps: Sequence[RowMap]
+) -> list[NDArray[np.int64]] | None:
+    """Return for each of these calls numbers of its rows: rows that are equal in all recordings have the same one.
+
+    None where their states differ in size. By sorting, as a call may have thousands of rows.
+    """
+    rows = []
+    for c in members:
+        dtype = torch.promote_types(_state_leaf(recordings[0], row_maps, c).dtype, torch.float32)
+        states = torch.cat([row_maps[c].states(recorded[c].leaves, dtype) for recorded in recordings], 1)
+        rows.append((states + 0.0).cpu().numpy())  # -0 is 0
+    if len({states.shape[1] for states in rows}) > 1:
         return None
-    return torch.stack([(left == row).all(1) for row in right], 1).cpu()
+    return _numbered(np.concatenate(rows), [len(states) for states in rows])
+
+
+def _numbered(rows: NDArray[Any], counts: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Return numbers of rows (R, n), the same for equal ones, in pieces of these lengths."""
+    bits = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
+    numbers = np.unique(bits, return_inverse=True)[1].reshape(-1)
+    return np.split(numbers, np.cumsum(counts)[:-1])
 
 
 def _same_inputs(calls: Sequence[Call], other: Sequence[Call], a: int, b: int, row_maps: Sequence[RowMap]) -> bool:
-    left, right = (_equal_rows(recorded, a, b, row_maps) for recorded in (calls, other))
-    return left is not None and right is not None and bool((left & right).any(0).all())
+    numbers = _numbered_rows([calls, other], [a, b], row_maps)
+    return numbers is not None and bool(np.isin(numbers[1], numbers[0]).all())
+
+
+def _first_equal(numbers: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where each wanted number first stands; 0 where it does not."""
+    values, places = np.unique(numbers, return_index=True)
+    at = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
+    return np.where(values[at] == wanted, places[at], 0)
 
 
 def _with_samples(
     calls: Sequence[Call], other: Sequence[Call], row_maps: Sequence[RowMap], steps: Sequence[Sequence[int]]
 ) -> list[RowMap]:
     """Find which rows of calls have equal inputs at every step: they belong to one sample."""
-    equal_rows: dict[tuple[int, ...], Tensor] = {}
-    # Equal at all steps, for samples may start from the same noise.
+    # Equal at all steps, for samples may start from the same noise: rows of the first call of a step, and those of the
+    # call in a place behind it, by how many these are.
+    numbers: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
     for step in steps:
         for place, c in enumerate(step):
-            for recorded in (calls, other):
-                same = _equal_rows(recorded, step[0], c, row_maps)
-                assert same is not None
-                key = (place, *same.shape)
-                equal_rows[key] = equal_rows[key] & same if key in equal_rows else same
+            pair = _numbered_rows([calls, other], [step[0], c], row_maps)
+            assert pair is not None
+            counts = [len(part) for part in pair]
+            key = (place, *counts)
+            before = numbers.get(key, [np.zeros(count, np.int64) for count in counts])
+            both = np.stack([np.concatenate(before), np.concatenate(pair)], 1)
+            numbers[key] = _numbered(both, counts)
     with_samples = list(row_maps)
     for step in steps:
         for place, c in enumerate(step):
             head, row_map = row_maps[step[0]], row_maps[c]
-            within = equal_rows[(0, head.rows, head.rows)].numpy()
-            labels = np.unique(within.argmax(0), return_inverse=True)[1]
-            match = equal_rows[(place, head.rows, row_map.rows)].numpy()
-            with_samples[c] = RowMap(row_map.slices, row_map.rows, row_map.batched, labels[match.argmax(0)])
+            within, (first, rows) = numbers[0, head.rows, head.rows][0], numbers[place, head.rows, row_map.rows]
+            # The first row that each equals; the first of all where none does.
+            labels = np.unique(_first_equal(within, within), return_inverse=True)[1]
+            with_samples[c] = RowMap(row_map.slices, row_map.rows, row_map.batched, labels[_first_equal(first, rows)])
     for c, row_map in enumerate(row_maps):
         if not any(c in step for step in steps):  # a feeding call has the rows of the fed one behind it
             fed = next((step[0] for step in steps if step[0] > c), None)

@@ -44,7 +44,7 @@ class Layout:
     Attributes:
         merging: What becomes one network call.
         narrow: Numbers are given in the dtype of the state.
-        column: Numbers are given as (R, 1, ..) instead of (R,).
+        column: How many dimensions of size 1 numbers have behind their rows: given as (R,), (R, 1), (R, 1, 1) ..
         shared: Leaves equal in all calls are shared even if they have as many rows as the call.
         repeated: Leaves with a multiple of the call's rows have several entries for each row, side by side.
         bound: How far, relative, outputs may be from those of single calls.
@@ -53,7 +53,7 @@ class Layout:
 
     merging: Merging
     narrow: bool = False
-    column: bool = False
+    column: int = 0
     shared: bool = False
     repeated: bool = False
     bound: float = 0.0
@@ -149,7 +149,7 @@ class KindCalls:
                 column = column[row_index(np.repeat(np.arange(len(counts)), counts)[order], column)]
                 if layout.narrow and column.is_floating_point():
                     column = column.to(self.dtype)
-                leaves.append(column.view(-1, *(1,) * len(row_map.slices[0].box)) if layout.column else column)
+                leaves.append(column.view(-1, *(1,) * layout.column))
             else:
                 leaves.append(values[0].clone() if isinstance(values[0], Tensor) else values[0])
         states = torch.cat([request.states for request in requests])

@@ -109,7 +109,7 @@ class EqualStepsEvaluator:
                 column = table[upload(steps, table.device)].repeat(rows)
                 if layout.narrow and column.is_floating_point():
                     column = column.to(calls.calls[0].leaves[place.leaf].dtype)
-                leaves.append(column.view(-1, *(1,) * len(place.box)) if layout.column else column)
+                leaves.append(column.view(-1, *(1,) * layout.column))
             else:
                 leaves.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
         row_map.write(leaves, states.repeat(rows, 1))

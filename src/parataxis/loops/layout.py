@@ -88,7 +88,9 @@ class LayoutSearch:
         leaves = self.calls.recorded.calls[request.call].leaves
         scalars = [leaf for leaf, role in zip(leaves, kind.roles, strict=True) if role is Role.SCALAR]
         narrow = (False, True) if any(_has_other_dtype(scalar, dtype) for scalar in scalars) else (False,)
-        column = (False, True) if scalars else (False,)
+        # As the states broadcast with it, or along several leading dimensions of batches.
+        deepest = len(self.calls.row_map(request.call).slices[0].box)
+        column = (0, *range(deepest, 0, -1)) if scalars else (0,)
         shared = (False, True) if kind.ambiguous else (False,)
         repeated = (False, True) if Role.REPEATED_PER_ROW in kind.roles else (False,)
         for merging in (Merging.ROWS, Merging.CALLS):
@@ -146,6 +148,9 @@ def compare(
     for request, output, answer in zip(requests, outputs, answers, strict=True):
         if answer is None:
             continue
+        # Rows that meet all rows of another argument, as along a second dimension of batches, are no rows.
+        if any(o.shape[1:] != a.shape[1:] for o, a in zip(output, answer, strict=True) if isinstance(a, Tensor)):
+            return outputs, float("inf")
         dtype = request.states.dtype
         batched, single = (row_map.answers(leaves, dtype).cpu().double() for leaves in (output, answer))
         single = single[row_index(request.rows, batched)]

@@ -69,7 +69,11 @@ class RowMap:
     @cached_property
     def guidance_index(self) -> RowIndex:
         """(R,) how many rows of the same sample stand before each row."""
-        return np.array([int((self.sample_of_row[:r] == s).sum()) for r, s in enumerate(self.sample_of_row)])
+        order = np.argsort(self.sample_of_row, kind="stable")
+        ordered = self.sample_of_row[order]
+        before = np.empty_like(order)
+        before[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        return before
 
     @cached_property
     def first_rows(self) -> Tensor:
