@@ -30,14 +30,16 @@ def largest_relative_distance(states: Tensor, reference: Tensor) -> float:
     return float(((states - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=1e-30)).max())
 
 
-def satisfies_recurrence(record: StageRecord, noise_terms: Sequence[Tensor]) -> bool:
+def satisfies_recurrence(record: StageRecord, noise_terms: Sequence[Tensor], sizes: Sequence[float]) -> bool:
     """Return whether a pass obeys the recurrence: it adds along the way what an earlier one did.
 
-    In 16 bits terms within a step may cancel, which makes single steps a poor test: half of them must be good.
+    Up to the rounding of both. The earlier one had outputs at random, and a loop whose states shrink on the way to the
+    sample, as those of variance-exploding schedules do, keeps large states to its end then. In 16 bits terms within a
+    step may cancel, which makes single steps a poor test: half of them must be good.
     """
     structure = record.structure
-    pairs = zip(noise_terms, record.noise_terms_with_sizes())  # noqa: B905  # the pass may have ended before
-    errors = [float((term - before).norm()) / max(size, 1e-30) for before, (term, size) in pairs]
+    pairs = zip(noise_terms, sizes, record.noise_terms_with_sizes())  # noqa: B905  # the pass may have ended before
+    errors = [float((term - before).norm()) / max(size, then, 1e-30) for before, then, (term, size) in pairs]
     format_ = torch.finfo(structure.network_dtype)
     half_good = format_.bits >= 32 or bool(np.median(errors) <= 2 * format_.eps)
     return half_good and max(errors) <= 4 * structure.precision

@@ -82,10 +82,11 @@ class StageRecord:
             first += count
         return outputs
 
-    def noise_terms(self) -> list[Tensor]:
-        """Return what the loop added at every step, (S, dim) each; zero behind the last state."""
-        terms = [term for term, _ in self.noise_terms_with_sizes()]
-        return terms + [torch.zeros_like(self.inputs[0]) for _ in range(self.structure.steps - len(terms))]
+    def noise_terms(self) -> tuple[list[Tensor], list[float]]:
+        """Return what the loop added at every step, (S, dim) each, and the sizes; zero behind the last state."""
+        pairs = list(self.noise_terms_with_sizes())
+        pairs += [(torch.zeros_like(self.inputs[0]), 0.0) for _ in range(self.structure.steps - len(pairs))]
+        return [term for term, _ in pairs], [size for _, size in pairs]
 
     def noise_terms_with_sizes(self) -> Iterator[tuple[Tensor, float]]:
         """Yield what the loop added at each step, with the size of the terms that it is the difference of."""

@@ -25,7 +25,9 @@ from .structure import MIN_STEPS, Recording, Stage, Structure
 
 __all__ = ["StageProgress", "probe_stage", "record_stage"]
 
-MIN_FIT_ELEMENTS = 48  # of a step, to fit its coefficients to; smaller loops are recorded more often
+# Elements of a step, to fit its coefficients to; smaller loops are recorded more often. The first are enough for steps
+# that use one output or two.
+FIT_ELEMENTS = (12, 48)
 MAX_EXTRA_RECORDINGS = 16
 STARTS_DIFFERENTLY = (
     "its first call differs from pass to pass: it depends on something that cannot be put back (a clock, a file, "
@@ -43,6 +45,7 @@ class StageProgress:
         record: What the latest pass saw of it.
         start: (S, dim) the first state.
         noise_terms: What the loop adds at every step, (S, dim) each.
+        noise_sizes: Size of the terms that each was the difference of, and so of its rounding.
         followed: Whether a call of a denoiser follows the stage at once, if that is known.
         reused: Whether the structure is that of an earlier call of the loop.
         accepted: Whether the loop may go on behind it.
@@ -58,6 +61,7 @@ class StageProgress:
     record: StageRecord
     start: Tensor
     noise_terms: list[Tensor]
+    noise_sizes: list[float]
     followed: bool | None
     reused: bool = False
     accepted: bool = False
@@ -85,7 +89,8 @@ class StageProgress:
 
     def rebase(self) -> None:
         """Take what the loop adds along the way from the latest pass."""
-        self.start, self.noise_terms = self.record.inputs[0], self.record.noise_terms()
+        self.start = self.record.inputs[0]
+        self.noise_terms, self.noise_sizes = self.record.noise_terms()
 
     def trajectory(self) -> Tensor:
         """Return the states of the latest pass, (N + 1, S, dim); without a last state the one before is repeated."""
@@ -113,10 +118,12 @@ def record_stage(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRec
     recordings = _record_twice(runner, plans, record)
     structure, check = find_structure(recordings, first)
     elements = structure.samples * structure.dim
-    if elements < MIN_FIT_ELEMENTS:
-        for seed in range(2, 2 + min(-(-MIN_FIT_ELEMENTS // elements), MAX_EXTRA_RECORDINGS)):
-            recordings.append(runner.run(plans, seed=seed).recording)
-        structure, check = find_structure(recordings, first)
+    for enough in FIT_ELEMENTS:
+        wanted = 2 + min(-(-enough // elements), MAX_EXTRA_RECORDINGS) if elements < enough else 2
+        if len(recordings) < wanted and (len(recordings) == 2 or not structure.linear):
+            for seed in range(len(recordings), wanted):
+                recordings.append(runner.run(plans, seed=seed).recording)
+            structure, check = find_structure(recordings, first)
     followed = len(structure.row_maps) < len(recordings[0].calls)
     if not first and not followed and structure.steps <= MIN_STEPS:
         raise NotParallelizable(f"the loop has only {structure.steps} steps.")
@@ -155,7 +162,7 @@ def probe_stage(
     record = passed.last
     stage = Stage(structure, first, RecordedCalls(record.calls, structure.row_maps))
     known = KnownOutputs(structure)
-    return StageProgress(stage, known, record, record.inputs[0], record.noise_terms(), passed.followed)
+    return StageProgress(stage, known, record, record.inputs[0], *record.noise_terms(), passed.followed)
 
 
 def _record_twice(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRecord) -> list[Recording]:

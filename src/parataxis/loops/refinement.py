@@ -94,7 +94,7 @@ class Refinement:
         allowed = max(tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
         good = estimate <= allowed
         self.improving = estimate <= 0.5 * self.smallest_estimate
-        satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms)
+        satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms, progress.noise_sizes)
         self.structure_outdated = progress.reused and not satisfied
         not_linear = not satisfied and not self.structure_outdated
         good &= not not_linear
