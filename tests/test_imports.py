@@ -44,6 +44,7 @@ ORDER = [
 ]
 LOOPS = [
     "signals",
+    "spool",
     "times",
     "rows",
     "calls",

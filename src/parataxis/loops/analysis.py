@@ -15,6 +15,7 @@ from .calls import Call, equal
 from .fit import HeldOutCheck, fit_recurrence
 from .rows import RowMap, StateSlice
 from .signals import NotParallelizable
+from .spool import looked_at
 from .structure import Recording, Structure, final_state
 
 __all__ = ["check_calls", "find_structure"]
@@ -58,7 +59,9 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
     count = max(calls_of_step[-1]) + 1
     for recording in recordings:
         for step in calls_of_step:
-            if not bool(torch.isfinite(states(recording.calls, step[0])).all()):
+            inputs = states(recording.calls, step[0])
+            looked_at(inputs)
+            if not bool(torch.isfinite(inputs).all()):
                 raise NotParallelizable(
                     f"the input of call {step[0]} is not finite although every output was: the loop divides by zero "
                     "there, or overflows; for a scheduler, choose another spacing, prediction type or number of steps."
@@ -113,6 +116,8 @@ def _row_maps(calls: Sequence[Call], other: Sequence[Call]) -> list[RowMap]:
                 raise NotParallelizable(
                     "an argument of the denoiser depends on its outputs and is not a floating-point tensor."
                 )
+            looked_at(left)
+            looked_at(right)
             mask = (left != right).reshape(left.shape)
             masks = changing.setdefault(name, {})
             masks[i] = mask | masks[i] if i in masks else mask
@@ -216,6 +221,7 @@ def _numbered_rows(
     for c in members:
         dtype = torch.promote_types(_state_leaf(recordings[0], row_maps, c).dtype, torch.float32)
         states = torch.cat([row_maps[c].states(recorded[c].leaves, dtype) for recorded in recordings], 1)
+        looked_at(states)
         rows.append((states + 0.0).cpu().numpy())  # -0 is 0
     if len({states.shape[1] for states in rows}) > 1:
         return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import upload
-from .calls import Call, CallKind, RecordedCalls, Role, equal, feeders_of
+from .calls import Call, CallKind, RecordedCalls, Role, copy_leaves, equal, feeders_of
 from .rows import RowIndex, RowMap, RowRequest, has_rows, row_index
 
 __all__ = ["KindCalls", "Layout", "Merging", "column_of_numbers", "split_outputs"]
@@ -67,7 +68,8 @@ class KindCalls:
     Attributes:
         recorded: All calls of the stage.
         kind: Which of them, and the roles of their leaves.
-        network: ``network(call, leaves, rows)`` calls the denoiser once and returns its output leaves.
+        network: ``network(call, leaves, rows)`` calls the denoiser once and returns its output leaves, which the next
+            call may overwrite.
     """
 
     recorded: RecordedCalls
@@ -98,14 +100,14 @@ class KindCalls:
             outputs = self.run_feeders(feeder, [request])
             for leaf, output in uses:
                 leaves[leaf] = outputs[output]
-        return self.network(call, leaves, row_map.rows)
+        return copy_leaves(self.network(call, leaves, row_map.rows))
 
     def run_feeders(self, feeder: int, requests: Sequence[RowRequest], layout: Layout | None = None) -> list[Any]:
         """Evaluate the calls whose outputs are arguments of the requested ones, before them."""
         offset = requests[0].call - feeder
         calls = KindCalls(self.recorded, self.recorded.kinds[feeder], self.network)
         feeding = [RowRequest(request.call - offset, request.rows, request.states) for request in requests]
-        return calls.run_single(feeding[0]) if layout is None else calls.run_ordered(feeding, layout)
+        return calls.run_single(feeding[0]) if layout is None else copy_leaves(calls.run_ordered(feeding, layout))
 
     def run_batched(self, requests: Sequence[RowRequest], layout: Layout) -> list[list[Any]]:
         """Evaluate several requests in one network call."""
@@ -129,6 +131,9 @@ class KindCalls:
     def build_batch(self, requests: Sequence[RowRequest], layout: Layout) -> list[Any]:
         """Return the argument leaves of one network call for the rows of all requests, in :meth:`order`."""
         order = self.order(requests)
+        states = torch.cat([request.states for request in requests])
+        if not np.array_equal(order, np.arange(len(order))):
+            states = states[row_index(order, states)]
         calls = [self.recorded.calls[request.call] for request in requests]
         row_map = self.row_map(requests[0].call)
         leaves: list[Any] = []
@@ -136,7 +141,9 @@ class KindCalls:
             values = [call.leaves[i] for call in calls]
             if role is Role.PER_ROW and layout.shared and all(equal(values[0], value) for value in values):
                 role = Role.SHARED
-            if role in (Role.PER_ROW, Role.STATE):
+            if role is Role.STATE and row_map.is_all_state(values[0]):
+                leaves.append(states.view(-1, *values[0].shape[1:]).to(values[0].dtype))
+            elif role in (Role.PER_ROW, Role.STATE):
                 parts = [value[row_index(q.rows, value)] for q, value in zip(requests, values, strict=True)]
                 leaves.append(torch.cat(parts)[row_index(order, parts[0])])
             elif role is Role.REPEATED_PER_ROW and layout.repeated:
@@ -152,8 +159,8 @@ class KindCalls:
                 leaves.append(column.view(-1, *(1,) * layout.column))
             else:
                 leaves.append(values[0].clone() if isinstance(values[0], Tensor) else values[0])
-        states = torch.cat([request.states for request in requests])
-        row_map.write(leaves, states[row_index(order, states)])
+        if not row_map.is_all_state(calls[0].leaves[row_map.slices[0].leaf]):
+            row_map.write(leaves, states)
         return leaves
 
 
@@ -165,7 +172,8 @@ def split_outputs(leaves: Sequence[Any], requests: Sequence[RowRequest], order: 
     for request in requests:
         index = position[first : first + len(request.rows)]
         first += len(request.rows)
-        outputs.append([leaf[row_index(index, leaf)] if has_rows(leaf, len(order)) else leaf for leaf in leaves])
+        parts = [leaf[row_index(index, leaf)] if has_rows(leaf, len(order)) else leaf for leaf in leaves]
+        outputs.append(parts if all(map(is_not, parts, leaves)) else copy_leaves(parts))
     return outputs
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .rows import RowMap, RowRequest, has_rows
+from .spool import Spool
 
 __all__ = [
     "Call",
@@ -53,13 +54,16 @@ def equal(left: Any, right: Any) -> bool:
         return False
 
 
-def copy_leaves(leaves: Sequence[Any], previous: Sequence[Any] | None = None) -> list[Any]:
+def copy_leaves(leaves: Sequence[Any], previous: Sequence[Any] | None = None, spool: Spool | None = None) -> list[Any]:
     """Copy tensors, because the loop may write to them; what equals the same leaf of ``previous`` is shared."""
     copies: list[Any] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             before = None if previous is None else previous[i]
-            copies.append(before if equal(leaf, before) else leaf.detach().clone())
+            if equal(leaf, before):
+                copies.append(before)
+            else:
+                copies.append(leaf.detach().clone() if spool is None else spool.copy(leaf))
         else:
             copies.append(leaf)
     return copies
@@ -282,12 +286,11 @@ def _roles(calls: Sequence[Call], row_map: RowMap, members: Sequence[int]) -> tu
     states = {piece.leaf for piece in row_map.slices}
     roles, ambiguous = [], False
     for i, leaf in enumerate(first.leaves):
+        if i in first.feeds or i in states:
+            roles.append(Role.FEEDER_OUTPUT if i in first.feeds else Role.STATE)
+            continue
         same = all(equal(calls[c].leaves[i], leaf) for c in members)
         role = _role(leaf, row_map, same)
-        if i in first.feeds:
-            role = Role.FEEDER_OUTPUT
-        elif i in states:
-            role = Role.STATE
         ambiguous |= role is Role.PER_ROW and same
         roles.append(role)
     return roles, ambiguous

@@ -11,7 +11,7 @@ from ..arrays import upload
 from ..engine.executor import out_of_memory
 from ..engine.rows import EvalBatch
 from .batch import Layout, Merging, column_of_numbers
-from .calls import Role
+from .calls import Role, copy_leaves
 from .evaluate import StageEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
@@ -68,7 +68,7 @@ class EqualStepsEvaluator:
         count, rows = len(batch.x), row_map.rows
         states = batch.x.reshape(count, -1)
         leaves = self._leaves(states, batch.step, layout)
-        outputs = self.merger.call(self.stage.calls.calls[0], leaves, rows * count)
+        outputs = copy_leaves(self.merger.call(self.stage.calls.calls[0], leaves, rows * count))
         self.merger.batched = True
         # Every call's rows: its parts of the blocks of all first rows, all second ones...
         parts = [

@@ -33,7 +33,7 @@ class RecordedRecurrence(Recurrence):
     def of(cls, progress: StageProgress) -> RecordedRecurrence:
         """Return the recurrence of a stage."""
         as_runs = progress.structure.as_runs
-        noise = torch.stack([as_runs(term) for term in progress.noise_terms], 1)
+        noise = progress.record.spool.stack([as_runs(term) for term in progress.noise_terms], 1)
         return cls(progress.structure.coefficients, as_runs(progress.start), noise, progress.known)
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
@@ -53,16 +53,17 @@ class ReplayedRecurrence(Recurrence):
     replays = True
     misfit: Array | None = None
     progress: StageProgress | None = None
-    run: weakref.ref[Callable[[int], StageRecord]] | None = None
+    run: weakref.ref[Callable[[int, int], StageRecord]] | None = None
 
     @classmethod
-    def of(cls, progress: StageProgress, run: Callable[[int], StageRecord]) -> ReplayedRecurrence:
+    def of(cls, progress: StageProgress, run: Callable[[int, int], StageRecord]) -> ReplayedRecurrence:
         """Return the recurrence of a stage.
 
         Args:
             progress: Of the stage.
-            run: A method that makes a pass up to a step and returns its record; held weakly, because what it belongs to
-                holds every tensor of the loop, and runs may live on until the garbage collector comes.
+            run: A method that makes a pass up to a step, and returns its record of the steps from another one on; held
+                weakly, because what it belongs to holds every tensor of the loop, and runs may live on until the
+                garbage collector comes.
         """
         structure = progress.structure
         misfit = np.full(structure.steps, 0.0 if structure.linear else UNKNOWN_MISFIT)
@@ -84,12 +85,12 @@ class ReplayedRecurrence(Recurrence):
         assert self.progress is not None
         self.progress.known.set_slopes(sample, first, counts, slopes)
 
-    def run_pass(self, last: int) -> None:
-        """Make one pass of the loop for all runs, up to step ``last``."""
+    def run_pass(self, first: int, last: int) -> None:
+        """Make one pass of the loop for all runs, up to step ``last``; states from ``first`` on are wanted."""
         assert self.progress is not None
         run = None if self.run is None else self.run()
         assert run is not None
-        self.progress.record = run(last)
+        self.progress.record = run(first, last)
 
     def states(self, sample: int, first: int, last: int) -> Tensor:
         """Return (n, dim) the states first .. last of a run in the latest pass."""

@@ -98,15 +98,14 @@ class StageEvaluator:
     ) -> Tensor:
         """Return the combined outputs of every state, and store all outputs."""
         structure = self.stage.structure
-        rows, items, weights = [], [], []
+        total = torch.zeros_like(states)
         before: dict[int, int] = {}  # rows of a sample in the calls of each step so far
         for request, items_of_rows, output in zip(requests, items_of_request, outputs, strict=True):
             row_map, q = structure.row_maps[request.call], structure.step_of_call[request.call]
             self.known.store_outputs(request.call, request.rows, output)
             guidance_index = row_map.guidance_index[request.rows] + before.get(q, 0)
             before[q] = int(guidance_index.max()) + 1
-            rows.append(row_map.answers(output, structure.dtype))
-            items.append(items_of_rows)
-            weights.append(structure.guidance_weights[q][guidance_index])
-        weighted = torch.cat(rows) * upload(np.concatenate(weights), states).unsqueeze(1)
-        return torch.zeros_like(states).index_add_(0, upload(np.concatenate(items), states.device), weighted)
+            weights = upload(structure.guidance_weights[q][guidance_index], states).unsqueeze(1)
+            weighted = row_map.answers(output, structure.dtype) * weights
+            total.index_add_(0, upload(items_of_rows, states.device), weighted)
+        return total

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..samplers.coefficients import Coefficients
 from .passes import StageRecord
 from .signals import NotParallelizable
+from .spool import looked_at
 from .structure import Recording, Structure, final_state, random_outputs
 
 __all__ = ["HeldOutCheck", "fit_recurrence", "fit_slopes"]
@@ -54,7 +55,7 @@ class HeldOutCheck(NamedTuple):
     def passes(self, noise_terms: Sequence[Tensor]) -> bool:
         """Return whether a pass has added the same."""
         for term, expected, bound in zip(noise_terms, self.noise_terms, self.allowed, strict=False):
-            actual = term.reshape(-1)[self.elements.to(term.device)].cpu().double().numpy()
+            actual = _at(term, self.elements)
             if not np.sqrt(((actual - expected) ** 2).mean()) <= bound:
                 return False
         return True
@@ -104,10 +105,11 @@ def fit_slopes(structure: Structure, first: StageRecord, second: StageRecord) ->
 
     They only turn slopes into growth and back: the loop itself says what follows from an output.
     """
+    elements = _elements(structure, ELEMENTS)
     states, outputs = [], []
     for record in (first, second):
-        states.append([state.cpu().double().reshape(-1).numpy() for state in record.states])
-        outputs.append([out[None].cpu().double().reshape(1, -1).numpy() for out in record.combined()])
+        states.append([*_gather(record.states, elements, len(record.states))])
+        outputs.append([*_gather(record.combined(), elements, structure.steps)[:, None]])
     fitted = _fit_steps(states, outputs, len(states[0]) - 1, np.inf)
     assert fitted is not None
     weights, coefficients = fitted
@@ -140,6 +142,20 @@ def _misfit(
     return np.array(left)
 
 
+def _gather(values: Iterable[Tensor], elements: Tensor, count: int) -> Array:
+    """Return some elements of each, (count, n), in one array that is made before anything large."""
+    gathered = np.empty((count, len(elements)))
+    for row, value in zip(gathered, values, strict=False):
+        row[:] = _at(value, elements)
+    return gathered
+
+
+def _at(values: Tensor, elements: Tensor) -> Array:
+    """Return some elements."""
+    looked_at(values)
+    return values.reshape(-1)[elements.to(values.device)].cpu().double().numpy()
+
+
 def _elements(structure: Structure, largest: int) -> Tensor:
     """Return which elements of all states are looked at."""
     total = structure.samples * structure.dim
@@ -155,19 +171,21 @@ def _measured(
     states: list[list[Array]] = []
     outputs: list[list[Array]] = []
     for calls, ending, seed in recordings:
-        states_of_pass, outputs_of_pass = [], []
-        for step in structure.calls_of_step:
+        counts = [sum(len(structure.row_maps[call].rows_of(0)) for call in step) for step in structure.calls_of_step]
+        # Made before anything large: small arrays would split the room that large ones leave.
+        states_of_pass = [np.empty(len(elements)) for _ in counts]
+        outputs_of_pass = [np.empty((count, len(elements))) for count in counts]
+        for step, state, answers in zip(structure.calls_of_step, states_of_pass, outputs_of_pass, strict=True):
             row_map = structure.row_maps[step[0]]
             index = [int(row_map.rows_of(s)[0]) for s in range(structure.samples)]
-            rows = row_map.states(calls[step[0]].leaves, structure.dtype).cpu().double()[index]
-            states_of_pass.append(rows.reshape(-1)[elements].numpy())
-            answers = _random_answers(structure, step, seed, first)
-            outputs_of_pass.append(np.stack([row[elements].numpy() for row in answers]))
+            state[:] = _at(row_map.states(calls[step[0]].leaves, structure.dtype)[index], elements)
+            for answer, row in zip(answers, _random_answers(structure, step, seed, first), strict=True):
+                answer[:] = _at(row, elements)
         final = None
         if structure.ends_with_state and ending:
             final = final_state(ending, structure.samples, structure.dim, structure.dtype)
         if final is not None:
-            sample = final.cpu().double().reshape(-1)[elements].numpy()
+            sample = _at(final, elements)
             if not states:
                 structure.final_scale = max(1.0, _rms(sample) / max(_rms(states_of_pass[-1]), 1e-30))
             states_of_pass.append(sample / structure.final_scale)
@@ -182,7 +200,7 @@ def _random_answers(structure: Structure, step: Sequence[int], seed: int, first:
     for call in step:
         row_map = structure.row_maps[call]
         outputs = random_outputs(structure.outputs[call], seed, first + call)
-        rows = row_map.answers(outputs, structure.dtype).cpu().double()
+        rows = row_map.answers(outputs, structure.dtype)
         places = [row_map.rows_of(s) for s in range(structure.samples)]
         if len({len(place) for place in places}) > 1:
             raise NotParallelizable("the denoiser evaluates some samples more often than others.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..arrays import upload
 from .rows import RowIndex
+from .spool import Spool
 from .structure import Structure
 
 __all__ = ["KnownOutputs"]
@@ -31,9 +32,9 @@ class KnownOutputs:
         extrapolation_slope: (S,) slopes with which the last evaluation answers for later steps; NaN: its own.
     """
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, spool: Spool | None = None) -> None:
         """Know nothing yet."""
-        self.structure = structure
+        self.structure, self._spool = structure, Spool() if spool is None else spool
         self.evaluated = np.zeros((structure.steps, structure.samples), bool)
         self.inputs_at_evaluation: list[Tensor | None] = [None] * structure.steps
         self.outputs: list[list[Any] | None] = [None] * len(structure.row_maps)
@@ -49,7 +50,7 @@ class KnownOutputs:
         row_map = self.structure.row_maps[call]
         stored = self.outputs[call]
         if len(rows) == row_map.rows and all(map(_is_whole, output, self.structure.outputs[call].leaves)):
-            self.outputs[call] = list(output)
+            self.outputs[call] = [self._spool.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in output]
             return
         if stored is None:
             like = self.structure.outputs[call].leaves
@@ -63,7 +64,7 @@ class KnownOutputs:
         """Store at which states (n, dim) these samples were evaluated at a step, and whether the outputs are finite."""
         inputs = self.inputs_at_evaluation[step]
         if len(samples) == self.structure.samples and np.array_equal(samples, np.arange(len(samples))):
-            self.inputs_at_evaluation[step], self.evaluated[step] = states.clone(), finite
+            self.inputs_at_evaluation[step], self.evaluated[step] = self._spool.copy(states), finite
             return
         if inputs is None:
             shape = self.structure.samples, self.structure.dim

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..engine.executor import out_of_memory
 from .batch import KindCalls, Layout, Merging
@@ -83,7 +82,7 @@ class Merger:
         return ranks.gather_trees(subject, evaluate_share, [recorded.form(request) for request in requests])
 
     def call(self, call: Call, leaves: Sequence[Any], rows: int) -> list[Any]:
-        """Call the network once; what it returns is copied, as its next call may overwrite it (CUDA graphs)."""
+        """Call the network once; its next call may overwrite what it returns (CUDA graphs)."""
         with call.context():
             args, kwargs = call.arguments(leaves)
             evaluate = partial(self.denoiser, call.module, args, kwargs)
@@ -92,7 +91,7 @@ class Merger:
         self.calls += 1
         self.rows += rows
         self.peak_rows = max(self.peak_rows, rows)
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten_output(output)[0]]
+        return flatten_output(output)[0]
 
     def _require_batching(self, recorded: RecordedCalls) -> None:
         """Raise :class:`NotParallelizable` unless some calls may be batched."""

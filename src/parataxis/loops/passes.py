@@ -5,6 +5,7 @@ A record belongs to one pass; the runner returns it, and nothing of it changes l
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..arrays import upload
 from .calls import Call, autocast_of, copy_leaves
+from .spool import Spool, looked_at
 from .structure import Recording, Structure, final_state
 
 __all__ = ["PassRecord", "StageRecord", "rows_of_samples"]
@@ -30,6 +32,7 @@ class StageRecord:
         final: (S, dim) the last state, if the loop ends with one.
         answers: What its calls were answered, (S, dim) for every row of a sample, where they were recorded.
         calls: The calls, where they were recorded.
+        spool: Keeps all these.
     """
 
     structure: Structure
@@ -37,6 +40,7 @@ class StageRecord:
     final: Tensor | None = None
     answers: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    spool: Spool = field(default_factory=Spool)
 
     @property
     def states(self) -> list[Tensor]:
@@ -56,7 +60,7 @@ class StageRecord:
         """Keep a copy of a call."""
         call.autocast = autocast_of(call.leaves) or call.autocast
         previous = next((before for before in reversed(self.calls) if before.spec == call.spec), None)
-        call.leaves = copy_leaves(call.leaves, None if previous is None else previous.leaves)
+        call.leaves = copy_leaves(call.leaves, None if previous is None else previous.leaves, self.spool)
         self.calls.append(call)
 
     def record_answer(self, call: int, leaves: Sequence[Any]) -> None:
@@ -64,7 +68,8 @@ class StageRecord:
         row_map = self.structure.row_maps[call]
         rows = row_map.answers(leaves, self.structure.dtype)
         places = [upload(row_map.rows_of(s), rows.device) for s in range(self.structure.samples)]
-        self.answers += [torch.stack([rows[place[k]] for place in places]) for k in range(len(places[0]))]
+        for k in range(len(places[0])):
+            self.answers.append(self.spool.keep(torch.stack([rows[place[k]] for place in places])))
 
     def finish(self, leaves: Sequence[Any] | None) -> None:
         """Take the last state from what the loop ends with."""
@@ -73,34 +78,37 @@ class StageRecord:
             final = final_state(leaves, structure.samples, structure.dim, structure.dtype)
             self.final = None if final is None else final / structure.final_scale
 
-    def combined(self) -> list[Tensor]:
-        """Return the combined outputs, (S, dim) a step."""
-        outputs, first = [], 0
+    def combined(self) -> Iterator[Tensor]:
+        """Yield the combined outputs, (S, dim) a step."""
+        first = 0
         for step in range(self.structure.steps):
             count = len(self.structure.guidance_weights[step])
-            outputs.append(self.structure.combine(step, self.answers[first : first + count]))
+            yield self.structure.combine(step, self.answers[first : first + count])
             first += count
-        return outputs
 
     def noise_terms(self) -> tuple[list[Tensor], list[float]]:
         """Return what the loop added at every step, (S, dim) each, and the sizes; zero behind the last state."""
-        pairs = list(self.noise_terms_with_sizes())
-        pairs += [(torch.zeros_like(self.inputs[0]), 0.0) for _ in range(self.structure.steps - len(pairs))]
+        pairs = [(self.spool.keep(term), size) for term, size in self.noise_terms_with_sizes()]
+        pairs += [(torch.zeros_like(self.inputs[0]), 0.0)] * (self.structure.steps - len(pairs))
         return [term for term, _ in pairs], [size for _, size in pairs]
 
     def noise_terms_with_sizes(self) -> Iterator[tuple[Tensor, float]]:
         """Yield what the loop added at each step, with the size of the terms that it is the difference of."""
-        coefficients, outputs, states = self.structure.coefficients, self.combined(), self.states
+        coefficients, states, combined = self.structure.coefficients, self.states, self.combined()
+        outputs: deque[Tensor] = deque(maxlen=coefficients.lags + 1)  # the latest first
         for i in range(len(states) - 1):
+            outputs.appendleft(next(combined))
             decay = float(coefficients.state_weight[i])
             term = states[i + 1] - decay * states[i]
             size = float(states[i + 1].norm()) + abs(decay) * float(states[i].norm())
             for lag in range(min(coefficients.lags, i) + 1):
                 weight = float(coefficients.output_weight[i, lag])
-                term.sub_(outputs[i - lag], alpha=weight)
+                term.sub_(outputs[lag], alpha=weight)
                 if lag < 2:
-                    size += abs(weight) * float(outputs[i - lag].norm())
+                    size += abs(weight) * float(outputs[lag].norm())
             yield term, size
+            looked_at(states[i])
+            looked_at(outputs[0])
 
     def __repr__(self) -> str:
         """Return the sizes."""

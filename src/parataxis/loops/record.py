@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .analysis import check_calls, find_structure
@@ -81,11 +80,10 @@ class StageProgress:
         """How the next pass answers its calls."""
         return AffineAnswers(self.known, self.output_noise)
 
-    def plan(self, last_step: int | None = None) -> StagePlan:
-        """Return how the next pass answers its calls, and how far it goes."""
-        return StagePlan(
-            self.structure, self.stage.first, self.answers, last_step, self.accepted, self.followed, self.callback_free
-        )
+    def plan(self, last_step: int | None = None, first_step: int = 0) -> StagePlan:
+        """Return how the next pass answers its calls, how far it goes, and from where on it keeps states."""
+        known = self.accepted, self.followed, self.callback_free
+        return StagePlan(self.structure, self.stage.first, self.answers, last_step, *known, first_step)
 
     def rebase(self) -> None:
         """Take what the loop adds along the way from the latest pass."""
@@ -95,7 +93,7 @@ class StageProgress:
     def trajectory(self) -> Tensor:
         """Return the states of the latest pass, (N + 1, S, dim); without a last state the one before is repeated."""
         record = self.record
-        return torch.stack(record.states if record.final is not None else [*record.inputs, record.inputs[-1]])
+        return record.spool.stack(record.states if record.final is not None else [*record.inputs, record.inputs[-1]])
 
 
 def record_stage(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRecord) -> StageProgress:
@@ -161,7 +159,7 @@ def probe_stage(
     passed = runner.run([*plans, plan])
     record = passed.last
     stage = Stage(structure, first, RecordedCalls(record.calls, structure.row_maps))
-    known = KnownOutputs(structure)
+    known = KnownOutputs(structure, runner.spool)
     return StageProgress(stage, known, record, record.inputs[0], *record.noise_terms(), passed.followed)
 
 

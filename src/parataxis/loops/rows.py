@@ -80,6 +80,11 @@ class RowMap:
         """(S,) the first row of every sample."""
         return torch.from_numpy(np.unique(self.sample_of_row, return_index=True)[1])
 
+    def is_all_state(self, leaf: Any) -> bool:
+        """Return whether an argument is the state and nothing else."""
+        whole = isinstance(leaf, Tensor) and self.batched and leaf[0].numel() == self.slices[0].size
+        return len(self.slices) == 1 and whole
+
     def rows_of(self, sample: int) -> RowIndex:
         """Return the rows of a sample."""
         return np.flatnonzero(self.sample_of_row == sample)

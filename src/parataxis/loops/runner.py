@@ -29,6 +29,7 @@ from .passes import PassRecord, StageRecord
 from .purity import check_pure
 from .randomness import RandomState
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, PassComplete
+from .spool import Spool
 from .stage_plan import StagePlan, answer_call
 from .structure import MIN_STEPS, random_outputs
 from .stubs import AlreadyParallel, OriginalCall, Stub, StubSwitch, install
@@ -54,6 +55,7 @@ class LoopRunner:
         loop_constants: Arguments of modules that the loop calls along the way and that do not depend on outputs.
         merger: Evaluates recorded calls by the real denoisers.
         other_seconds: Seconds of other modules that the loop calls, which run once for all passes.
+        spool: Keeps states and outputs of all passes.
     """
 
     def __init__(self, loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,6 +69,7 @@ class LoopRunner:
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks, times=loop.times)
         self.other_seconds = 0.0
         self.memo = ModuleMemo()
+        self.spool = Spool()
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
         self.world = World(loop.roots(args, kwargs), ignore=Stub)
@@ -252,7 +255,7 @@ class _Pass:
     ) -> None:
         self.runner, self.plans, self.callbacks = runner, list(plans), callbacks
         self.accept, self.at_stage = accept, at_stage
-        self.record = PassRecord([StageRecord(plan.structure) for plan in plans], seed)
+        self.record = PassRecord([StageRecord(plan.structure, spool=runner.spool) for plan in plans], seed)
         self.stub_seconds = 0.0  # all that is not the loop's own Python
         self._index = 0  # of the next call of a denoiser
         self._answered = False  # the loop has been given an output
@@ -399,7 +402,7 @@ class _Pass:
         calls, outputs = self.record.calls, self._random_outputs
         feeds = {i: outputs[id(leaf)][1:] for i, leaf in enumerate(leaves) if id(leaf) in outputs}
         previous = next((call for call in reversed(calls) if call.spec == spec), None)
-        copies = copy_leaves(leaves, None if previous is None else previous.leaves)
+        copies = copy_leaves(leaves, None if previous is None else previous.leaves, self.runner.spool)
         call = Call(module, spec, copies, feeds, autocast_of(leaves), Output(spec, []))
         call.output = self.runner.output_form(call)
         calls.append(call)

@@ -287,11 +287,9 @@ class LoopSolver:
                     f"{self.solver!r} needs a loop that is linear in its denoiser's outputs, and this one is not: "
                     "choose Secant or Picard."
                 )
-        guess = (
-            None
-            if self.refinement.guess is None
-            else torch.stack([structure.as_runs(states) for states in self.refinement.guess], 1)
-        )
+        guess = self.refinement.guess
+        if guess is not None:
+            guess = self.runner.spool.stack([structure.as_runs(states) for states in guess], 1)
         margin = REPLAY_ESTIMATE_MARGIN if self.refinement.replay_each_round else ESTIMATE_MARGIN
         tolerance, rounding = _solver_tolerance(self.tolerance / margin, structure)
         if ranks is not None:
@@ -313,10 +311,10 @@ class LoopSolver:
         report.steps = sum(stage.structure.steps for stage in self.stages)
         _count_runs(report, runs, structure.samples)
 
-    def replay_until(self, last_step: int) -> StageRecord:
-        """Replay the loop up to a step of the last stage."""
+    def replay_until(self, first_step: int, last_step: int) -> StageRecord:
+        """Replay the loop up to a step of the last stage; states before the first step are not kept."""
         plans = self.plans()
-        return self.runner.run([*plans[:-1], self.stages[-1].plan(last_step)]).last
+        return self.runner.run([*plans[:-1], self.stages[-1].plan(last_step, first_step)]).last
 
     def accept(self, record: StageRecord) -> bool:
         """Judge the replay of the last stage: may the loop go on behind it?"""

@@ -36,6 +36,7 @@ class StagePlan:
         first: Number of its first call.
         answers: What its calls are answered.
         last_step: The pass ends at the first call of a later step; None: it goes through the stage.
+        first_step: The first one whose input is kept.
         accepted: Whether the loop may go on behind the stage.
         followed: Whether a call of a denoiser follows the stage at once, if that is known.
         callback_free: What the stage was without callbacks: the pass ends where it differs.
@@ -48,6 +49,7 @@ class StagePlan:
     accepted: bool = False
     followed: bool | None = None
     callback_free: CallbackFree | None = None
+    first_step: int = 0
 
     @property
     def stop(self) -> int:
@@ -86,7 +88,8 @@ def answer_call(
     if call == structure.calls_of_step[step][0]:
         if plan.last_step is not None and step > plan.last_step:
             raise PassComplete
-        record.inputs.append(states[upload(rows_of_samples(structure, call), states.device)])
+        inputs = states[upload(rows_of_samples(structure, call), states.device)]
+        record.inputs.append(inputs.new_empty(0) if step < plan.first_step else record.spool.keep(inputs))
         if plan.callback_free is not None and not torch.equal(record.inputs[-1], plan.callback_free.inputs[step]):
             raise CallbackChangedLoop
     if plan.callback_free is not None and not _same_conditioning(structure, plan.callback_free.calls, call, leaves):

@@ -33,8 +33,8 @@ class Replays(Protocol):
         """Keep the slopes with which outputs move; the last of a sample holds for all later steps."""
         ...
 
-    def run_pass(self, last: int) -> None:
-        """Run one pass of the loop that reaches state ``last``."""
+    def run_pass(self, first: int, last: int) -> None:
+        """Run one pass of the loop that reaches state ``last``; states before ``first`` are not wanted."""
         ...
 
     def states(self, sample: int, first: int, last: int) -> Tensor:
@@ -62,8 +62,10 @@ class ReplayedWindow(Window):
         super().correct(slopes, None)
         slopes = np.where(self.inside, slopes, 0.0)
         loop, moved, before = self._loop, self.tensors.step, self.tensors.targets
-        loop.run_pass(min(int(self.hi.max()) + int(self.width.max()), self.problem.steps))
-        for row in np.flatnonzero(self.width):
+        present = np.flatnonzero(self.width)
+        last = min(int(self.hi.max()) + int(self.width.max()), self.problem.steps)
+        loop.run_pass(int(self.lo[present].min()), last)
+        for row in present:
             states = loop.states(int(self.places[row]), int(self.lo[row]) + 1, int(self.hi[row]))
             moved[row, : self.width[row]] = states.to(moved)
         inside = upload(self.inside, moved.device)
@@ -98,7 +100,7 @@ class ReplayedWindow(Window):
         self._loop.note_slopes(
             self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None]
         )
-        self._loop.run_pass(int((hi + entering)[rows].max()))
+        self._loop.run_pass(int(hi[rows].min()), int((hi + entering)[rows].max()))
         x = self.tensors.x
         for row in rows:
             states = self._loop.states(int(self.places[row]), int(hi[row]) + 1, int(hi[row] + entering[row]))
