@@ -458,3 +458,15 @@ def test_floor_is_what_the_network_makes_of_its_batch():
     with pytest.raises(ValueError, match=r"tolerance 1e-05 is below the floor \d\.\d+e-05 of this network"):
         px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-5, numerical_floor=found)
     assert px.sample(rough, noise, sampler, px.Secant(), tolerance=1e-2, numerical_floor=found).converged
+
+
+@pytest.mark.parametrize(("kind", "chaotic"), [("chaotic", True), ("linear", False), ("saturated", False)])
+def test_floor_is_what_a_loop_makes_of_a_last_place(kind, chaotic):
+    """Near 1 for a loop whose sample a last place of its noise decides, though its rows do not depend on each other."""
+    sampler, network = problems.hard_sampler("clipped", 40), problems.pointwise(kind, 2.0)
+    noise = problems.noise(1, torch.float32)
+    start, moved = (px.sample(network, x, sampler, px.Sequential()).x for x in (noise, noise * (1 + 1e-7)))
+    floor = px.numerical_floor(network, noise, sampler)
+    assert (floor > 0.3) == (problems.relative(moved, start) > 0.3) == chaotic
+    if not chaotic:
+        assert floor < 1e-5

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -433,10 +434,17 @@ def numerical_floor(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     rows: int = 8,
 ) -> float:
-    """Measure the relative error below which samples of a network cannot be compared: its own batch dependence.
+    """Measure the relative error below which samples of a network cannot be compared.
 
-    Kernels for one row and for several round differently. The floor is |x_1 - x_n| / |x_1|, the worst of the samples,
-    where x_n is the sequential loop's sample if every call holds its row n times. It takes 2 N calls for each sample.
+    Kernels for one row and for several round differently, and a loop may make much of little. So the floor is the
+    larger of two differences |x_1 - x| / |x_1|, the worst of the samples. x_1 is the sequential loop's sample, and x
+    its sample
+
+    - if every call holds its row n times;
+    - if the first state and every input of the network move by a unit in their last place, up or down at random. Any
+      two orders of the same arithmetic do as much, so a chaotic loop has a floor near 1 whatever its network does.
+
+    It takes 3 N calls for each sample.
 
     Args:
         denoise: As for :func:`parataxis.sample`.
@@ -447,8 +455,7 @@ def numerical_floor(
         rows: n, how many rows a round will have.
 
     Returns:
-        The floor, 0 for networks whose rows do not depend on their number; for ``numerical_floor=`` of
-        :func:`parataxis.sample`.
+        The floor; for ``numerical_floor=`` of :func:`parataxis.sample`.
     """
     sampler = as_sampler(sampler)
     check_inputs(noise, condition)
@@ -457,15 +464,25 @@ def numerical_floor(
     recurrence = sampler.recurrence(_states(noise), generator, noise.dtype)
     network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
 
-    def samples(count: int) -> Tensor:
-        def repeated(row: EvalBatch) -> Tensor:
-            return network(EvalBatch(*(part.repeat_interleave(count, 0) for part in row)))[:1]
+    draw = torch.Generator().manual_seed(0)
+    unit = torch.finfo(recurrence.start.dtype).eps
 
-        runs = start(sampler, recurrence, Sequential(), dtype=noise.dtype)
+    def moved(x: Tensor) -> Tensor:
+        return x * (1 + unit * (2 * torch.randint(2, x.shape, generator=draw) - 1).to(x))
+
+    def samples(begun: Recurrence, call: Callable[[EvalBatch], Tensor]) -> Tensor:
+        runs = start(sampler, begun, Sequential(), dtype=noise.dtype)
         with torch.no_grad():
-            for _ in drive(runs, Executor(repeated, max_rows=1)):
+            for _ in drive(runs, Executor(call, max_rows=1)):
                 pass
         return torch.stack([run.solution.x for run in runs]).flatten(1).double()
 
-    alone, among = samples(1), samples(rows)
-    return float(((among - alone).norm(dim=1) / alone.norm(dim=1)).max())
+    def repeated(row: EvalBatch) -> Tensor:
+        return network(EvalBatch(*(part.repeat_interleave(rows, 0) for part in row)))[:1]
+
+    alone = samples(recurrence, network)
+    others = (
+        samples(recurrence, repeated),
+        samples(replace(recurrence, start=moved(recurrence.start)), lambda row: network(row._replace(x=moved(row.x)))),
+    )
+    return max(float(((other - alone).norm(dim=1) / alone.norm(dim=1)).max()) for other in others)
