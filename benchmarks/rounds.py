@@ -115,9 +115,9 @@ def _data() -> Tensor:
     return centres[torch.arange(40) % 8] + 0.3 * torch.randn(40, DATA_DIM, generator=generator)
 
 
-def seeds_of(steps: int) -> int:
+def seeds_of(steps: int, most: int = 16) -> int:
     """Return how many seeds a cell has."""
-    return 16 if steps <= 100 else 4 if steps <= 250 else 2
+    return min(most, 16 if steps <= 100 else 4 if steps <= 250 else 2)
 
 
 def cells(names: Sequence[str], chosen_steps: Sequence[int], kinds: Sequence[str] | None) -> list[tuple[Any, ...]]:
@@ -136,9 +136,18 @@ def cells(names: Sequence[str], chosen_steps: Sequence[int], kinds: Sequence[str
     return sorted(found, key=lambda cell: cell[0])
 
 
-def run(chosen: Problem, sampler: px.Sampler, solver: Any, tolerance: float, reference: dict[Any, Tensor]) -> Any:
+def run(
+    chosen: Problem,
+    sampler: px.Sampler,
+    solver: Any,
+    tolerance: float,
+    reference: dict[Any, Tensor],
+    *,
+    seeds: int = 16,
+    least: float = TARGETS[-1],
+) -> Any:
     """Solve one cell; yield (seed, target, rounds, evaluations, peak width, error)."""
-    count = seeds_of(sampler.steps)
+    count = seeds_of(sampler.steps, seeds)
     noise = torch.stack(
         [torch.randn(chosen.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
     )
@@ -166,14 +175,14 @@ def run(chosen: Problem, sampler: px.Sampler, solver: Any, tolerance: float, ref
     def watch(runs: Sequence[px.Run]) -> None:
         for index, run in enumerate(runs):
             numbers[run] = index
-            if full and (index, TARGETS[-1]) not in reached:
+            if full and (index, least) not in reached:
                 now = error(run.estimate, index)
                 for target in TARGETS:
                     if now <= target:
                         reached.setdefault((index, target), (run.rounds, run.evaluations, run.peak_width, now))
 
     def enough(run: px.Run) -> bool:
-        return full and (numbers[run], TARGETS[-1]) in reached
+        return full and (numbers[run], least) in reached
 
     result = solve(solver, tolerance=tolerance, on_round=watch, stop=enough)
     if full:
@@ -191,6 +200,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--solvers", nargs="+", help="names in the table; default: all")
     parser.add_argument("--samplers", nargs="+", help="default: all that a model admits")
+    parser.add_argument("--widths", nargs="+", help="of windows, or full; default: all")
+    parser.add_argument("--seeds", type=int, default=16, help="most seeds of a cell")
+    parser.add_argument("--least", type=float, default=TARGETS[-1], help="error at which runs of full width stop")
     parser.add_argument("--hours", type=float, default=100.0, help="stop after this long; go on another time")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -217,10 +229,13 @@ def main() -> None:
                 continue
             if options.solvers is not None and label not in options.solvers:
                 continue
+            if options.widths is not None and str(width or "full") not in options.widths:
+                continue
             sampler = chosen.make(name, steps)
             if solver.unsupported(sampler.coefficients) is not None:
                 continue
-            for seed, target, rounds, evaluations, peak, error in run(chosen, sampler, solver, tolerance, reference):
+            rows = run(chosen, sampler, solver, tolerance, reference, seeds=options.seeds, least=options.least)
+            for seed, target, rounds, evaluations, peak, error in rows:
                 cell = [chosen.name, name, steps, label, repr(solver), width or "full", seed, target]
                 writer.writerow(dict(zip(COLUMNS, [*cell, rounds, evaluations, peak, f"{error:.3e}"], strict=True)))
             file.flush()
