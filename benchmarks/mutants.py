@@ -1,10 +1,12 @@
-"""Mutations: each mechanism of the package is broken once, and the tests of its file have to notice.
+"""Mutations: each mechanism of the package is broken once, and the tests have to notice.
 
 ``python benchmarks/mutants.py [--out benchmarks/results/mutants.csv] [--only WORD]``. A mutation is a line of the
-package and what it becomes; it has to stand in exactly one place. Each runs in a process of its own, forked with torch
-loaded, on a changed copy of the package, with the test files named beside it; of parametrized tests a few cases. A
-mutation that survives these is tried again with more cases. Mutations that are in the table already are left out, so
-the script goes on where it was stopped.
+package and what it becomes; it has to stand in exactly one place. First all tests run once under coverage, a few cases
+of each, which says what test executes what line; that is kept in ``out/mutants.json`` until a file changes. Each
+mutation then meets the tests that execute its line, the fastest first, on a changed copy of the package, in a process
+of its own, forked with torch loaded. What survives these is tried with whole test files, which start processes too. A
+mutation is only called killed if the same test passes on the package as it is. Mutations that are in the table already
+are left out, so the script goes on where it was stopped.
 """
 
 # ruff: noqa: E501  # one mutation a line, whatever its length
@@ -13,19 +15,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # Loaded once, here, as they take longest: every mutation is tried in a fork of this process.
+import coverage
 import diffusers  # noqa: F401
+import numpy as np
 import pytest
 import safetensors.torch  # noqa: F401
 import torch
@@ -33,42 +40,46 @@ import torch.distributed.device_mesh
 import tqdm.auto  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "parataxis"
 OUT = ROOT / "benchmarks" / "results" / "mutants.csv"
+KEPT = ROOT / "out" / "mutants.json"
 FIELDS = ("mutation", "file", "line", "becomes", "killed", "by", "seconds")
-CASES, MORE_CASES = 2, 8  # of each parametrized test
-SLOW = ("sigterm", "100_steps", "other_kinds", "processes", "stream_and_batch")  # tests for what survives the others
-SECONDS = 600  # after which a mutation that hangs counts as killed
+TRACED = (
+    "samplers",
+    "solvers",
+    "engine",
+    "loops",
+    "cli",
+    "test_sample.py",
+    "test_stream.py",
+    "test_files.py",
+    "test_properties.py",
+    "test_planning.py",
+)
+CASES, MORE_CASES = 4, 12  # of each parametrized test
+SLOW = ("100_steps", "other_kinds", "two_agents", "scaling")  # tests that are left to the whole files
+ENOUGH = 60.0  # seconds of tests that a mutation meets at first
 
-UNITS = "solvers/test_error_estimate.py solvers/test_correction.py test_properties.py"
-SUITES = {
-    "laws": UNITS,
-    "picard": "solvers/test_picard.py " + UNITS,
-    "anderson": UNITS,
-    "secant": UNITS,
-    "window": "engine/test_failures.py engine/test_checkpoint.py " + UNITS,
-    "parareal": "engine/test_failures.py engine/test_checkpoint.py test_properties.py",
-    "speculative": "engine/test_checkpoint.py engine/test_failures.py test_properties.py",
-    "batch": "engine/test_failures.py engine/test_checkpoint.py",
-    "run": "engine/test_failures.py engine/test_checkpoint.py test_properties.py",
+# Whole files for what survives: those of the mechanism, which may start processes that coverage does not see.
+FILES = {
+    "laws": "solvers/test_laws.py solvers/test_hard_problems.py solvers/test_hard_laws.py solvers/test_low_precision.py",
+    "picard": "solvers/test_picard.py solvers/test_paradigms.py solvers/test_laws.py",
+    "anderson": "solvers/test_anderson.py solvers/test_laws.py",
+    "secant": "solvers/test_laws.py solvers/test_hard_problems.py solvers/test_hard_laws.py solvers/test_low_precision.py",
+    "window": "engine/test_failures.py engine/test_checkpoint.py solvers/test_laws.py",
+    "parareal": "solvers/test_parareal.py solvers/test_laws.py",
+    "speculative": "solvers/test_speculative.py",
+    "batch": "engine/test_failures.py engine/test_checkpoint.py test_stream.py",
+    "run": "engine/test_failures.py engine/test_checkpoint.py test_sample.py",
     "stream": "engine/test_failures.py test_stream.py",
     "executor": "engine/test_executor.py",
     "checkpoint": "engine/test_checkpoint.py test_files.py",
-    "files": "test_files.py",
-    "plain": "engine/test_plain.py",
-    "samplers": "samplers/test_recurrence.py samplers/test_schedules.py samplers/test_samplers.py",
-    "loops": "loops/test_fit.py loops/test_solver.py",
-    "cli": "cli/test_sample.py",
-    "ranks": "engine/test_distributed.py",
-}
-# Of what survives those: tests that take longer.
-LONGER = {
-    **dict.fromkeys(SUITES, "solvers/test_laws.py solvers/test_hard_problems.py test_sample.py"),
-    "anderson": "solvers/test_anderson.py solvers/test_laws.py",
-    "parareal": "solvers/test_parareal.py solvers/test_laws.py",
-    "speculative": "solvers/test_speculative.py",
+    "files": "test_files.py test_sample.py",
+    "plain": "engine/test_plain.py engine/test_distributed.py",
     "samplers": "samplers/test_from_scheduler.py test_sample.py",
-    "loops": "loops/test_merger.py loops/test_purity.py loops/test_runner.py",
-    "cli": "cli/test_plan.py cli/test_app.py",
+    "loops": "loops/test_fit.py loops/test_solver.py loops/test_merger.py loops/test_runner.py",
+    "cli": "cli/test_sample.py cli/test_plan.py cli/test_app.py",
+    "ranks": "engine/test_distributed.py",
 }
 
 
@@ -101,7 +112,7 @@ MUTATIONS = [
     M("laws", "slope errors are ignored", "local = safety * np.exp(level[:, 1:] + np.logaddexp.accumulate(missed, 1))", "local = np.zeros_like(left[:, 1:])"),
     M("laws", "slope errors do not add up", "np.logaddexp.accumulate(missed, 1))", "missed)"),
     M("laws", "no safety of the slope error", "SLOPE_ERROR_SAFETY = 4.0", "SLOPE_ERROR_SAFETY = 0.04"),
-    M("laws", "growth is forgotten in the local error", "level = np.add.accumulate(logs(growth), 1)", "level = np.zeros_like(growth)"),
+    M("laws", "growth is forgotten in the local error", "level = np.add.accumulate(logs(growth), 1)  # log of", "level = np.zeros_like(growth)  # log of"),
     M("laws", "no cap by the moves", "np.minimum(cap[:, 1:], np.maximum(local, smallest))", "np.maximum(local, smallest)"),
     M("laws", "no least remainder of a move", "np.maximum(local, smallest)", "local"),
     M("laws", "something remains where nothing moved", "moved = np.logical_or.accumulate(moves > 0, 1)[:, 1:]", "moved = np.ones_like(moves, bool)[:, 1:]"),
@@ -110,7 +121,7 @@ MUTATIONS = [
     M("laws", "gain ignores measured growth", "gain = behind * (whole.take(at)", "gain = 1.0 * (whole.take(at)"),
     M("laws", "gain trusts steps that were never measured", "last = np.where(measured[:, 0], (np.argmin(measured, 1) - 1) % width, 0)", "last = np.full(samples, width - 1)"),
     M("laws", "carried errors do not grow", "return error[:, None] * np.multiply.accumulate(gamma, 1)", "return error[:, None] * np.ones_like(gamma)"),
-    M("laws", "carried errors are forgotten", "self.accepted = np.hypot(carry, left)", "self.accepted = left"),
+    M("laws", "carried errors are forgotten", "np.hypot(np.hypot(carry, left), FLOOR_SHARE * floor)", "np.hypot(left, FLOOR_SHARE * floor)"),
     M("laws", "report has no safety", "self.reported = REPORTED * self.accepted * share", "self.reported = 0.03 * self.accepted * share"),
     M("laws", "relative to nothing", "share = gain / size[:, None]", "share = gain"),
     M("laws", "overflows are not noticed", "                values[np.isnan(values)] = np.inf  # of an overflow nothing is known", "                values[np.isnan(values)] = 0.0"),
@@ -121,7 +132,7 @@ MUTATIONS = [
     M("laws", "smallest prediction is the present one", "smallest = self.variances.min(1)", "smallest = self.variances[:, 0]"),
     M("laws", "rounding of moves is taken for a slope", "near = frame.evaluated & (size > self.smallest_move)", "near = frame.evaluated & (size > 0)"),
     M("laws", "moves of steps that are new are measured", "near = frame.evaluated & (size > self.smallest_move)", "near = (size > self.smallest_move)"),
-    M("laws", "largest growth is forgotten", "np.fmax(growth, grown, out=growth, where=telling)", "np.copyto(growth, grown, where=telling)"),
+    M("laws", "largest growth is forgotten", "np.fmax(growth, np.sqrt(np.maximum(square, 0.0)) / moved, out=growth, where=telling)", "np.copyto(growth, np.sqrt(np.maximum(square, 0.0)) / moved, where=telling)"),
     M("laws", "error record does not move with the window", "        self.known = self.shifted[frame.rows, :, count]", "        pass"),
     # -- correction ------------------------------------------------------------------------------------------------
     M("laws", "residuals are not propagated", "        np.multiply.accumulate(chunk, axis=1, out=chunk)\n", "        chunk[:] = 0\n"),
@@ -144,7 +155,7 @@ MUTATIONS = [
     M("window", "no slope for a growth", "return np.asarray((growth - self.a) * self.b_inverse)", "return np.asarray(growth * self.b_inverse)"),
     # -- windows ---------------------------------------------------------------------------------------------------
     M("window", "an output that is not finite is not repaired", "nearest = np.maximum.accumulate(np.where(finite, np.arange(len(finite)), -1))\n        outputs = outputs.index_select(0, upload(nearest, outputs.device))\n        flags", "flags"),
-    M("window", "repaired outputs count as finite", "flags[chosen] = finite", "flags[chosen] = True"),
+    M("window", "repaired outputs count as finite", "flags[nodes] = finite", "flags[nodes] = True"),
     M("window", "window does not end at the sample", "self.hi = np.minimum(self.lo + width, steps)", "self.hi = np.minimum(self.lo + width, steps - 1)"),
     M("window", "coarse strides have no last node", "return self.inside & ((offset % self.stride[:, None] == 0) | last)", "return self.inside & (offset % self.stride[:, None] == 0)"),
     M("window", "strides are ignored", "return self.inside & ((offset % self.stride[:, None] == 0) | last)", "return self.inside"),
@@ -185,7 +196,7 @@ MUTATIONS = [
     M("speculative", "rejected noise is not reflected", "coefficient = tested.whitened_offset() - 1", "coefficient = -tested.whitened_offset()"),
     M("speculative", "block decides with the plain ratio", "min(0.0, log_probabilities[-1] + float(ratio))", "min(0.0, float(ratio))"),
     M("speculative", "block's noise is not renewed", "        tested.renew_noise(rejected)\n", ""),
-    M("speculative", "residual is drawn from its mode", "share = high - size - 40.0, uniform * _mass(high, chance, size)", "share = high - size - 40.0, 0.5 * _mass(high, chance, size)"),
+    M("speculative", "residual is drawn from its mode", "share = high - size - 40.0, uniform * mass_below(high, chance, size)", "share = high - size - 40.0, 0.5 * mass_below(high, chance, size)"),
     M("speculative", "rounds go on behind a step without noise", "stops = np.where(local.noise_std == 0, np.arange(1, self.steps + 1), self.steps)", "stops = np.full(self.steps, self.steps)"),
     M("speculative", "proposals have no noise", "added = tested.noise(step).addcmul_(f, factors[1])", "added = (0 * tested.noise(step)).addcmul_(f, factors[1])"),
     # -- batches, runs, failures -----------------------------------------------------------------------------------
@@ -210,18 +221,18 @@ MUTATIONS = [
     M("executor", "buckets are not padded", "size = next((bucket for bucket in self.buckets if bucket >= taken), taken)", "size = taken"),
     M("executor", "padding is not cut off", "part.step.numpy())[:taken]", "part.step.numpy())"),
     M("executor", "shapes are not looked at", "    if tuple(outputs.shape) != shape:", "    if False:"),
-    M("executor", "dtypes are not looked at", "    if outputs.dtype != dtype:", "    if False:"),
+    M("executor", "dtypes are not looked at", " and outputs.shape == shape and outputs.dtype == dtype:", " and outputs.shape == shape:"),
     # -- stop and resume, files ------------------------------------------------------------------------------------
     M("checkpoint", "states of other solves are taken", "    if differing:\n        texts", "    if False:\n        texts"),
-    M("checkpoint", "random stream is not kept", '    if "stream" in own:\n', "    if False:\n"),
+    M("checkpoint", "random stream is not kept", '    if "stream" in about:\n', "    if False:\n"),
     M("checkpoint", "noise drawn anew is not kept", '        state["noise"] = noise[place].flatten(1).clone()', "        pass"),
     M("checkpoint", "history is not kept", "    run.history = [Round(", "    _ = [Round("),
     M("checkpoint", "file is not removed at the end", "                checkpoint.unlink(missing_ok=True)", "                pass"),
-    M("checkpoint", "signals end a solver between rounds", "        if self._open:\n            raise KeyboardInterrupt", "        raise KeyboardInterrupt"),
+    M("checkpoint", "signals end a solver between rounds", "        if self._open:\n            before = ", "        if True:\n            before = "),
     M("checkpoint", "a signal that came between rounds is lost", "            if self._pending:\n                raise KeyboardInterrupt\n            yield", "            yield"),
     M("checkpoint", "Parareal forgets how far it was", "        for tick in islice(self._schedule, self.ticks):", "        for tick in islice(self._schedule, 0):"),
     M("files", "times of a trajectory are not compared", "    if times != sampler.times.tolist():", "    if False:"),
-    M("files", "floor may be NaN", "    if not (is_finite(numerical_floor) and numerical_floor >= 0):", "    if False:"),
+    M("files", "floor may be NaN", "    if not (is_finite(floor) and floor >= 0):", "    if False:"),
     M("files", "preview streak of one is enough", "        return streak >= 2", "        return streak >= 1"),
     M("files", "previews that stand still before the sample count", "streak + 1 if quiet and change <= previous else 0", "streak + 1 if quiet else 0"),
     M("files", "change is absolute", "<= self.bound * float(estimate.norm())", "<= self.bound"),
@@ -231,7 +242,7 @@ MUTATIONS = [
     M("samplers", "noise is not taken out of the direction", "direction = np.sqrt(np.maximum(sigma_next**2 - noise**2, 0.0))", "direction = sigma_next"),
     M("samplers", "noise has no coefficient", "            noise_std=noise * after,\n", "            noise_std=0 * noise,\n"),
     M("samplers", "scale of the next state is left out", "state_weight=decay * after / self.scale[:-1],", "state_weight=decay,"),
-    M("samplers", "slope of Gaussian data has no signal", "target = alpha * variance / (alpha**2 * variance + sigma**2) / scale", "target = variance / (alpha**2 * variance + sigma**2) / scale"),
+    M("samplers", "slope of Gaussian data has no signal", "alpha**2, sigma**2, alpha / scale", "alpha**2, sigma**2, 1 / scale"),
     M("samplers", "small weights are kept", "row[np.abs(row) < 1e-12 * max(", "row[np.abs(row) < 0 * max("),
     M("samplers", "coarse steps add no noise", "                state = state + self.noise[:, first + i]\n", "                pass\n"),
     # -- loops -----------------------------------------------------------------------------------------------------
@@ -242,7 +253,7 @@ MUTATIONS = [
     M("loops", "no margin over the solver's estimate", "ESTIMATE_MARGIN = 2 ", "ESTIMATE_MARGIN = 0.002 "),
     M("loops", "replay above the tolerance is accepted", "        good = estimate <= allowed\n", "        good = True\n"),
     M("loops", "guidance weights are equal", "weights.append(largest_use / total if", "weights.append(equal_parts if"),
-    M("loops", "no longer memory is tried", "LAGS = 5", "LAGS = 0"),
+    M("loops", "no longer memory is tried", "LAGS = 12 ", "LAGS = 0 "),
     M("loops", "layouts are not compared", "        if distance != 0:  # or not a number", "        if False:"),
     # -- command line ----------------------------------------------------------------------------------------------
     M("cli", "all samples have one seed", "manual_seed(seed + index)", "manual_seed(seed)"),
@@ -250,31 +261,186 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-class FewCases:
-    """Keeps some cases of each parametrized test, spread over all of them."""
+class Cases:
+    """Keeps some cases of each parametrized test, spread over all of them; notes how long each takes, and what fails.
 
-    def __init__(self, cases: int) -> None:
-        self.cases, self.failed = cases, ""
+    Args:
+        count: Of cases of a test.
+        chosen: Node ids, in the order in which they are run; None for all.
+        entered: Called with the id of each test before it runs.
+    """
+
+    def __init__(self, count: int, chosen: Sequence[str] | None, entered: Callable[[str], None] | None) -> None:
+        self.count, self.chosen, self.entered, self.failed = count, chosen, entered, ""
+        self.seconds: dict[str, float] = {}
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Drop the others."""
+        if self.chosen is not None:
+            of_id = {item.nodeid: item for item in items}
+            items[:] = [of_id[name] for name in self.chosen if name in of_id]
+            return
         of_test: dict[str, list[Any]] = {}
         for item in items:
-            of_test.setdefault(item.nodeid.split("[")[0], []).append(item)
-        if self.cases == CASES:
-            of_test = {name: cases for name, cases in of_test.items() if not any(word in name for word in SLOW)}
+            if self.count != CASES or not any(word in item.nodeid for word in SLOW):
+                of_test.setdefault(item.nodeid.split("[")[0], []).append(item)
         # An odd part of the cases, so that products of parameters are not met at the same one each time.
-        items[:] = [case for cases in of_test.values() for case in cases[:: -(-len(cases) // self.cases) | 1]]
+        items[:] = [case for cases in of_test.values() for case in cases[:: -(-len(cases) // self.count) | 1]]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+        """Say what runs, and take its time."""
+        if self.entered is not None:
+            self.entered(item.nodeid)
+        began = time.process_time()
+        result = yield
+        self.seconds[item.nodeid] = time.process_time() - began
+        return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note the test that fails."""
         if report.failed:
-            self.failed = self.failed or report.nodeid.split("[")[0]
+            self.failed = self.failed or report.nodeid
+
+
+class Tests(NamedTuple):
+    """Some tests, and how long they may take."""
+
+    files: Sequence[str]
+    chosen: Sequence[str] | None = None
+    cases: int = MORE_CASES
+    seconds: float = 900.0
+
+
+def run_tests(tests: Tests, cases: Cases, folder: str) -> int:
+    """Run tests on a copy of the package, in this process, until one fails."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "parataxis"]:
+        sys.exit(f"{name} is loaded already: the copy would not be tested.")
+    sys.path[:0] = [folder, str(ROOT / "tests")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT / "tests")])
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they would say that they cannot be rewritten any more
+    os.chdir(ROOT)
+    stop = ["-x"] if cases.entered is None else []
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        return int(pytest.main([*stop, "-q", "-p", "no:cacheprovider", *tests.files], plugins=[cases]))
+
+
+def in_fork(work: Callable[[Any], None], seconds: float) -> Any:
+    """Return what ``work`` sends, ``"timeout"``, or None if its process ended without a word."""
+    fork = multiprocessing.get_context("fork")
+    results = fork.SimpleQueue()
+    process = fork.Process(target=work, args=(results,))
+    process.start()
+    end = time.monotonic() + seconds
+    # Read while it works: a long answer does not fit into the pipe.
+    while process.is_alive() and results.empty() and time.monotonic() < end:
+        process.join(0.05)
+    answer = results.get() if not results.empty() else "timeout" if process.is_alive() else None
+    if answer == "timeout":
+        process.kill()
+    process.join()
+    return answer
+
+
+def first_failure(folder: Path, tests: Tests) -> str:
+    """Return the test that fails on a copy of the package, ``timeout``, or nothing."""
+
+    def work(results: Any) -> None:
+        cases = Cases(tests.cases, tests.chosen, None)
+        code = run_tests(tests, cases, str(folder))
+        results.put((code, cases.failed))
+
+    answer = in_fork(work, tests.seconds)
+    if answer == "timeout":
+        return "timeout"
+    if answer is None:
+        return "crash"
+    code, failed = answer
+    if code not in (0, 1, 2, 5):  # 5: no test was chosen
+        sys.exit(f"{tests} could not be run: pytest ended with {code}.")
+    return failed or ("import" if code == 2 else "" if code in (0, 5) else "session")
+
+
+@cache
+def passes_unbroken(test: str) -> bool:
+    """Return whether a test passes on the package as it is: else it would notice everything."""
+    if "::" not in test:
+        return first_failure(PACKAGE.parent, Tests(["tests/test_imports.py"])) == ""
+    return first_failure(PACKAGE.parent, Tests([test.split("::")[0]], [test])) == ""
+
+
+class Executed:
+    """What test executes what line of the package."""
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.seconds: dict[str, float] = known["seconds"]
+        self.lines: dict[str, dict[str, list[int]]] = known["lines"]
+        self.names = list(self.seconds)
+
+    @classmethod
+    def of_package(cls) -> Executed:
+        """Return it from the file, or trace all tests."""
+        key = hashlib.sha256()
+        for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
+            key.update(path.read_bytes())
+        if KEPT.exists():
+            known = json.loads(KEPT.read_text())
+            if known["key"] == key.hexdigest():
+                return cls(known)
+
+        def work(results: Any) -> None:
+            # sysmon, the default of late Pythons, has no contexts.
+            trace = coverage.Coverage(data_file=None, source=[str(PACKAGE)], config_file=False)
+            trace.start()
+            cases = Cases(CASES, None, trace.switch_context)
+            run_tests(Tests([f"tests/{name}" for name in TRACED]), cases, str(PACKAGE.parent))
+            trace.stop()
+            number = {name: i for i, name in enumerate(cases.seconds)}
+            lines = {
+                str(Path(file).relative_to(PACKAGE)): {
+                    str(line): [number[name] for name in names if name in number]
+                    for line, names in trace.get_data().contexts_by_lineno(file).items()
+                }
+                for file in trace.get_data().measured_files()
+            }
+            results.put({"seconds": cases.seconds, "lines": lines})
+
+        known = in_fork(work, 7200.0)
+        if not isinstance(known, dict):
+            sys.exit(f"the tests could not be traced: {known}.")
+        KEPT.parent.mkdir(exist_ok=True)
+        KEPT.write_text(json.dumps({"key": key.hexdigest(), **known}))
+        return cls(known)
+
+    def tests(self, file: Path, line: str) -> list[str]:
+        """Return the tests that execute a line: of each test the fastest case, then the next, the fast ones first."""
+        places = [(file, line)]
+        constant = re.match(r"([A-Z_]+) = ", line)
+        if constant is not None:  # it is executed where it is used
+            word = re.compile(rf"\b{constant[1]}\b")
+            for path in PACKAGE.rglob("*.py"):
+                places += [(path, use) for use in path.read_text().split("\n") if word.search(use)]
+        found: set[int] = set()
+        for path, text in places:
+            whole = path.read_text()
+            first = whole[: whole.index(text)].count("\n") + 1
+            for number in range(first, first + text.strip("\n").count("\n") + 1):
+                found.update(self.lines.get(str(path.relative_to(PACKAGE)), {}).get(str(number), ()))
+        ordered = sorted((self.names[number] for number in found), key=lambda name: self.seconds[name])
+        cases: dict[str, int] = {}
+        ranked = []
+        for name in ordered:
+            test = name.split("[")[0]
+            cases[test] = cases.get(test, 0) + 1
+            ranked.append((cases[test], self.seconds[name], name))
+        chosen = [name for _, _, name in sorted(ranked)]
+        total = np.cumsum([self.seconds[name] for name in chosen])
+        return [name for name, until in zip(chosen, total, strict=True) if until <= ENOUGH or name == chosen[0]]
 
 
 def place(line: str) -> Path:
     """Return the only file of the package in which this stands, or raise."""
-    files = [path for path in (ROOT / "src" / "parataxis").rglob("*.py") if line in path.read_text()]
+    files = [path for path in PACKAGE.rglob("*.py") if line in path.read_text()]
     if len(files) != 1 or files[0].read_text().count(line) != 1:
         raise LookupError(
             f"a mutation must stand in one place, this one is in {[str(path) for path in files]}: {line!r}"
@@ -282,67 +448,31 @@ def place(line: str) -> Path:
     return files[0]
 
 
-def tests(folder: str, suite: str, cases: int, results: Any) -> None:
-    """Run tests on a copy of the package, in this process, and send which one fails."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "parataxis"]:
-        sys.exit(f"{name} is loaded already: the copy would not be tested.")
-    sys.path[:0] = [folder, str(ROOT / "tests")]
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT / "tests")])
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they would say that they cannot be rewritten any more
-    os.chdir(ROOT)
-    few = FewCases(cases)
-    names = SUITES[suite] if cases == CASES else f"{SUITES[suite]} {LONGER[suite]}"
-    paths = [f"tests/{name}" for name in names.split() if (ROOT / "tests" / name).exists()]
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *paths], plugins=[few])
-    results.put((int(code), few.failed))
-
-
-def run(folder: str, suite: str, cases: int) -> str:
-    """Return the test that fails on a copy of the package, ``timeout``, or nothing."""
-    fork = multiprocessing.get_context("fork")
-    results = fork.SimpleQueue()
-    process = fork.Process(target=tests, args=(folder, suite, cases, results))
-    process.start()
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        return "timeout"
-    if results.empty():
-        sys.exit(f"the tests of {suite} could not be run: their process ended with {process.exitcode}.")
-    code, failed = results.get()
-    if code not in (0, 1, 2):
-        sys.exit(f"the tests of {suite} could not be run: pytest ended with {code}.")
-    return failed or ("import" if code == 2 else "" if code == 0 else "session")
-
-
-@cache
-def check_unbroken(suite: str, cases: int) -> None:
-    """End unless the tests pass on the package as it is: else they would notice everything."""
-    failed = run(str(ROOT / "src"), suite, cases)
-    if failed:
-        sys.exit(f"{failed} fails on the package as it is: mend that first.")
-
-
-def mutate(mutation: Mutation, most_cases: int) -> dict[str, Any]:
+def mutate(mutation: Mutation, executed: Executed, *, quick: bool) -> dict[str, Any]:
     """Return the line of the table for a mutation."""
     file, began = place(mutation.line), time.monotonic()
+    names = executed.tests(file, mutation.line)
+    estimate = sum(executed.seconds[name] for name in names)
+    # Slower than ten times what they take else: it does not end.
+    stages = [Tests(sorted({name.split("::")[0] for name in names}), names, CASES, 10 * estimate + 120)]
+    if not quick:
+        stages.append(Tests([f"tests/{name}" for name in FILES[mutation.suite].split()]))
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "src" / "parataxis", Path(folder) / "parataxis", ignore=shutil.ignore_patterns("__py*"))
-        target = Path(folder) / file.relative_to(ROOT / "src")
+        shutil.copytree(PACKAGE, Path(folder) / "parataxis", ignore=shutil.ignore_patterns("__py*"))
+        target = Path(folder) / "parataxis" / file.relative_to(PACKAGE)
         target.write_text(file.read_text().replace(mutation.line, mutation.becomes))
-        for cases in range(CASES, most_cases + 1, MORE_CASES - CASES):
-            by = run(folder, mutation.suite, cases)
-            if by:
-                check_unbroken(mutation.suite, cases)
-                break
+        by = ""
+        for tests in stages:
+            by = by or (first_failure(Path(folder), tests) if tests.files else "")
+            if by and not passes_unbroken(by):
+                sys.exit(f"{by} fails on the package as it is: mend that first.")
     return {
         "mutation": mutation.name,
-        "file": str(file.relative_to(ROOT / "src" / "parataxis")),
+        "file": str(file.relative_to(PACKAGE)),
         "line": mutation.line.strip().split("\n")[0][:80],
         "becomes": mutation.becomes.strip().split("\n")[0][:80],
         "killed": int(bool(by)),
-        "by": by.removeprefix("tests/"),
+        "by": by.split("[")[0].removeprefix("tests/"),
         "seconds": f"{time.monotonic() - began:.0f}",
     }
 
@@ -352,12 +482,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", default="", help="mutations of one suite, or whose name has this word")
-    parser.add_argument("--quick", action="store_true", help="leave survivors of the short tests for another run")
+    parser.add_argument("--quick", action="store_true", help="leave survivors of the traced tests for another run")
     parser.add_argument("--check", action="store_true", help="only see that every mutation has its place")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chosen = [m for m in MUTATIONS if options.only in m.name or options.only == m.suite]
-    for mutation in chosen if options.check else ():
+    for mutation in chosen:
         place(mutation.line)
     if options.check:
         return 0
@@ -365,24 +495,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out.exists():
         with options.out.open() as file:
             known = {line["mutation"]: line["killed"] == "1" for line in csv.DictReader(file)}
+    executed = Executed.of_package()
     with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
+        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not known:
             table.writeheader()
         for mutation in chosen:
-            if mutation.name not in known:
-                try:
-                    line = mutate(mutation, CASES if options.quick else MORE_CASES)
-                except LookupError as error:
-                    print(error)
-                    continue
-                if line["killed"] or not options.quick:
-                    table.writerow(line)
-                    file.flush()
-                    known[mutation.name] = bool(line["killed"])
-                print(
-                    f"{'killed' if line['killed'] else 'SURVIVES'}  {mutation.name}  {line['by']}  {line['seconds']} s"
-                )
+            if mutation.name in known:
+                continue
+            line = mutate(mutation, executed, quick=options.quick)
+            if line["killed"] or not options.quick:
+                table.writerow(line)
+                file.flush()
+                known[mutation.name] = bool(line["killed"])
+            verdict = "killed" if line["killed"] else "SURVIVES"
+            print(f"{verdict}  {mutation.name}  {line['by']}  {line['seconds']} s", flush=True)
     return sum(not killed for killed in known.values())
 
 
