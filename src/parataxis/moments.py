@@ -103,8 +103,9 @@ class Moments:
             u = float(local.state_weight[i]) * u
             for lag in range(min(local.lags, i) + 1):
                 u = u + float(local.output_weight[i, lag]) * outputs[i - lag]
-            if recurrence.noise is not None:
-                u = u + recurrence.noise[:, i].flatten(1)
+            added = recurrence.added(i)
+            if added is not None:
+                u = u + added.flatten(1)
             states.append(u)
         return torch.stack(states, 1).view(len(u), local.steps + 1, *start.shape[1:])
 

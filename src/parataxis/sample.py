@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 __all__ = ["numerical_floor", "sample"]
 
 
+HELD_BYTES = 2**27  # of noise that is held without a thought
+BLOCK_BYTES, MOST_STEPS = 2**24, 64  # of a block of noise that is drawn again
+
+
 def sample(
     denoise: Callable[..., Tensor],
     noise: Tensor | Iterable[Job | Tensor],
@@ -249,7 +253,9 @@ def _sample_batch(
         planned = _plan(task.denoise, noise, sampler, task.options["tolerance"], condition, ranks, limits)
         solver, limits = planned.solver, {**limits, "max_rows": planned.latency.limit}
     started = time.perf_counter()
-    recurrence = sampler.recurrence(_states(noise), task.generator, noise.dtype)
+    states, graphed = _states(noise), task.denoise if isinstance(task.denoise, GraphedNetwork) else None
+    block = _noise_block(states, sampler, solver) if graphed is None and ranks is None else None
+    recurrence = sampler.recurrence(states, task.generator, noise.dtype, block=block)
     if isinstance(guess, Calibration):
         guess = guess.guess(recurrence, condition)
     if ranks is not None:
@@ -269,8 +275,8 @@ def _sample_batch(
     capture = None
     watched = any(part is not None for part in watching) or task.options["keep_residuals"]
     limited = task.limits["max_rows"] is not None
-    if isinstance(task.denoise, GraphedNetwork) and ranks is None and not limited and not watched:
-        capture = partial(task.denoise.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
+    if graphed is not None and ranks is None and not limited and not watched:
+        capture = partial(graphed.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
     runs = _solve(begin, Executor(network, **limits), ranks, capture, watching, progress=task.progress)
     solutions = [run.solution for run in runs]
     rounds = max(solution.rounds for solution in solutions)
@@ -419,6 +425,15 @@ def _not_started(noise: Tensor, sampler: Sampler, solver: Solver, tolerance: flo
     for run in runs:
         run.stop("not started")
     return [run.solution for run in runs]
+
+
+def _noise_block(states: Tensor, sampler: Sampler, solver: Solver) -> int | None:
+    """Return the steps of a block of noise, where to hold all of it takes much more memory than a solver needs."""
+    of_step = states.numel() * states.element_size()
+    block = max(1, min(MOST_STEPS, BLOCK_BYTES // of_step))
+    window = getattr(solver, "window", 1) or sampler.steps
+    much = sampler.coefficients.stochastic and of_step * sampler.steps > HELD_BYTES
+    return block if much and 4 * (window + 2 * block) <= sampler.steps else None
 
 
 def _states(noise: Tensor) -> Tensor:

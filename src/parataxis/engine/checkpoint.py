@@ -229,7 +229,10 @@ def _check_can_be_saved(run: Run) -> None:
 def _arguments(run: Run) -> dict[str, Any]:
     """Return what identifies a solve."""
     batch, problem, place = run.group.batch, run.group.batch.problem, run.place
-    noise, guess = batch.noise_owner, batch.guess
+    noise, guess, redrawn = batch.noise_owner, batch.guess, batch.recurrence.redrawn
+    added = None if noise is None else noise[place].cpu()
+    if redrawn is not None:
+        added = redrawn.identity(place)
     return {
         "solver": repr(run.solver),
         "steps": problem.steps,
@@ -239,7 +242,7 @@ def _arguments(run: Run) -> dict[str, Any]:
         "frozen_steps": problem.frozen_steps,
         "sampler": fingerprint(problem.coefficients),
         "noise": fingerprint(batch.start[place].cpu()),
-        "added": None if noise is None else fingerprint(noise[place].cpu()),
+        "added": None if added is None else fingerprint(added),
         "guess": None if guess is None else fingerprint(guess[place].cpu()),
     }
 

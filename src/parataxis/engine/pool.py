@@ -39,7 +39,7 @@ class Pool:
         """Start a run for the one sample of a recurrence; ``generator`` seeds its random stream if the solver draws."""
         slot = self._free.pop() if self._free else self._slots
         self._slots = max(self._slots, slot + 1)
-        first = self._first
+        first, recurrence = self._first, recurrence.stored()  # samples that come and go share one block of noise
         if first is None or not first.shares_memory:
             run = self._begin(recurrence)
             run.begin_stream(number, slot, generator)

@@ -382,6 +382,8 @@ def start(
     reason = solver.unsupported(local)
     if reason is not None:
         raise ValueError(f"{solver!r} does not support this sampler: {reason}")
+    if not getattr(solver, "goes_forward", False):
+        recurrence = recurrence.stored()
     states = recurrence.start
     if guess is not None:
         guess = _checked_guess(guess, recurrence)

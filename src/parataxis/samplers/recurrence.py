@@ -11,13 +11,14 @@ zero exactly where U is the loop's own trajectory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..arrays import Array, Indices
 from .coefficients import Coefficients
+from .redrawn import RedrawnNoise
 
 __all__ = ["Recurrence"]
 
@@ -30,11 +31,13 @@ class Recurrence:
         coefficients: A, B, C and what is known of the noise schedule.
         start: (B, *shape) the first state u_0 of every sample.
         noise: (B, N, *shape) C_i z_i, or None where no step adds noise.
+        redrawn: The same, of a long chain, if it is not held but drawn again; ``noise`` is None then.
     """
 
     coefficients: Coefficients
     start: Tensor
     noise: Tensor | None = None
+    redrawn: RedrawnNoise | None = field(default=None, kw_only=True)
 
     replays = False  # whether a trajectory follows by one pass of somebody's loop instead; see loops/
 
@@ -46,6 +49,16 @@ class Recurrence:
     def __repr__(self) -> str:
         """Return the sizes, without the tensors."""
         return f"Recurrence({self.coefficients!r}, start={tuple(self.start.shape)} {str(self.start.dtype)[6:]})"
+
+    def stored(self) -> Recurrence:
+        """Return the same with all of its noise held."""
+        return self if self.redrawn is None else replace(self, noise=self.redrawn.whole(), redrawn=None)
+
+    def added(self, step: int) -> Tensor | None:
+        """Return (B, *shape) C_i z_i of a step, or None where no step adds noise."""
+        if self.redrawn is not None:
+            return self.redrawn.step(step).view(self.start.shape)
+        return None if self.noise is None else self.noise[:, step]
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Called at each correction with the slopes of the steps first .. first + count - 1; recorded loops keep them.
@@ -76,13 +89,14 @@ class Recurrence:
         rows = [self.start]
         for i in range(self.coefficients.steps):
             row = self.coefficients.state_weight[i] * rows[-1]
-            rows.append(row if self.noise is None else row + self.noise[:, i])
+            added = self.added(i)
+            rows.append(row if added is None else row + added)
         return torch.stack(rows, 1)
 
     def step(self, states: Tensor, outputs: Tensor) -> Tensor:
         """Return step_i(U) for i = 0..N-1, (B, N, *shape), of states (B, N + 1, ..) and outputs (B, N, ..)."""
         shape = (1, -1, *(1,) * (self.start.ndim - 1))
-        coefficients, noise = self.coefficients, self.noise
+        coefficients, noise = self.coefficients, self.stored().noise
 
         def column(values: Array) -> Tensor:
             return torch.as_tensor(values).to(states).view(shape)
@@ -126,6 +140,7 @@ class Recurrence:
         state = states
         for i in range(last - first):
             state = state_weight[i] * state + output_weight[i] * prediction
-            if self.noise is not None:
-                state = state + self.noise[:, first + i]
+            added = self.added(first + i)
+            if added is not None:
+                state = state + added
         return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arrays import upload
 from .coefficients import Coefficients
 from .recurrence import Recurrence
+from .redrawn import RedrawnNoise, draw_steps, own_generator, rows_of
 
 __all__ = ["OutputTransform", "Prediction", "Sampler", "data_prediction"]
 
@@ -114,6 +115,8 @@ class Sampler:
         noise: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        block: int | None = None,
     ) -> Recurrence:
         """Draw the noise that the steps add and return the recurrence of a batch.
 
@@ -122,48 +125,57 @@ class Sampler:
             generator: One for the batch: each step draws (B, *shape) in the order of the loop, as diffusers does; or
                 one for each sample, which makes a sample independent of its batch.
             dtype: Of the states of the loop whose draws are wanted; default that of ``noise``.
+            block: Hold the noise of some blocks of so many steps only, and draw others again, to the same bits, when a
+                solver comes to them. None holds all, and so does a solver that does not go forward step by step.
 
         Raises:
             ValueError: If there are not as many generators as samples.
         """
-        drawn = None
-        if self.coefficients.noise_std.any():
-            draws = self.draws
-            if draws is None:
-                draws = tuple(
-                    ((int(i), float(self.coefficients.noise_std[i])),)
-                    for i in np.flatnonzero(self.coefficients.noise_std)
-                )
-            dtype = self.draw_dtype or dtype or noise.dtype
-            drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
-            sources: list[tuple[slice, torch.Generator | None]] = [(slice(None), None)]
-            if isinstance(generator, torch.Generator):
-                sources = [(slice(None), generator)]
-            elif generator is not None:
-                if len(generator) != len(noise):
-                    raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
-                sources = [(slice(b, b + 1), source) for b, source in enumerate(generator)]
-            alone = all(len(steps) == 1 for steps in draws) and len({steps[0][0] for steps in draws}) == len(draws)
-            for rows, source in sources:
-                device = noise.device if source is None else source.device
-                buffer = torch.empty(noise[rows].shape, device=device, dtype=dtype)
-                for entries in draws:  # one after another, as the loop draws
-                    if alone:  # what a step adds is scaled with all others, below
-                        target = drawn[rows, entries[0][0]]
-                        if target.is_contiguous() and (target.device, target.dtype) == (buffer.device, buffer.dtype):
-                            target.normal_(generator=source)
-                        else:
-                            target.copy_(buffer.normal_(generator=source))
-                        continue
-                    normal = buffer.normal_(generator=source).to(noise)
-                    for i, factor in entries:
-                        drawn[rows, i] += factor * normal
-            if alone:
-                factors = np.zeros(self.steps)
-                for ((i, factor),) in draws:
-                    factors[i] = factor
-                drawn *= upload(factors, noise).view(-1, *(1,) * (noise.ndim - 1))
-        return Recurrence(self.coefficients, noise * self.start_scale, drawn)
+        start = noise * self.start_scale
+        if not self.coefficients.noise_std.any():
+            return Recurrence(self.coefficients, start)
+        dtype = self.draw_dtype or dtype or noise.dtype
+        sources: list[torch.Generator | None] = [None]
+        if isinstance(generator, torch.Generator):
+            sources = [generator]
+        elif generator is not None:
+            if len(generator) != len(noise):
+                raise ValueError(f"pass one generator a sample: {len(noise)} samples, {len(generator)} generators.")
+            sources = list(generator)
+        draws = self._draws()
+        wanted = [entries[0][0] for entries in draws if len(entries) == 1]
+        if len(set(wanted)) < len(draws):  # a draw enters several steps, or none
+            return Recurrence(self.coefficients, start, self._combined(noise, sources, dtype))
+        factors = np.zeros(self.steps)
+        factors[wanted] = [entries[0][1] for entries in draws]
+        owned = [own_generator(noise.device) if source is None else source for source in sources]
+        if block is not None and wanted == sorted(wanted) and None not in owned:
+            redrawn = RedrawnNoise(noise, factors, wanted, cast("list[torch.Generator]", owned), dtype, block)
+            return Recurrence(self.coefficients, start, redrawn=redrawn)
+        drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
+        for rows, source in zip(rows_of(sources), sources, strict=True):
+            draw_steps(drawn[rows], wanted, source, dtype)
+        drawn *= upload(factors, noise).view(-1, *(1,) * (noise.ndim - 1))
+        return Recurrence(self.coefficients, start, drawn)
+
+    def _draws(self) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """Return what is drawn; see the class."""
+        if self.draws is not None:
+            return self.draws
+        deviations = self.coefficients.noise_std
+        return tuple(((int(i), float(deviations[i])),) for i in np.flatnonzero(deviations))
+
+    def _combined(self, noise: Tensor, sources: Sequence[torch.Generator | None], dtype: torch.dtype) -> Tensor:
+        """Return the noise (B, N, *shape) of steps that share their draws."""
+        drawn = noise.new_zeros(len(noise), self.steps, *noise.shape[1:])
+        for rows, source in zip(rows_of(sources), sources, strict=True):
+            device = noise.device if source is None else source.device
+            buffer = torch.empty(noise[rows].shape, device=device, dtype=dtype)
+            for entries in self._draws():  # one after another, as the loop draws
+                normal = buffer.normal_(generator=source).to(noise)
+                for i, factor in entries:
+                    drawn[rows, i] += factor * normal
+        return drawn
 
     def tail(self, first: int) -> Sampler:
         """Return the sampler of the steps from ``first`` on, which begins at u_first: its ``start_scale`` is 1.

@@ -15,6 +15,7 @@ from ..arrays import Array, Indices, largest, read, upload
 from ..checks import OutputError
 from ..samplers.recurrence import Recurrence
 from .base import Problem
+from .held_noise import HeldNoise
 
 __all__ = ["Batch", "Member", "seeds"]
 
@@ -42,7 +43,8 @@ class Batch:
         problem: What all samples share.
         recurrence: Coefficients, starts and noise of all places.
         start: (S, dim) the first states.
-        noise: (S, N, dim) what the steps add, or None; ``noise_rows`` (S N, dim) the same.
+        noise: (S, R, dim) what the steps add, or None; ``noise_rows`` (S R, dim) the same. R is N; where noise is drawn
+            again, it is fewer, see :meth:`hold_noise`.
         guess: (S, N + 1, dim) trajectories to start from, or None.
         generator: Seeds what the solver draws, if it draws: one for the batch, or one for each place.
         accepted: (S,) how many steps are accepted.
@@ -90,6 +92,7 @@ class Batch:
         self.added: list[int] = []  # places that were filled after the solver had begun, for it to take up
         self.trajectory: Tensor | None = None
         self.residuals: list[list[tuple[int, Array]]] | None = [[] for _ in range(count)] if keep_residuals else None
+        self.held: HeldNoise | None = None
         self.on_accept: Callable[[Indices, Indices, Tensor], None] | None = None
         self.noise_owner: Tensor | None = recurrence.noise  # the caller's, until a copy takes its place
         self.streams: dict[int, np.random.Generator] = {}
@@ -110,6 +113,27 @@ class Batch:
         self.start = recurrence.start.detach().flatten(1)
         self.noise = None if noise is None else noise.flatten(2)
         self.noise_rows = None if self.noise is None else self.noise.view(-1, self.noise.shape[2])
+
+    def hold_noise(self, reach: int) -> None:
+        """Hold so many steps from where each sample stands, if noise is drawn again; solvers call this at first."""
+        if self.recurrence.redrawn is not None:
+            self.held = HeldNoise(self.recurrence.redrawn, self.start, reach)
+            self.noise = self.held.rows
+            self.noise_rows = self.noise.view(-1, self.noise.shape[2])
+
+    def noise_at(self, places: Indices, first: Indices, steps: Indices) -> Indices:
+        """Return where in R the noise of some steps lies, of samples (n,) that stand at the steps ``first`` (n,)."""
+        if self.held is None:
+            return steps
+        self.held.load(places, first)
+        return np.asarray(steps % self.held.steps)
+
+    def recurrence_of(self, place: int, state: Tensor) -> Recurrence:
+        """Return the recurrence of a sample, with a state (dim,) as its first."""
+        redrawn, local = self.recurrence.redrawn, self.problem.coefficients
+        if redrawn is not None:
+            return Recurrence(local, state[None], redrawn=redrawn.sample(place))
+        return Recurrence(local, state[None], None if self.noise is None else self.noise[place, None])
 
     def __len__(self) -> int:
         """Return the number of places."""

@@ -47,6 +47,7 @@ def write_frame(window: Seats) -> None:
         window.ends_are_uniform = window.uniform
     indices["step"][:] = steps
     if window.batch.noise is not None:
+        steps = window.batch.noise_at(window.places, np.maximum(window.lo - 1, 0), steps)
         np.add(steps, window.first_noise, out=indices["noise"])
 
 
@@ -112,4 +113,5 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
         window.tail_is_uniform = whole
     if noise is not None:
         steps = np.minimum((window.lo + end)[:, None] + window.offset, window.problem.steps - 1)
+        steps = window.batch.noise_at(window.places, np.maximum(window.lo - 1, 0), steps)
         np.add(steps, window.first_noise, out=indices["tail_noise"])

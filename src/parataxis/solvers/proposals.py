@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Array, Indices, largest, read, upload
-from ..samplers.recurrence import Recurrence
 from .base import Query
 from .batch import Batch
 from .correction import CHUNK, products
@@ -120,8 +119,7 @@ class Proposals:
             return u
         if local.x0_from_input is not None and local.x0_from_output is not None:
             return local.x0_from_input[step] * u + local.x0_from_output[step] * f
-        noise = self.batch.noise
-        values = Recurrence(local, u[None], None if noise is None else noise[place, None])
+        values = self.batch.recurrence_of(place, u)
         return values.coarse_step(step, self.steps, u[None], f[None])[0]
 
     def state(self, place: int) -> dict[str, Any]:

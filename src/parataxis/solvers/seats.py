@@ -38,6 +38,7 @@ class Seats(Frame):
 
     def __init__(self, batch: Batch, width: int | None, *, history: int = 1, order: int | None = None) -> None:
         super().__init__(batch, width)
+        batch.hold_noise(2 * self.W + 1)  # a round looks back one step, and its window may move by its length
         self.order, self.history = order, history
         self.parts: dict[int, WindowTensors] = {}  # of some of the samples, by their number
         tensors = self.tensors_type(
@@ -62,7 +63,7 @@ class Seats(Frame):
         self.slopes = self.errors.slopes
         # Where the rows of each sample begin: of its noise; of its steps, states and outputs within their region; and
         # of the last two in the block.
-        self.first_noise = (places * self.problem.steps)[:, None]
+        self.first_noise = (places * (self.problem.steps if self.batch.held is None else self.batch.held.steps))[:, None]
         self.row_step, self.row_x, self.row_f = (
             (self.rows * size + skipped)[:, None]
             for size, skipped in ((self.W, 0), (self.W + 1, 0), (self.lags + self.W, self.lags))

@@ -22,6 +22,7 @@ class Sequential:
     """Forward substitution: u_{i+1} = A_i u_i + sum_l B_{i,l} f_{i-l} + C_i z_i, N rounds of one step each."""
 
     adopts = True  # samples that begin later join the same loop
+    goes_forward = True
 
     def unsupported(self, coefficients: Coefficients) -> str | None:
         """Every recurrence can be solved."""
@@ -41,6 +42,7 @@ class PlainLoop:
     def __init__(self, batch: Batch) -> None:
         local, start = batch.problem.coefficients, batch.start
         self.batch, self.lags = batch, local.lags
+        batch.hold_noise(1)
         self.a = upload(local.state_weight, start)[:, None, None]
         self.b = upload(local.output_weight.T.copy(), start)[..., None, None]
         self.step = np.zeros(len(batch), np.int64)
@@ -91,7 +93,10 @@ class PlainLoop:
             self.f[rows, 1:] = self.f[rows, :-1].clone()
         self.f[rows, 0] = outputs
         index = upload(steps, outputs.device)
-        noise = None if batch.noise is None else batch.noise[upload(places, outputs.device), index, None]
+        noise = None
+        if batch.noise is not None:
+            at = upload(batch.noise_at(places, steps, steps), outputs.device)
+            noise = batch.noise[upload(places, outputs.device), at, None]
         u = self._step(self.u[rows, None], self.f[rows], noise, self.a[index], self.b[:, index])
         if isinstance(rows, slice):
             self.u = u[:, 0]
@@ -114,7 +119,10 @@ class PlainLoop:
         if self.lags:
             self.f[:, 1:] = self.f[:, :-1].clone()
         self.f[:, 0] = outputs
-        noise = None if self.batch.noise is None else self.batch.noise[:, step, None]
+        noise = None
+        if self.batch.noise is not None:
+            at = self.batch.noise_at(np.arange(len(self.step)), self.step, self.step)
+            noise = self.batch.noise[:, int(at[0]), None]
         u = self._step(self.u[:, None], self.f, noise, self.a[step], self.b[:, step])
         self.u = u[:, 0]
         self.largest[:, step] = largest(outputs)

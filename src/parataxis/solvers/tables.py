@@ -17,6 +17,32 @@ SMALL = np.finfo(np.float32).eps
 KEPT = 2**21  # numbers in the factors of entering states that are kept
 
 
+class KeptFactors:
+    """Arrays by their keys, in one piece of memory.
+
+    Many small arrays that stay would lie between the large ones of states and outputs that come and go, whose memory
+    glibc could then not use again: 10,000 steps of 64 KB took 600 MB more.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.known: dict[Any, Array] = {}
+        self._memory = np.empty((count, size))
+        self._free = list(range(count))
+
+    def keep(self, key: Any, values: Array) -> bool:
+        """Copy an array into its place, if there is room."""
+        try:
+            slot = self._memory[self._free.pop()]  # at once: several threads may draw from one sampler
+        except IndexError:
+            return False
+        if values.size > len(slot):
+            return False
+        kept = slot[: values.size].reshape(values.shape)
+        kept[:] = values
+        self.known[key] = kept
+        return True
+
+
 class Tables:
     """The coefficients of a loop, continued with zeros behind its end so that every window finds its entries.
 
@@ -89,8 +115,7 @@ class Tables:
         self.extrapolates = "frozen" if coefficients.stochastic or coefficients.alpha is None else "line"
         columns = [*(getattr(self, name)[: self.count] for name in self.COLUMNS), *self.b.T]
         self.windows = np.lib.stride_tricks.sliding_window_view(np.stack(columns, 1), width, 0)
-        self.entering: dict[Any, Array] = {}  # factors of states that enter, by where: the same for every sample
-        self.cached = 0
+        self.entering = KeptFactors(1, 0)  # of states that enter, by where: the same for every sample
 
     def _add_gaussian(self) -> None:
         """Add what follows from the schedule for Gaussian data."""
@@ -114,11 +139,8 @@ class Tables:
         """Return the factors (at least ``count``, tail) of states behind ``origin``; see :mod:`.extrapolation`."""
         size = min(1 << (count - 1).bit_length(), width)  # few sizes, so that many rounds find theirs
         key = (lo, origin, size, tail, entry)
-        if key not in self.entering:
-            self.cached += size * tail
-            if self.cached > KEPT:
-                self.entering.clear()
-                self.cached = 0
+        entering = self.entering  # other threads may put another in its place
+        if key not in entering.known:
             hi = np.array([origin])
             if entry == "copy":
                 factors = extrapolation.copied(self, hi, size, tail)
@@ -126,5 +148,7 @@ class Tables:
                 factors = extrapolation.frozen(self, hi, size, tail)
             else:
                 factors = extrapolation.line(self, np.array([lo]), hi, width, size, tail)
-            self.entering[key] = factors[0]
-        return self.entering[key]
+            if not entering.keep(key, factors[0]):
+                entering = self.entering = KeptFactors(max(1, KEPT // (width * tail)), width * tail)
+                entering.keep(key, factors[0])
+        return entering.known[key]

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..arrays import Array, Indices, upload
 from ..checks import is_int
-from ..samplers.recurrence import Recurrence
 from . import correction
 from .frame import Flags
 from .instructions import write_entering, write_frame, write_shift
@@ -179,8 +178,7 @@ class Window(Measuring):
             return self.tables.p[step] * u + self.tables.q[step] * f
         if local.lags:
             return u
-        noise = self.batch.noise
-        values = Recurrence(local, u[None], None if noise is None else noise[place, None])
+        values = self.batch.recurrence_of(place, u)
         return values.coarse_step(step, steps, u[None], f[None])[0]
 
     # -- stop and resume -------------------------------------------------------------------------------------------

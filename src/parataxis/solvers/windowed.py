@@ -26,11 +26,13 @@ class Windowed:
     Attributes:
         window: Steps evaluated in a round; None for all.
         entry: How states enter the window: ``extrapolate`` or ``copy``.
+        goes_forward: The noise of steps that lie behind or far ahead is not needed.
     """
 
     window: int | None
     entry = "extrapolate"
     adopts = True  # samples that begin later join the same windows
+    goes_forward = True
 
     def slopes(self, window: Window, measured: Measured) -> Array:
         """Return d (S, W): how each output is assumed to move with its input."""
