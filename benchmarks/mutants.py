@@ -244,7 +244,7 @@ MUTATIONS = [
     M("samplers", "scale of the next state is left out", "state_weight=decay * after / self.scale[:-1],", "state_weight=decay,"),
     M("samplers", "slope of Gaussian data has no signal", "alpha**2, sigma**2, alpha / scale", "alpha**2, sigma**2, 1 / scale"),
     M("samplers", "small weights are kept", "row[np.abs(row) < 1e-12 * max(", "row[np.abs(row) < 0 * max("),
-    M("samplers", "coarse steps add no noise", "                state = state + self.noise[:, first + i]\n", "                pass\n"),
+    M("samplers", "coarse steps add no noise", "                state = state + added\n", "                pass\n"),
     # -- loops -----------------------------------------------------------------------------------------------------
     M("loops", "recordings that are not finite are fitted", "        raise NotParallelizable(OVERFLOWS)", "        pass"),
     M("loops", "third pass proves nothing", "            if not np.sqrt(((actual - expected) ** 2).mean()) <= bound:\n                return False", "            pass"),
