@@ -105,7 +105,7 @@ def soak() -> str:
             "## Soak",
             "",
             "Resident memory: of the stream, the peak of the second hundred samples and of the last hundred; of the",
-            "large latents, of the first and the last fifth of the rounds. `make soak`.",
+            "large latents, of the second and the last fifth of the rounds. `make soak`.",
             "",
             *lines,
         ]

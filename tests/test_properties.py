@@ -272,6 +272,54 @@ def test_networks_of_other_kinds_draw_the_same_samples(kind):
     torch.testing.assert_close(actual.x, expected.x, rtol=1e-5, atol=1e-5)
 
 
+class Mixing(torch.nn.Module):
+    """Rounds its input to eight bits, with one scale for all rows of a call, as dynamic quantization does."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / 127
+        return network((x / scale).round() * scale, t)
+
+
+def test_outputs_that_depend_on_other_rows_are_said():
+    """One row of a round is evaluated once more, in other company."""
+    sampler = problems.sampler("ddim", 12)
+    with pytest.warns(RuntimeWarning, match="changes by .* with the other rows of its call"):
+        px.sample(Mixing(), NOISE, sampler, px.Secant(window=5))
+
+
+def test_rows_are_compared_at_the_price_of_one():
+    """No call is larger for it, and none is added; where a call has no room for a row, nothing is compared."""
+    sizes, sampler = [], problems.sampler("ddim", 12)
+
+    def counting(x, t):
+        sizes.append(len(x))
+        return network(x, t)
+
+    runs = px.start(sampler, sampler.recurrence(NOISE), px.Secant(window=5))
+    for _ in px.drive(runs, lambda rows: counting(rows.x, sampler.network_times()[rows.step])):
+        pass
+    expected = sizes.copy()
+    for options, extra in (({}, 1), ({"max_rows": 15}, 1), ({"max_rows": 1}, 0), ({"buckets": (15,)}, 0)):
+        sizes.clear()
+        px.sample(counting, NOISE, sampler, px.Secant(window=5), **options)
+        assert max(sizes) <= max(expected)
+        if "buckets" not in options:
+            assert sum(sizes) - sum(expected) == extra
+        assert len(sizes) == len(expected) or options == {"max_rows": 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz:")  # torch is about to move it into a package of its own
+def test_dynamic_quantization_is_said():
+    """Its scale is that of all rows of a call."""
+    from torch.ao.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 5)
+    quantized = quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear})
+    with pytest.warns(RuntimeWarning, match="with the other rows of its call"):
+        px.sample(lambda x, t: 0.3 * quantized(x), NOISE, problems.sampler("ddim", 12), px.Secant(window=5))
+
+
 def dual(solve, x):
     with torch.autograd.forward_ad.dual_level():
         return solve(torch.autograd.forward_ad.make_dual(x, x))

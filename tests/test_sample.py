@@ -43,7 +43,7 @@ def test_round_of_the_batch_is_one_call_of_the_network():
 
     result = px.sample(counted, noise, sampler, px.Picard(window=8), tolerance=1e-4)
     assert len(calls) == result.rounds
-    assert sum(calls) == result.evaluations
+    assert sum(calls) == result.evaluations + 1  # a row is evaluated twice, to see whether others matter to it
     assert calls[0] == 5 * 8
 
 

@@ -29,6 +29,7 @@ from .checks import (
 from .engine.captured import GraphedNetwork
 from .engine.checkpoint import Interruptions, load_runs, save_runs
 from .engine.executor import Executor, Network, check_inputs, ranks_of, select_condition
+from .engine.row_check import RowCheck
 from .engine.rows import EvalBatch
 from .engine.run import Run, drive, start
 from .engine.solution import Solution, Solutions
@@ -79,7 +80,8 @@ def sample(
 ) -> Solutions:
     """Draw a batch of samples with your own network, many time steps side by side.
 
-    Samples do not depend on one another; a round of the batch is one call of the network.
+    Samples do not depend on one another; a round of the batch is one call of the network. In one round the network gets
+    one row more: a row of the first round again, to see whether its output depends on the other rows.
 
     Args:
         denoise: ``denoise(x, t)`` or, with ``condition``, ``denoise(x, t, condition)``: x (R, *shape), t (R,) the times
@@ -144,6 +146,9 @@ def sample(
         OutputError: If the network returns a wrong type, shape or dtype, or NaN or Inf for an accepted input, or if
             states overflow though all outputs are finite.
         TypeError: If ``denoise``, ``sampler``, ``solver`` or ``generator`` is not one.
+
+    Warns:
+        RuntimeWarning: If an output changes with the other rows of its call by more than a tenth of the tolerance.
         ValueError: For inputs that do not fit together, with what was passed and what was expected.
     """
     _check_order(denoise, noise, sampler, solver)
@@ -277,7 +282,11 @@ def _sample_batch(
     limited = task.limits["max_rows"] is not None
     if graphed is not None and ranks is None and not limited and not watched:
         capture = partial(graphed.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
-    runs = _solve(begin, Executor(network, **limits), ranks, capture, watching, progress=task.progress)
+    executor = Executor(network, **limits)
+    check = None if ranks is not None or capture is not None else RowCheck(executor)
+    runs = _solve(begin, check or executor, ranks, capture, watching, progress=task.progress)
+    if check is not None:
+        check.warn(task.options["tolerance"])
     solutions = [run.solution for run in runs]
     rounds = max(solution.rounds for solution in solutions)
     return Solutions(solutions, rounds, time.perf_counter() - started, planned)

@@ -37,9 +37,9 @@ class KeptFactors:
             return False
         if values.size > len(slot):
             return False
-        kept = slot[: values.size].reshape(values.shape)
-        kept[:] = values
-        self.known[key] = kept
+        place = slot[: values.size].reshape(values.shape)
+        place[:] = values
+        self.known[key] = place
         return True
 
 
