@@ -63,7 +63,9 @@ class Seats(Frame):
         self.slopes = self.errors.slopes
         # Where the rows of each sample begin: of its noise; of its steps, states and outputs within their region; and
         # of the last two in the block.
-        self.first_noise = (places * (self.problem.steps if self.batch.held is None else self.batch.held.steps))[:, None]
+        self.first_noise = (places * (self.problem.steps if self.batch.held is None else self.batch.held.steps))[
+            :, None
+        ]
         self.row_step, self.row_x, self.row_f = (
             (self.rows * size + skipped)[:, None]
             for size, skipped in ((self.W, 0), (self.W + 1, 0), (self.lags + self.W, self.lags))
