@@ -188,11 +188,13 @@ def test_two_state_inputs_are_solved_together():
     assert run.report.rounds < 20
 
 
-def test_mask_over_the_state_is_replayed():
-    """A mask over the state is replayed."""
+@pytest.mark.parametrize(("scattered", "mode"), [(False, "recurrence"), (True, "replay")])
+def test_mask_over_the_state(scattered, mode):
+    """Behind a mask in one piece the rest is the state; a scattered one is replayed."""
+    element = torch.arange(DIM)
 
     def loop(net):
-        known, mask = torch.linspace(-1, 1, DIM), (torch.arange(DIM) < DIM // 2).float()
+        known, mask = torch.linspace(-1, 1, DIM), (element % 2 if scattered else element < DIM // 2).float()
         x = torch.randn(2, DIM)
         for t, a, s, b, r in steps(20):
             f = net(x, t)
@@ -202,7 +204,7 @@ def test_mask_over_the_state_is_replayed():
 
     expected, result, run = both(loop, Net(), tolerance=1e-3)
     assert relative(result, expected) <= 1e-3
-    assert run.report.mode == "replay"
+    assert run.report.mode == mode
 
 
 def test_second_stage_of_another_shape_follows_the_first():
@@ -326,3 +328,53 @@ def test_result_without_gradients_is_warned_about():
 
 
 # --- what is left behind ------------------------------------------------------------------------------------------
+
+
+class Imputing(nn.Module):
+    """Observed values and the state are two channels of the input; the output has no channels."""
+
+    def forward(self, pair, t):
+        observed, x = pair[:, 0], pair[:, 1]
+        return torch.tanh(0.7 * x + 0.5 * observed.mean((1, 2), keepdim=True) + t.view(-1, 1, 1) / 40)
+
+
+def test_output_without_the_channels_of_its_input_is_answered():
+    """Imputation of time series: a state that is masked before every call, two samples one after the other."""
+    net, mask = Imputing(), torch.ones(1, 3, 8)
+    mask[:, 0, 2:4] = mask[:, 2, -1] = 0
+
+    def loop():
+        samples = []
+        for seed in range(2):
+            x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))
+            for k in range(20):
+                f = net(torch.stack([0.3 * (1 - mask), mask * x], 1), torch.tensor([20 - k]))
+                x = 0.97 * x - 0.2 * f
+            samples.append(x)
+        return torch.cat(samples)
+
+    run = parallel(loop, "secant", denoisers=[net])
+    assert relative(run(), loop()) <= 1e-2
+    assert run.report.rounds < 40
+    assert run.report.peak_rows > 1
+
+
+def test_tokens_behind_a_pinned_one_are_answered_in_their_places():
+    class Tokens(nn.Module):
+        def forward(self, x, t):
+            return torch.tanh(x + 0.1 * x.mean(1, keepdim=True) + t[:, None, None] / 40)
+
+    net = Tokens()
+
+    def loop():
+        x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+        x[:, 0] = 0.5
+        for k in range(20):
+            step = 0.97 * x - 0.2 * net(x, torch.full((2,), 20.0 - k))
+            x = torch.cat([x[:, :1], step[:, 1:]], 1)
+        return x
+
+    run = parallel(loop, "secant", denoisers=[net])
+    assert relative(run(), loop()) <= 1e-2
+    assert "recurrence" in str(run.report)
+    assert run.report.rounds < 20

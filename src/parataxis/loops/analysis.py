@@ -13,7 +13,7 @@ from torch import Tensor
 from ..samplers.coefficients import Coefficients
 from .calls import Call, equal
 from .fit import HeldOutCheck, fit_recurrence
-from .rows import RowMap, StateSlice
+from .rows import RowMap, StateSlice, answered_box
 from .signals import NotParallelizable
 from .spool import looked_at
 from .structure import Recording, Structure, final_state
@@ -170,16 +170,13 @@ def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
         answer = _answer_of(call, answers, place, mask, len(masks))
         leaf = call.output.leaves[answer]
         leaf = leaf if batched else leaf[None]
-        sizes = [stop - first for first, stop in box]
-        if (
-            leaf.ndim != mask.ndim
-            or len(leaf) != rows
-            or any(a < b for a, b in zip(leaf.shape[1:], sizes, strict=True))
-        ):
+        answered = answered_box(tuple(box), mask.shape[1:], leaf.shape[1:]) if len(leaf) == rows else None
+        if answered is None:
+            sizes = [stop - first for first, stop in box]
             raise NotParallelizable(
                 f"an output of shape {tuple(leaf.shape)} does not match its input, whose state is {(rows, *sizes)}."
             )
-        slices.append(StateSlice(i, tuple(box), answer))
+        slices.append(StateSlice(i, tuple(box), answer, answered))
     return RowMap(tuple(slices), rows, batched, np.arange(rows))
 
 

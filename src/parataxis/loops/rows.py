@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..arrays import upload
 
-__all__ = ["RowIndex", "RowMap", "RowRequest", "StateSlice", "has_rows", "row_index"]
+__all__ = ["RowIndex", "RowMap", "RowRequest", "StateSlice", "answered_box", "has_rows", "row_index"]
 
 RowIndex = NDArray[np.int64]
+Box = tuple[tuple[int, int], ...]  # (first, last + 1) for every dimension behind the rows
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class StateSlice:
 
     Attributes:
         leaf: Which argument.
-        box: The part, (first, last + 1) for every dimension behind the rows.
-        output: Which leaf of the output; its leading part of the same shape is the answer.
+        box: The part.
+        output: Which leaf of the output.
+        answered: The part of that leaf, likewise; None for its leading part of the same shape.
     """
 
     leaf: int
-    box: tuple[tuple[int, int], ...]
+    box: Box
     output: int
+    answered: Box | None = None
 
     @cached_property
     def size(self) -> int:
@@ -47,7 +50,37 @@ class StateSlice:
     @cached_property
     def answer(self) -> tuple[slice, ...]:
         """The part of the output, with its rows in front."""
-        return (slice(None), *(slice(0, stop - first) for first, stop in self.box))
+        answered = self.answered or [(0, stop - first) for first, stop in self.box]
+        return (slice(None), *(slice(*ends) for ends in answered))
+
+
+def answered_box(box: Box, given: Sequence[int], returned: Sequence[int]) -> Box | None:
+    """Return the part of an output that answers the part ``box`` of an input; None if they do not match.
+
+    The same places, where the output is as long as the input, and else the leading ones: channels of a condition are
+    not answered, and those of a learned variance come behind. So among the channels of an image it is always the
+    leading ones. A dimension in which the state has size 1 may be missing in the output.
+
+    Args:
+        box: Of the state.
+        given: Shape of a row of the input.
+        returned: Shape of a row of the output.
+    """
+    if len(returned) == len(given) - 1:
+        for axis, (first, stop) in enumerate(box):
+            rest = [size for i, size in enumerate(given) if i != axis]
+            if stop - first == 1 and rest == list(returned):
+                return box[:axis] + box[axis + 1 :]
+        return None
+    if len(returned) != len(given):
+        return None
+    parts = []
+    for axis, ((first, stop), size, there) in enumerate(zip(box, given, returned, strict=True)):
+        if there < stop - first:
+            return None
+        leading = size != there or (axis == 0 and len(given) > 2)
+        parts.append((0, stop - first) if leading else (first, stop))
+    return tuple(parts)
 
 
 @dataclass(frozen=True, eq=False)
