@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import parataxis as px
 
@@ -48,3 +49,40 @@ def test_logger_says_how_a_call_went(caplog, capsys, level):
     rounds = [message for message in messages if "steps accepted" in message]
     assert bool(rounds) == (level == logging.DEBUG)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def pipeline():
+    """A pipeline whose bar is drawn at every move."""
+    unet = UNet2DModel(
+        8, 3, 3, block_out_channels=(8,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"],
+        layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    pipe = DDIMPipeline(unet.eval().requires_grad_(False), DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(mininterval=0, desc="own")
+    return pipe
+
+
+def draw_by(run):
+    return run(num_inference_steps=12, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bar_of_a_pipeline_moves_with_what_is_accepted(pipeline, dtype, capsys):
+    """In one pass the pipeline moves it; where the loop is recorded, in 16 bits, what is accepted does."""
+    pipeline.to(dtype)
+    capsys.readouterr()
+    fast = px.parallel(pipeline)
+    draw_by(fast)
+    assert (fast.report.mode == "one pass") == (dtype == torch.float32)
+    places = [int(place) for place in re.findall(r"own: .*?(\d+)/12", capsys.readouterr().err)]
+    assert places[-1] == 12
+    assert len({place for place in places if 0 < place < 12}) >= 3
+
+
+def test_pipeline_has_one_bar(pipeline, capsys):
+    """``progress=True`` shows ours in the place of the pipeline's."""
+    draw_by(px.parallel(pipeline, progress=True))
+    shown = capsys.readouterr().err
+    assert "own: " not in shown
+    assert "DDIMPipeline: " in shown

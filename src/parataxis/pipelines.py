@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -121,6 +121,8 @@ class ParallelPipeline:
         self._loop: Loop | None = None
         self.calibration: Calibration | None = None
         self.progress = False
+        self._recorded = False  # whether the call that runs is solved from passes, which hide the pipeline's bar
+        self._bar: Any = None
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -131,8 +133,13 @@ class ParallelPipeline:
         if self.calibration is not None:
             self.calibration.check(loop_fingerprint(self.pipe, args, kwargs))
         loop, name = self._current(), type(self.pipe).__name__
-        with reported(loop, name, self.report, self.calibration, bar=self.progress):
-            return run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        self._recorded, self._bar = False, None
+        try:
+            with reported(loop, name, self.report, self.calibration, bar=self.progress):
+                return run_loop(loop, args, kwargs, self.solver, self.tolerance, self.report)
+        finally:
+            if self._bar is not None:
+                self._bar.close()
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan of a call with these arguments; see :func:`parataxis.plan`."""
@@ -188,17 +195,27 @@ class ParallelPipeline:
                 schedulers=lambda args, kwargs: schedulers_in(self.pipe.components.values()),
                 ranks=self._ranks,
                 owner=("pipe", self.pipe),
+                on_round=self._show_accepted,
             )
         return loop
+
+    def _show_accepted(self, accepted: int, steps: int) -> None:
+        """Move the pipeline's own bar with what is accepted, where the pipeline does not do that itself."""
+        if not self._recorded or self.progress:
+            return
+        if self._bar is None:
+            self._bar = self.pipe.progress_bar(total=steps)
+        self._bar.total, self._bar.n = steps, accepted
+        self._bar.refresh()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> Any:
         pipe = self.pipe
         plain = type(pipe).__mro__[1] if _enabled(pipe) else type(pipe)
-        if not quiet:
+        self._recorded = self._recorded or quiet
+        if quiet:
+            kwargs = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
+        with _no_progress(pipe) if quiet or self._bar is not None or self.progress else nullcontext():
             return plain.__call__(pipe, *args, **kwargs)
-        without_callbacks = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
-        with _no_progress(pipe):
-            return plain.__call__(pipe, *args, **without_callbacks)
 
     def _state(self) -> Any:
         parts = self.pipe.components.items()
@@ -229,7 +246,7 @@ def _no_progress(pipe: Any) -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del pipe.__dict__["_progress_bar_config"]
+            pipe.__dict__.pop("_progress_bar_config", None)  # what a pass has changed may be put back within it
         else:
             pipe.__dict__["_progress_bar_config"] = before
 
