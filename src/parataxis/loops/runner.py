@@ -54,6 +54,7 @@ class LoopRunner:
         trainable: Whether the unmodified loop's result would require gradients.
         loop_constants: Arguments of modules that the loop calls along the way and that do not depend on outputs.
         merger: Evaluates recorded calls by the real denoisers.
+        held_by_modules: What these modules held when each was run last.
         other_seconds: Seconds of other modules that the loop calls, which run once for all passes.
         spool: Keeps states and outputs of all passes.
     """
@@ -66,6 +67,7 @@ class LoopRunner:
         self.callbacks_in_every_pass = self.key in loop.changed_by_callbacks
         self.trainable = False
         self.loop_constants: list[list[Any]] = []
+        self.held_by_modules: dict[int, World] = {}
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks, times=loop.times)
         self.other_seconds = 0.0
         self.memo = ModuleMemo()
@@ -334,13 +336,19 @@ class _Pass:
                 self.leave(leaves)
 
         def run() -> Any:
-            owner = self.runner.loop.memoized[number][0]
-            state = World([(type(owner).__name__, owner)], ignore=Stub)
+            owner, held = self.runner.loop.memoized[number][0], self.runner.held_by_modules
+            state = held.pop(number, None)
+            # To compare is much cheaper than to note everything anew.
+            if state is None or next(state.changes(), None) is not None:
+                state = World([(type(owner).__name__, owner)], ignore=Stub)
             with self.runner.real_calls():
                 result, seconds = timed(partial(original, *args, **kwargs), self.runner.loop.device)
             self.runner.other_seconds += seconds
-            for change in state.changes():
+            changes = list(state.changes())
+            for change in changes:
                 self.runner.world.skip(change)  # it runs once for all passes, and what it writes stays
+            if not changes:
+                held[number] = state
             return result
 
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
