@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,19 @@ class PlainLoop:
         batch.hold_noise(1)
         self.a = upload(local.state_weight, start)[:, None, None]
         self.b = upload(local.output_weight.T.copy(), start)[..., None, None]
+        # Of every step, views that are made once: to index costs as much as to step.
+        self.weights = list(zip(self.a.unbind(0), zip(*(b.unbind(0) for b in self.b), strict=True), strict=True))
         self.step = np.zeros(len(batch), np.int64)
         self.u = start.clone()
         self.f = start.new_zeros(len(batch), self.lags + 1, start.shape[1])  # the last outputs, the latest first
         self.evaluated = self.u  # where the latest outputs were evaluated
         self.largest = start.new_zeros(len(batch), batch.problem.steps)  # |f| of every step
+        self.look()
+
+    def look(self) -> None:
+        """Make the views that every step uses."""
+        self.latest, self.sizes = self.f[:, 0], self.largest.unbind(1)
+        self.everyone = np.arange(len(self.u)), np.ones(len(self.u), np.int64), np.zeros(len(self.u))
 
     def adopt(self) -> None:
         """Take up the samples that have been added."""
@@ -62,6 +71,7 @@ class PlainLoop:
                 for values in (self.u, self.f, self.largest)
             )
             self.evaluated = torch.cat([self.evaluated, self.u[len(self.evaluated) :]])
+            self.look()
         for place in batch.added:
             self.step[place] = 0
             self.u[place], self.f[place], self.largest[place] = batch.start[place], 0, 0
@@ -106,7 +116,7 @@ class PlainLoop:
         self._check(places, outputs, steps)
         batch.accept(places, np.ones(len(places), np.int64), u, np.zeros(len(places)))
 
-    def _step(self, u: Tensor, f: Tensor, noise: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def _step(self, u: Tensor, f: Tensor, noise: Tensor | None, a: Tensor, b: Sequence[Tensor] | Tensor) -> Tensor:
         """Return A u + sum_l B_l f_l + noise, (R, 1, dim), summed in the order in which windows sum it."""
         new = f[:, :1] * b[0] if noise is None else noise.addcmul(f[:, :1], b[0])
         for lag in range(1, self.lags + 1):
@@ -118,17 +128,15 @@ class PlainLoop:
         self.evaluated = self.u
         if self.lags:
             self.f[:, 1:] = self.f[:, :-1].clone()
-        self.f[:, 0] = outputs
-        noise = None
+        self.latest.copy_(outputs)
+        noise, (everyone, one, exact) = None, self.everyone
         if self.batch.noise is not None:
-            at = self.batch.noise_at(np.arange(len(self.step)), self.step, self.step)
-            noise = self.batch.noise[:, int(at[0]), None]
-        u = self._step(self.u[:, None], self.f, noise, self.a[step], self.b[:, step])
+            noise = self.batch.noise[:, int(self.batch.noise_at(everyone, self.step, self.step)[0]), None]
+        u = self._step(self.u[:, None], self.f, noise, *self.weights[step])
         self.u = u[:, 0]
-        self.largest[:, step] = largest(outputs)
+        torch.amax(outputs.abs(), 1, out=self.sizes[step])
         self.step[:] = step + 1
-        count = len(self.step)
-        self.batch.accept(np.arange(count), np.ones(count, np.int64), u, np.zeros(count))
+        self.batch.accept(everyone, one, u, exact)
         if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
             self._raise_unless_finite(self.largest)
 
