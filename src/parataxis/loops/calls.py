@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +31,8 @@ __all__ = [
     "flatten_arguments",
     "flatten_output",
 ]
+
+_LEAF: TreeSpec = tree_flatten(0)[1]
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -98,6 +100,8 @@ class Output:
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""
+        if self.spec.is_leaf():
+            return leaves[0]
         tree = tree_unflatten(list(leaves), self.spec)
         if self.shell is None:
             return tree
@@ -122,6 +126,8 @@ def _plain_spec(count: int, names: tuple[str, ...]) -> TreeSpec:
 
 def flatten_output(output: Any) -> tuple[list[Any], TreeSpec, Any]:
     """Return the leaves and the tree of a denoiser's output, and the object around them if there is one."""
+    if isinstance(output, Tensor):
+        return [output], _LEAF, None
     leaves, spec = tree_flatten(output)
     attributes = getattr(output, "__dict__", None)
     if len(leaves) == 1 and leaves[0] is output and not isinstance(output, Tensor) and isinstance(attributes, dict):
@@ -149,18 +155,27 @@ class Call:
     autocast: tuple[str, torch.dtype] | None
     output: Output
 
+    @cached_property
+    def _plain(self) -> tuple[int, tuple[str, ...]] | None:
+        """How many positional arguments there are, and the names of the others, where each of them is a leaf."""
+        count, names = self.spec.child(0).num_children, tuple(self.spec.child(1).context)
+        return (count, names) if self.spec == _plain_spec(count, names) else None
+
     def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         """Return (args, kwargs) with these leaves, in new containers."""
+        if self._plain is not None:  # as most calls are
+            count, names = self._plain
+            return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
         args, kwargs = tree_unflatten(list(leaves), self.spec)
         return args, kwargs
 
+    def context(self) -> AbstractContextManager[Any]:
+        """Return the context to evaluate in as the loop did: no gradients, its autocast."""
+        return torch.no_grad() if self.autocast is None else self._autocast_context(*self.autocast)
+
     @contextmanager
-    def context(self) -> Iterator[None]:
-        """Evaluate as the loop did: no gradients, its autocast."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
+    def _autocast_context(self, kind: str, dtype: torch.dtype) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype):
             yield
 
     @property

@@ -49,6 +49,16 @@ class Chain:
         self._floats: list[float] = self.times.tolist()
 
     @property
+    def count(self) -> int:
+        """N."""
+        return len(self._floats)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether later steps take the inputs and outputs of earlier ones."""
+        return bool(self.past.maxlen)
+
+    @property
     def left(self) -> int:
         """How many steps are left."""
         return len(self._floats) - self.step
@@ -93,10 +103,10 @@ class Chain:
             step.scheduler, sampler, times, first, first, step.options, step.generator, dtype, deque(maxlen=lags)
         )
 
-    def take(self, step: SchedulerStep, form: StepForm, call: Call) -> None:
-        """Take a step that the loop has made, whose first call was ``call``."""
+    def take(self, step: SchedulerStep, form: StepForm, call: Call | None) -> None:
+        """Take a step that the loop has made, whose first call was ``call``: None if the chain remembers nothing."""
         self.step += 1
-        if self.past.maxlen:
+        if call is not None and self.remembers:
             inputs = form.inputs(call)
             self.past.append((inputs, step.model_output.detach().flatten(1).to(inputs.dtype, copy=True)))
 

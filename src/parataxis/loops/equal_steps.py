@@ -1,124 +1,234 @@
-"""Evaluates a single sample at steps that differ in nothing but the state and the time: one batch, made in one go."""
+"""Steps of one call each that differ in nothing but the state and the time: evaluated and answered without detours.
+
+A round is one batch that is made in one go. When its steps are accepted, all their answers are made ready together, so
+what is left for each call of the loop is to compare its state x with the accepted one u, and to move the output along
+its slope: f + e (x - u), three operations on tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import upload
+from ..arrays import Array, Indices, upload
 from ..engine.executor import out_of_memory
 from ..engine.rows import EvalBatch
-from .batch import Layout, Merging, column_of_numbers
-from .calls import Role, copy_leaves
-from .evaluate import StageEvaluator
-from .known_outputs import KnownOutputs
+from ..samplers.sampler import Sampler
+from .batch import Layout
+from .calls import RecordedCalls, copy_leaves, equal
+from .evaluated_rounds import EvaluatedRounds
 from .merger import Merger
-from .structure import Stage
+from .observation import StepForm
+from .output_slopes import OutputSlopes
+from .rows import has_rows
+from .signals import NotParallelizable
+from .step_arguments import ExpectedCall
+from .step_batch import StepBatch, copied
 
-__all__ = ["EqualStepsEvaluator"]
+__all__ = ["EqualSteps"]
+
+SMALLEST = 1e-30  # norm of a state
 
 
-class EqualStepsEvaluator:
-    """What :class:`StageEvaluator` does, where every step is one call of one kind, without a request for each step.
+class EqualSteps:
+    """Evaluates steps, keeps their outputs, and answers the loop's calls from them.
 
-    Anything else, and all until the layout of the batch has been checked, is left to that one.
+    The real call that was observed is evaluated once more in the first batch: so the layout of the batch is checked,
+    and what a batch changes in an output is measured.
 
     Args:
-        stage: Its leaves are the same objects at every step, except those in ``varying``.
-        known: Takes the evaluations.
+        form: How states, rows and outputs belong together: one call a step.
+        call: What every call is expected to be.
+        recorded: The calls of all steps.
+        first: Number of the first step in the scheduler's timesteps.
+        sampler: Of the steps.
         merger: Makes the network calls.
-        varying: Leaves that change with the step.
+
+    Attributes:
+        rounding: How far the observed call came out of the batch from what it was by itself, relative.
     """
 
-    def __init__(self, stage: Stage, known: KnownOutputs, merger: Merger, varying: set[int]) -> None:
-        self.stage, self.known, self.merger, self.varying = stage, known, merger, varying
-        self._general = StageEvaluator(stage, known, merger)
-        structure, row_map = stage.structure, stage.structure.row_maps[0]
-        self._applies = (
-            structure.samples == 1
-            and not structure.joint_samples
-            and len(structure.row_maps) == structure.steps
-            and len(stage.calls.kinds[0].members) == structure.steps
-            and row_map.batched
-            and len(row_map.slices) == 1
-        )
-        self._weights: Tensor | None = None  # (R, 1, 1), on the states' device
-        self._tables: dict[int, Tensor] = {}  # of varying leaves
+    def __init__(
+        self,
+        form: StepForm,
+        call: ExpectedCall,
+        recorded: RecordedCalls,
+        first: int,
+        sampler: Sampler,
+        merger: Merger,
+    ) -> None:
+        self.form, self.call, self.recorded = form, call, recorded
+        self.sampler, self.merger = sampler, merger
+        self.rounding = 0.0
+        row_map = self._row_map = form.row_maps[0]
+        samples = self._samples = form.shape[0]
+        self._kind = recorded.kinds[0]
+        self._batch = StepBatch(call, self._kind, form.calls[0], first, sampler.steps)
+        self._groups = self._batch.groups
+        order = row_map.guidance_index * samples + row_map.sample_of_row  # of (G, S) in a call's rows
+        self._order = None if (order == np.arange(row_map.rows)).all() else order
+        outputs, place = form.outputs[0], row_map.slices[0]
+        self._batched = [o for o, leaf in enumerate(outputs) if has_rows(leaf, row_map.rows)]
+        self._answers_whole = outputs[place.output][0].numel() == place.size
+        self._output_dtype = outputs[place.output].dtype
+        self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
+        self._layout: Layout | None = None  # until it is needed
+        self._unchecked = True
+        self._slopes = np.zeros((sampler.steps, samples))  # d
+        self._evaluated = EvaluatedRounds((sampler.steps, samples), self._batched)
+        # Of accepted steps: outputs, their slopes, accepted states, and norms of those (S,).
+        self._ready: dict[int, tuple[list[Any], Tensor, Tensor, list[float]]] = {}
 
-    def __call__(self, batch: EvalBatch) -> Tensor:
-        """Evaluate rows (n, dim) of different steps, in the same shape."""
-        layout = self.merger.checked.get(self.stage.calls.kinds[0].name) if self._applies else None
-        rows = self.stage.structure.row_maps[0].rows * len(batch.x)
-        limit = self.merger.limit
-        if layout is None or layout.merging is Merging.SINGLE or len(batch.x) == 1 or rows > (limit or rows):
-            return self._general(batch)
-        try:
-            return self._evaluate(batch, layout)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            self.merger.limit = max(1, rows // 2)
-        return self._general(batch)
+    @staticmethod
+    def fit(form: StepForm, call: ExpectedCall, recorded: RecordedCalls) -> bool:
+        """Return whether the steps are of this kind, and the observed call can stand for them."""
+        row_map, before = form.row_maps[0], form.calls[0]
+        if len(form.calls) > 1 or not row_map.batched or len(recorded.kinds) != len(recorded.calls):
+            return False
+        others = [i for i in range(len(before.leaves)) if i != row_map.slices[0].leaf and i not in call.tables]
+        return len(recorded.repeated_kinds) == 1 and all(equal(before.leaves[i], call.call.leaves[i]) for i in others)
 
-    def _evaluate(self, batch: EvalBatch, layout: Layout) -> Tensor:
-        structure, known = self.stage.structure, self.known
-        row_map = structure.row_maps[0]
-        count, rows = len(batch.x), row_map.rows
-        states = batch.x.reshape(count, -1)
-        leaves = self._leaves(states, batch.step, layout)
-        outputs = copy_leaves(self.merger.call(self.stage.calls.calls[0], leaves, rows * count))
+    # -- evaluate -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: EvalBatch) -> Tensor:
+        """Evaluate rows of steps, in the same shape."""
+        states = batch.x.reshape(len(batch.x), -1)
+        steps, samples = batch.step.numpy(), batch.sample.numpy()
+        row_limit = None if self.merger.limit is None else max(1, self.merger.limit // self._groups)
+        rows, parts = len(states), []
+        first = 0
+        while first < rows:
+            last = rows if row_limit is None else min(first + row_limit, rows)
+            try:
+                parts.append(self._evaluate(states[first:last], steps[first:last], samples[first:last]))
+            except (RuntimeError, MemoryError) as error:
+                if last == first + 1 or not out_of_memory(error):
+                    raise
+                row_limit = (last - first) // 2
+                self.merger.limit = row_limit * self._groups
+                continue
+            first = last
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(batch.x.shape)
+
+    def _evaluate(self, states: Tensor, steps: Indices, samples: Indices) -> Tensor:
+        """Evaluate rows (n, dim) in one network call, and return the combined outputs."""
+        form, row_map, count = self.form, self._row_map, states.shape[0]
+        if self._layout is None:
+            self._layout = self.merger.layout_of(self.recorded, self._kind)
+        check = self._unchecked
+        if check:
+            states = torch.cat([states, form.inputs(form.calls[0])[:1]])
+            steps, samples = np.append(steps, self.sampler.steps), np.append(samples, 0)
+        leaves = self._batch.leaves(states, steps, samples, self._layout)
+        groups, rows = self._groups, states.shape[0]
+        outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * rows))
+        answers = row_map.answers(outputs, form.dtype).view(groups, rows, -1)
+        for o in self._batched:
+            outputs[o] = outputs[o].view(groups, rows, *outputs[o].shape[1:])
+        if check:
+            if not self._check(answers[:, count], self._layout):
+                return self._evaluate(states[:count], steps[:count], samples[:count])
+            answers, states, steps, samples = answers[:, :count], states[:count], steps[:count], samples[:count]
+        if groups == 1:
+            combined = answers[0] if form.weights[0] == 1 else answers[0] * float(form.weights[0])
+        else:
+            combined = (answers * upload(form.weights, answers).view(-1, 1, 1)).sum(0)
+        # What the network was given: it may have written into a copy of its own.
+        inputs = states.to(form.network_dtype).to(form.dtype)
+        self._evaluated.store(steps, samples, inputs, combined, outputs)
         self.merger.batched = True
-        # Every call's rows: its parts of the blocks of all first rows, all second ones...
-        parts = [
-            leaf.view(rows, count, *leaf.shape[1:]).unbind(1)
-            if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows * count
-            else [leaf] * count
-            for leaf in outputs
+        return combined
+
+    def _check(self, rows: Tensor, layout: Layout) -> bool:
+        """Compare the observed call in a batch, (G, dim), with itself; another layout is looked for if it differs."""
+        merger, name = self.merger, self._kind.name
+        single = self._row_map.answers(self.form.outputs[0], self.form.dtype)[
+            upload(self._batch.row_of[:, 0], rows.device)
         ]
-        answers = row_map.answers(outputs, structure.dtype).view(rows, count, -1)
-        if self._weights is None:
-            self._weights = upload(structure.guidance_weights[0][row_map.guidance_index], answers).view(-1, 1, 1)
-        total = answers[0] * self._weights[0] if rows == 1 else (answers * self._weights).sum(0)
-        finite = torch.isfinite(total).all(1).cpu().numpy()
-        inputs = states.to(structure.network_dtype).to(structure.dtype, copy=True)  # what the network was given
-        for j, (step, state) in enumerate(zip(batch.step.tolist(), inputs.unsqueeze(1).unbind(), strict=True)):
-            known.outputs[step] = [part[j] for part in parts]
-            known.inputs_at_evaluation[step] = state
-            known.evaluated[step] = finite[j]
-        return total.view(batch.x.shape)
+        distance, norm = float((rows - single).norm()), float(single.norm())
+        self.rounding = distance / norm if norm > 0 else 0.0
+        if self.rounding <= layout.bound or not np.isfinite(norm):
+            merger.checked[name], self._unchecked = layout, False
+            return True
+        if name in merger.checked:  # found for this very network: it does not answer by its arguments alone
+            raise NotParallelizable("batching calls of the denoiser changes its outputs.")
+        merger.layouts.pop(name, None)  # the network has changed since an earlier run of the loop
+        self._layout = None
+        return False
 
-    def _leaves(self, states: Tensor, steps: Tensor, layout: Layout) -> list[Any]:
-        """Return the arguments of the batch: all first rows of the steps, then all second ones."""
-        calls, row_map = self.stage.calls, self.stage.structure.row_maps[0]
-        place, count, rows = row_map.slices[0], len(states), row_map.rows
-        leaves: list[Any] = []
-        for i, (role, leaf) in enumerate(zip(calls.kinds[0].roles, calls.calls[0].leaves, strict=True)):
-            if role is Role.STATE and place.size == leaf[0].numel():
-                leaves.append(leaf.new_empty(rows * count, *leaf.shape[1:]))
-            elif role is Role.PER_ROW and i in self.varying:
-                leaves.append(self._table(i, states)[upload(steps, leaf.device)].transpose(0, 1).flatten(0, 1))
-            elif role is Role.STATE or (role is Role.PER_ROW and not layout.shared):
-                leaves.append(leaf.unsqueeze(1).expand(-1, count, *leaf.shape[1:]).flatten(0, 1).contiguous())
-            elif role is Role.REPEATED_PER_ROW and layout.repeated:
-                several = leaf.unflatten(0, (rows, 1, -1))
-                leaves.append(several.expand(-1, count, *several.shape[2:]).flatten(0, 2).contiguous())
-            elif role is Role.SCALAR:
-                table = self._table(i, states)
-                column = table[upload(steps, table.device)].repeat(rows)
-                if layout.narrow and column.is_floating_point():
-                    column = column.to(calls.calls[0].leaves[place.leaf].dtype)
-                leaves.append(column.view(-1, *(1,) * layout.column))
-            else:
-                leaves.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
-        row_map.write(leaves, states.repeat(rows, 1))
-        return leaves
+    # -- answer ---------------------------------------------------------------------------------------------------
 
-    def _table(self, leaf: int, states: Tensor) -> Tensor:
-        """Return a leaf that changes with the step, at all steps: (N, R, ...), or (N,) where it is a number."""
-        if leaf not in self._tables:
-            values = [call.leaves[leaf] for call in self.stage.calls.calls]
-            is_number = self.stage.calls.kinds[0].roles[leaf] is Role.SCALAR
-            self._tables[leaf] = column_of_numbers(values, states) if is_number else torch.stack(values)
-        return self._tables[leaf]
+    def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
+        """Keep the slopes d of a correction; see :meth:`Recurrence.note_slopes`."""
+        for s, start, count, row in zip(sample.tolist(), first.tolist(), counts.tolist(), slopes, strict=True):
+            self._slopes[start : start + count, s] = row[:count]
+
+    def inputs(self, step: int) -> Tensor:
+        """Return (S, dim) the states at which a step was evaluated last."""
+        return self._evaluated.of(range(step, step + 1))[0][0]
+
+    def prepare(self, steps: range, states: Tensor) -> None:
+        """Make ready to answer accepted steps at states (M, S, dim): all that belongs to them stays as it is now."""
+        row_map, form = self._row_map, self.form
+        place, count = row_map.slices[0], len(steps)
+        inputs, combined, outputs = self._evaluated.of(steps)
+        if self._order is not None:
+            index = upload(self._order, inputs.device)
+            outputs = [leaf.index_select(1, index) if o in self._batched else leaf for o, leaf in enumerate(outputs)]
+        chosen = slice(steps.start, steps.stop)
+        slopes = self._output_slopes(chosen, inputs, combined, self._slopes[chosen])
+        sizes = torch.linalg.vector_norm(states, dim=2).tolist()
+        moved = states - inputs
+        if self._samples > 1:
+            index = upload(row_map.sample_of_row, states.device)
+            moved, slopes, states = (values.index_select(1, index) for values in (moved, slopes, states))
+        output = outputs[place.output]
+        if self._answers_whole:
+            rows = output.view(count, row_map.rows, -1).to(form.dtype)
+            outputs[place.output] = torch.addcmul(rows, slopes, moved).view(output.shape)
+        else:
+            part = output[(slice(None), *place.answer)]
+            part += (slopes * moved).view(count, -1, *part.shape[2:])
+        box = [stop - begin for begin, stop in place.box]
+        states = states.view(count, -1, *box)
+        slopes = slopes.view(count, slopes.shape[1], *(box if slopes.shape[2] > 1 else [1] * len(box)))
+        leaves = [
+            leaf.unbind() if o in self._batched else [copied(leaf) for _ in steps] for o, leaf in enumerate(outputs)
+        ]
+        for j, (step, slope, state) in enumerate(zip(steps, slopes.unbind(), states.unbind(), strict=True)):
+            self._ready[step] = [values[j] for values in leaves], slope, state, sizes[j]
+        self._evaluated.forget_before(steps.stop)
+
+    def answer(self, step: int, call: int, leaves: Sequence[Any], share: float) -> tuple[list[Any] | None, float]:
+        """Return the output leaves of the call of a step that is ready, and how far its state is from the accepted one.
+
+        None if that is further than ``share``.
+        """
+        outputs, slope, state, sizes = self._ready[step]
+        place = self._row_map.slices[0]
+        state_rows = leaves[place.leaf]
+        if not self.call.whole:
+            state_rows = state_rows[place.state]
+        moved = state_rows - state
+        distance = float(torch.linalg.vector_norm(moved)) / (min(sizes) or SMALLEST)
+        if not distance <= share and moved.shape[0] > 1:  # of all rows together; each of them may be near
+            norms = torch.linalg.vector_norm(moved.flatten(1), dim=1).tolist()
+            distance = max(
+                norm / (sizes[s] or SMALLEST) for norm, s in zip(norms, self._row_map.sample_of_row, strict=True)
+            )
+        if not distance <= share:  # or not a number
+            return None, distance
+        output = outputs[place.output]
+        if self._answers_whole:
+            outputs[place.output] = torch.addcmul(output, slope, moved).to(self._output_dtype)
+        else:
+            output[place.answer] += slope * moved
+        return outputs, distance
+
+    def forget(self, step: int) -> None:
+        """Let go of a step."""
+        self._ready.pop(step, None)

@@ -72,7 +72,7 @@ class KnownOutputs:
         inputs[upload(samples, inputs.device)] = states
         self.evaluated[step, samples] = finite
 
-    def set_slopes(self, runs: RowIndex, first: RowIndex, counts: RowIndex, slopes: Array) -> None:
+    def set_slopes(self, runs: RowIndex, first: RowIndex, counts: RowIndex, slopes: Sequence[Array] | Array) -> None:
         """Set the slopes d (R, W) of runs at their steps first .. first + count - 1; the last holds for later steps."""
         for run, start, count, row in zip(runs, first, counts, slopes, strict=True):
             samples = slice(None) if self.structure.joint_samples else slice(run, run + 1)

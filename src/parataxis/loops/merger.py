@@ -81,6 +81,23 @@ class Merger:
         subject = b"".join(np.append(request.rows, request.call).tobytes() for request in requests)
         return ranks.gather_trees(subject, evaluate_share, [recorded.form(request) for request in requests])
 
+    def layout_of(self, recorded: RecordedCalls, kind: CallKind) -> Layout:
+        """Return how rows of calls of one kind are batched.
+
+        Raises:
+            RowsInteract: If rows cannot be taken from calls of several samples.
+            NotParallelizable: If no two calls can be batched.
+        """
+        merger, row_map = self._of_kind(recorded, kind), recorded.row_maps[kind.members[0]]
+        layout = merger.find_layout()
+        if layout.merging is Merging.SINGLE:
+            raise NotParallelizable(layout.reason)
+        if self.limit is not None and self.limit < 2 * row_map.rows:
+            raise NotParallelizable(OUT_OF_MEMORY)
+        if layout.merging is Merging.CALLS and row_map.sample_of_row.any():
+            raise RowsInteract
+        return layout
+
     def call(self, call: Call, leaves: Sequence[Any], rows: int) -> list[Any]:
         """Call the network once; its next call may overwrite what it returns (CUDA graphs)."""
         with call.context():

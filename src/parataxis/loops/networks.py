@@ -42,7 +42,7 @@ class Networks:
         """Look at the denoisers; nothing runs yet."""
         self.loop = loop
         self.switch, self._looked = StubSwitch(), 0
-        if loop.watch is None or loop.watch.changed():
+        if loop.watch is None or loop.watch.changed(thorough=True):
             loop.watch = ModuleWatch(loop.denoisers)
         self.watch = loop.watch
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit, times=loop.times)
@@ -79,7 +79,7 @@ class Networks:
 
     def look(self) -> None:
         """Take the denoisers as they are now, behind evaluations: tables that fill in on a call are no change."""
-        if self.calls != self._looked and self.watch.changed():
+        if self.calls != self._looked and self.watch.changed(thorough=True):
             self.watch.take()
         self._looked = self.calls
 

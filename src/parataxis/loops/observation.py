@@ -79,7 +79,7 @@ class ObservedStep:
         weights = _weights(self, row_maps, solved)
         wide = torch.promote_types(sample.dtype, torch.float32)
         leaf = self.calls[solved[0]].leaves[row_maps[solved[0]].slices[0].leaf]
-        return StepForm(self.calls, row_maps, solved, weights, tuple(sample.shape), wide, leaf.dtype)
+        return StepForm(self.calls, self.outputs, row_maps, solved, weights, tuple(sample.shape), wide, leaf.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ class StepForm:
 
     Attributes:
         calls: As observed.
+        outputs: Their output leaves.
         row_maps: How the rows of each call belong to states.
         solved: The calls whose outputs make the step; others feed them.
         weights: g of their rows, in the order of a sample.
@@ -97,6 +98,7 @@ class StepForm:
     """
 
     calls: list[Call]
+    outputs: list[list[Any]]
     row_maps: list[RowMap]
     solved: list[int]
     weights: Array

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from ..solvers.base import Solver
-from .calls import Call, Output, copy_call, flatten_arguments
+from .calls import Call, copy_call, flatten_arguments
 from .chain import Chain
 from .loop import Loop
 from .networks import Networks
@@ -57,6 +57,8 @@ class OnePass:
         networks: The denoisers.
         alone: Why the loop goes on by itself; empty while it does not.
         refused: Whether another call of the loop had better be recorded.
+        single: Whether the window is one step, so that every step is real.
+        rounding: What is no error, whatever the tolerance.
     """
 
     def __init__(self, loop: Loop, schedulers: Sequence[Any], solver: Solver, tolerance: float, report: Report) -> None:
@@ -64,15 +66,17 @@ class OnePass:
         self.solver, self.tolerance = solver, tolerance
         self.networks = Networks(loop)
         self.alone, self.refused = "", False
-        self._single = getattr(solver, "window", None) == 1
+        self.single = getattr(solver, "window", None) == 1
         self._observed: ObservedStep | None = ObservedStep()  # the real step that is going on
         self._form: StepForm | None = None
         self._chain: Chain | None = None
         self._speculation: Speculation | None = None
-        self._answered: list[tuple[Call, list[Any]]] = []  # calls of the present step that were answered ahead
+        # Calls of the present step that were answered ahead; None where nobody will look at the call again.
+        self._answered: list[tuple[Call | None, list[Any]]] = []
         self._good_steps = 0
-        self._rounding = 0.0  # what is no error, whatever the tolerance
+        self.rounding = 0.0
         self._solved = False
+        self._shown = 0  # accepted steps, when progress was last shown
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the loop."""
@@ -85,15 +89,9 @@ class OnePass:
             report.calls, report.rows, report.real_calls = networks.calls, networks.merger.rows, networks.real_calls
             report.peak_rows, report.passes = networks.merger.peak_rows, 1
             networks.close()
-        if self._solved or (self._single and not self.alone):
-            report.mode = "one pass"
-            report.reason = self.alone or (ONE_STEP if self._single else report.reason if report.misses else "")
-            report.converged = report.error_estimate <= max(self.tolerance, self._rounding)
-            return value
-        called = networks.answers > 0
-        self.refused = self.refused or (called and not self.alone)
-        report.mode, report.reason = "sequential", self.alone or (NO_STEP if called else NO_CALL)
-        report.rounds, report.converged = 0, True
+        foreseen = self._solved or (self.single and not self.alone)
+        self.refused = self.refused or not (foreseen or self.alone or not networks.answers)
+        _conclude(report, self, foreseen=foreseen)
         return value
 
     def _called(self, module: int, args: Any, kwargs: Any) -> Any:
@@ -102,14 +100,14 @@ class OnePass:
             return self.networks.real(module, args, kwargs)
         leaves, spec = flatten_arguments(args, kwargs)
         try:
-            self.networks.check_gradients(module, leaves)
-            with self.networks.switch.off(), torch.no_grad():
-                if self._speculation is None and self._observed is None:
-                    self._speculate(module, spec, leaves)
-                if self._speculation is not None:
-                    answer = self._expected(self._speculation, module, spec, leaves)
-                    if answer is not None:
-                        return answer
+            if torch.is_grad_enabled():
+                self.networks.check_gradients(module, leaves)
+            if self._speculation is None and self._observed is None:
+                self._speculate(module, spec, leaves)
+            if self._speculation is not None:
+                answer = self._expected(self._speculation, module, spec, leaves)
+                if answer is not None:
+                    return answer
             if not self.alone:
                 return self._observe(module, spec, leaves, args, kwargs)
         except NotParallelizable as reason:
@@ -118,7 +116,8 @@ class OnePass:
 
     def _expected(self, speculation: Speculation, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
         """Return the answer to a call that is as it was expected; else None, and what was solved is thrown away."""
-        place = len(self._answered)
+        answered = self._answered
+        place = len(answered)
         if self.networks.changed():
             difference: str | None = "the denoiser itself changes"
         elif place == speculation.width:
@@ -126,12 +125,12 @@ class OnePass:
         else:
             difference = speculation.difference(place, module, spec, leaves)
         if difference is None:
+            needed = speculation.width > 1 or (self._chain is not None and self._chain.remembers)
             outputs = speculation.answer(place, leaves)
             self.networks.look()
             if outputs is not None:
-                call = speculation.taken(place, leaves)
-                self._answered.append((call, outputs))
-                return call.output.tree(outputs)
+                answered.append((speculation.taken(place, leaves) if needed else None, outputs))
+                return speculation.tree(place, outputs)
             difference = "the loop changes the state between the scheduler's steps"
         self._miss(difference)
         return None
@@ -139,8 +138,9 @@ class OnePass:
     def _observe(self, module: int, spec: TreeSpec, leaves: list[Any], args: Any, kwargs: Any) -> Any:
         """Evaluate a call for itself, as a part of a real step."""
         if self._observed is None:
-            self._observed, self._answered = ObservedStep.of(self._answered), []
-        call = self._call(module, spec, leaves, None)
+            answered, self._answered = self._answered, []
+            self._observed = ObservedStep.of([(call, outputs) for call, outputs in answered if call is not None])
+        call = copy_call(module, spec, leaves, self._observed.outputs, None)
         result, outputs = self.networks.observe(call, args, kwargs)
         self._observed.calls.append(call)
         self._observed.outputs.append(outputs)
@@ -148,11 +148,6 @@ class OnePass:
             self.refused = True
             raise NotParallelizable(NO_STEP)
         return result
-
-    def _call(self, module: int, spec: TreeSpec, leaves: list[Any], output: Output | None) -> Call:
-        """Return a call of the present step, with copies of its arguments."""
-        observed, answered = self._observed, [outputs for _, outputs in self._answered]
-        return copy_call(module, spec, leaves, answered if observed is None else observed.outputs, output)
 
     def _stepped(self, step: SchedulerStep, run: Callable[[], Any]) -> Any:
         """Watch a step of a scheduler."""
@@ -178,7 +173,7 @@ class OnePass:
         """Take from a real step what it shows."""
         step, report = observed.step, self.report
         assert step is not None
-        self._observed = ObservedStep() if self._single else None
+        self._observed = ObservedStep() if self.single else None
         try:
             with _foreseen():
                 form = self._form = observed.form()
@@ -204,7 +199,9 @@ class OnePass:
         chain.take(step, speculation.form, answered[0][0])
         speculation.take_step()
         self._good_steps += 1
-        self.loop.on_round(speculation.first + speculation.accepted, len(chain.times))
+        if speculation.accepted != self._shown:
+            self._shown = speculation.accepted
+            self.loop.on_round(speculation.first + self._shown, chain.count)
         if not chain.left:
             speculation.finish(result.prev_sample if hasattr(result, "prev_sample") else result[0])
             self._discard()
@@ -214,12 +211,15 @@ class OnePass:
         form, chain = self._form, self._chain
         if form is None or chain is None or chain.left < 2:
             return
-        call = self._call(module, spec, leaves, form.calls[0].output)
+        if self.networks.changed():
+            self._miss("the denoiser itself changes")  # after it was observed
+            return
+        call = copy_call(module, spec, leaves, [], form.calls[0].output)
         if call.signature() == form.calls[0].signature():
             merger = self.networks.merger
             with _foreseen():
-                self._speculation = Speculation.begin(form, chain, call, merger, self.solver, self.tolerance)
-            self._solved = True
+                self._speculation = Speculation(form, chain, call, merger, self.solver, self.tolerance)
+            self._solved, self._shown = True, 0
 
     def _miss(self, difference: str) -> None:
         """Throw away what was solved, because the loop has gone another way."""
@@ -235,7 +235,7 @@ class OnePass:
         speculation, self._speculation = self._speculation, None
         if speculation is not None:
             _count(self.report, speculation)
-            self._rounding = speculation.rounding
+            self.rounding = speculation.rounding
 
     def _go_alone(self, reason: str) -> None:
         """Let the loop go on by itself."""
@@ -251,6 +251,19 @@ def _foreseen() -> Iterator[None]:
         yield
     except UNFORESEEN as error:
         raise NotParallelizable(f"its steps cannot be foreseen ({type(error).__name__}: {error}).") from error
+
+
+def _conclude(report: Report, one_pass: OnePass, *, foreseen: bool) -> None:
+    """Say how the loop went."""
+    if foreseen:
+        report.mode = "one pass"
+        reason = ONE_STEP if one_pass.single else report.reason if report.misses else ""
+        report.reason = one_pass.alone or reason
+        report.converged = report.error_estimate <= max(one_pass.tolerance, one_pass.rounding)
+    else:
+        no_steps = NO_STEP if one_pass.networks.answers else NO_CALL
+        report.mode, report.reason = "sequential", one_pass.alone or no_steps
+        report.rounds, report.converged = 0, True
 
 
 def _count(report: Report, speculation: Speculation) -> None:

@@ -141,6 +141,8 @@ class RowMap:
 
     def answers(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Return the parts of outputs that answer the states, (R, dim)."""
+        if len(self.slices) == 1:
+            return self.view(leaves[self.slices[0].output])[self.slices[0].answer].flatten(1).to(dtype)
         parts = [self.view(leaves[p.output])[p.answer].flatten(1) for p in self.slices]
         return torch.cat(parts, 1).to(dtype)
 

@@ -99,6 +99,9 @@ class _WatchedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self.original, *args, **kwargs)
+        if len(args) == 3 and isinstance(args[0], Tensor) and isinstance(args[2], Tensor):  # as it is called mostly
+            options = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
+            return self.stepped(SchedulerStep(self.scheduler, *args, kwargs.get("generator"), options), run)
         values = dict(zip(self._names, args, strict=False)) | kwargs
         names = [name for name in self._names if name in values][:3]
         if len(names) < 3 or not all(isinstance(values[names[i]], Tensor) for i in (0, 2)):

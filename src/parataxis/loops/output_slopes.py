@@ -1,0 +1,80 @@
+"""How the outputs of a network are to move with its input, so that what enters the recurrence moves along its slopes.
+
+What enters it, y = xhat + g (clipped(xhat) - xhat) with xhat = p u + q w f, is to move by d (u - u_k), where f is an
+output and w the weight by which outputs are combined. The derivative D of y by xhat is not the same for all elements,
+so xhat has to move by d / D, or not at all where D is 0, and outputs by
+
+    e = (d / D - p) / (q w)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Array, Indices, upload
+from ..samplers.sampler import Sampler
+
+__all__ = ["OutputSlopes"]
+
+FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
+
+
+class OutputSlopes:
+    """The slopes e of outputs from those of what enters the recurrence, d.
+
+    Args:
+        sampler: Its steps are numbered from 0.
+        weight: w, by which outputs are combined, in all.
+
+    Attributes:
+        by_element: Whether they are not the same for all elements of a state: where predictions are clipped.
+    """
+
+    def __init__(self, sampler: Sampler, weight: float) -> None:
+        transform = self._transform = sampler.transform
+        self.by_element = transform is not None and (transform.clip is not None or transform.quantile is not None)
+        p, q, gain = np.zeros(sampler.steps), np.ones(sampler.steps), np.zeros(sampler.steps)
+        if transform is not None:
+            p, q, gain = transform.columns
+        flat = np.abs(1 - gain) <= FLAT
+        self._factor, self._still = 1 / (q * weight), -p / (q * weight)
+        self._factor_beyond = np.where(flat, 0.0, self._factor / np.where(flat, 1.0, 1 - gain))
+        self._columns = np.stack([p, q, self._still, gain])
+        self._uploaded: Tensor | None = None
+
+    def scalar(self, steps: slice | Indices, slopes: Array) -> Array:
+        """Return e (M, S) from d (M, S) where nothing is clipped."""
+        return slopes * self._factor[steps, None] + self._still[steps, None]
+
+    def slopes(self, scalar: Array, steps: slice | Indices) -> Array:
+        """Return d (M, S) from e (M, S) where nothing is clipped."""
+        return (scalar - self._still[steps, None]) / self._factor[steps, None]
+
+    def __call__(self, steps: slice | Indices, inputs: Tensor, combined: Tensor, slopes: Array) -> Tensor:
+        """Return e: (M, S, 1), or (M, S, dim) where predictions are clipped.
+
+        Args:
+            steps: Which, M of them.
+            inputs: (M, S, dim) u_k.
+            combined: (M, S, dim) the combined outputs w f there.
+            slopes: (M, S) d.
+        """
+        transform, within = self._transform, self.scalar(steps, slopes)
+        if transform is None or not self.by_element:
+            return upload(within, inputs).unsqueeze(2)
+        if self._uploaded is None:
+            self._uploaded = upload(self._columns, inputs)[:, :, None, None]
+        p, q, still, gain = self._uploaded[:, steps].unbind()
+        numbers = np.empty((2, *slopes.shape, 1))
+        numbers[0, :, :, 0] = within
+        numbers[1, :, :, 0] = slopes * self._factor_beyond[steps, None] + self._still[steps, None]
+        inside, outside = upload(numbers, inputs).unbind()
+        data = (p * inputs).addcmul_(q, combined).abs_()
+        if transform.quantile is None:
+            return torch.where(data > (transform.clip or 0.0), outside, inside)
+        limit = torch.quantile(data, transform.quantile, dim=2, keepdim=True).clamp(1.0, transform.largest)
+        derivative = 1 + gain * (1 / limit - 1)
+        divided = torch.where(derivative.abs() > FLAT, still + (inside - still) / derivative, still)
+        return torch.where(data > limit, outside, divided)
