@@ -169,6 +169,42 @@ def test_refusal_is_remembered(name):
         assert calls <= most
 
 
+class Policy:
+    """A loop of somebody's own with settings that are no argument."""
+
+    def __init__(self):
+        self.net, self.limit, self.adaptive, self.calls = Net(), None, False, 0
+
+    def act(self, x):
+        self.calls += 1
+        for i in range(12):
+            f = self.net(x, torch.tensor(i / 12))
+            x = x - 0.1 * (f / (1 + f.abs().max()) if self.adaptive and float(f.mean()) > 9 else f)
+            if self.adaptive and float(f[0, 0]) > 0:
+                self.net(x, torch.tensor(0.5))
+            x = x if self.limit is None else x.clamp(-self.limit, self.limit)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "mode"), [("limit", 0.5, "replay"), ("adaptive", True, "sequential")], ids=["clipped", "refused"]
+)
+@pytest.mark.filterwarnings("ignore:.*runs sequentially|running in parallel was slower")
+def test_other_settings_are_tried_anew(name, value, mode):
+    """What a loop was with one setting is not held against it with another."""
+    policy, x = Policy(), torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
+    plain = getattr(policy, name)
+    setattr(policy, name, value)
+    run = parallel(policy.act, denoisers=[policy.net])
+    modes = []
+    for setting in (value, value, plain, plain):
+        setattr(policy, name, setting)
+        result = run(x)
+        modes.append(run.report.mode)
+        assert relative(result, policy.act(x)) <= 1e-2
+    assert modes == [mode, mode, "recurrence", "recurrence"]
+
+
 def test_adaptive_solver_is_not_recorded_without_end():
     """A loop that takes smaller steps on outputs at random than on its own is found out early."""
     steps = 0

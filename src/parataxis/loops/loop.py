@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,25 @@ if TYPE_CHECKING:
     from .module_watch import ModuleWatch
 
 MOST_REFUSALS = 64  # that are remembered
+MOST_CHANGES = 3  # of settings with which a loop that was refused is tried again: a counter changes at every call
 
-__all__ = ["Loop", "check_denoisers", "is_library_object", "reachable"]
+__all__ = ["Loop", "Refusal", "check_denoisers", "is_library_object", "reachable"]
+
+
+class Refusal(NamedTuple):
+    """Why calls of one key are not solved in parallel.
+
+    Attributes:
+        reason: Why.
+        calls: How many there have been.
+        settings: Of the loop at the latest call, see :meth:`.world.World.settings`.
+        changes: How often it was tried again because they had changed.
+    """
+
+    reason: str
+    calls: int = 1
+    settings: int = 0
+    changes: int = 0
 
 
 @dataclass(eq=False)
@@ -50,7 +67,7 @@ class Loop:
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
-        refused: Why calls were not solved in parallel, by :meth:`key`, and how many calls have been since.
+        refused: Why calls were not solved in parallel, by :meth:`key`.
         owner: (name, object) that the loop reaches besides its arguments: the function itself, the pipeline.
     """
 
@@ -73,7 +90,7 @@ class Loop:
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     warned_slower: bool = False
-    refused: dict[Any, tuple[str, int]] = field(default_factory=dict)
+    refused: dict[Any, Refusal] = field(default_factory=dict)
     owner: tuple[str, Any] = ("", None)
 
     @property
@@ -96,17 +113,24 @@ class Loop:
         arguments = [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]
         return [self.owner, *arguments, *((type(module).__name__, module) for module in modules)]
 
-    def known_refusal(self, key: Any) -> str | None:
-        """Return why such a call cannot be solved in parallel, if that is known; at times it is tried again."""
-        if key not in self.refused:
-            return None
-        reason, calls = self.refused[key]
-        self.refused[key] = reason, calls + 1
-        return None if calls >= 3 and not (calls + 1) & calls else reason  # the fourth call, the eighth, ...
+    def known_refusal(self, key: Any, settings: Callable[[], int]) -> str | None:
+        """Return why such a call cannot be solved in parallel, if that is known.
 
-    def refuse(self, key: Any, reason: str) -> None:
+        With other settings it is tried again, and at times with the same.
+        """
+        refusal = self.refused.get(key)
+        if refusal is None:
+            return None
+        now, calls = settings(), refusal.calls
+        changed = now != refusal.settings and refusal.changes < MOST_CHANGES
+        self.refused[key] = refusal._replace(calls=calls + 1, settings=now, changes=refusal.changes + changed)
+        again = calls >= 3 and not (calls + 1) & calls  # the fourth call, the eighth, ...
+        return None if again or changed else refusal.reason
+
+    def refuse(self, key: Any, reason: str, settings: int) -> None:
         """Remember that such a call cannot be solved in parallel."""
-        self.refused[key] = reason, self.refused.get(key, ("", 1))[1]
+        before = self.refused.get(key, Refusal(reason))
+        self.refused[key] = before._replace(reason=reason, settings=settings)
         if len(self.refused) > MOST_REFUSALS:
             del self.refused[next(iter(self.refused))]
 

@@ -96,7 +96,7 @@ def solve_loop(
     runner = LoopRunner(loop, args, kwargs)
     if reason is None and runner.world.obstacles:
         reason = f"it reaches {runner.world.obstacles[0]}, which cannot be put back between its passes."
-    known = reason if reason is not None else loop.known_refusal(runner.key)
+    known = reason if reason is not None else loop.known_refusal(runner.key, runner.world.settings)
     try:
         if known is not None:
             reason = known
@@ -116,7 +116,7 @@ def solve_loop(
     except NotParallelizable as signal:
         reason, raised = str(signal), signal.__cause__ is not None
         if reason != OUT_OF_MEMORY and runner.merger.calls:  # there may be room, or a call, the next time
-            loop.refuse(runner.key, reason)
+            loop.refuse(runner.key, reason, runner.world.settings())
     finally:
         merger = runner.merger
         loop.limit = merger.limit
@@ -199,8 +199,8 @@ class LoopSolver:
     def reuse_structure(self) -> Phase:
         """Begin with the structure that an earlier call has shown: one pass shows what the loop adds."""
         structure = self.loop.structures.pop(self.runner.key, None)
-        if structure is None:
-            return Phase.REPLAY
+        if structure is None or not (structure.linear or structure.settings == self.runner.world.settings()):
+            return Phase.REPLAY  # with other settings a loop may have a recurrence that had none
         try:
             progress = probe_stage(self.runner, [], structure, None)
         except LoopChanged:
@@ -341,6 +341,7 @@ class LoopSolver:
         if not self.stages:
             return _without_denoiser(loop, report, passed)
         loop.structures[runner.key] = self.stages[0].structure
+        self.stages[0].structure.settings = runner.world.settings()
         if len(loop.structures) > MAX_CACHED_STRUCTURES:
             del loop.structures[next(iter(loop.structures))]
         if runner.callbacks_in_every_pass:

@@ -59,6 +59,7 @@ class Structure:
         floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
+        settings: Of the loop, see :meth:`.world.World.settings`.
         misfit: Where there is no recurrence, what part of a change of each state the coefficients do not explain.
     """
 
@@ -82,6 +83,7 @@ class Structure:
     precision: float = 0.0
     joint_samples: bool = False
     misfit: Array | None = None
+    settings: int = 0
 
     @property
     def steps(self) -> int:

@@ -35,6 +35,7 @@ __all__ = ["Change", "World", "named_globals"]
 PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(...), range, slice, torch.dtype, torch.device, torch.Size}
 )
+SETTINGS = (bool, int, float, str, type(None))
 # Objects of these packages are not looked into, except modules: their state is their own affair.
 LIBRARIES = sys.stdlib_module_names | {
     *("PIL", "accelerate", "huggingface_hub", "matplotlib", "numpy", "pandas", "parataxis", "pytest", "_pytest"),
@@ -90,13 +91,16 @@ class World:
         self._by_storage: dict[int, list[_Tensor]] = {}
         self.skipped: set[tuple[int, Any]] = set() if skipped is None else skipped
         seen: dict[int, Any] = {}  # holds what it has seen, so that no other object gets its address
-        stack = [(name, value) for name, value in roots][::-1]
-        while stack and len(seen) < MOST_OBJECTS:
-            name, value = stack.pop()
-            if type(value) in PLAIN or id(value) in seen:
-                continue
-            seen[id(value)] = value
-            stack += self._look(name, value)
+        self._ends: list[int] = []  # of the places behind each root
+        for root in roots:
+            stack = [root]
+            while stack and len(seen) < MOST_OBJECTS:
+                name, value = stack.pop()
+                if type(value) in PLAIN or id(value) in seen:
+                    continue
+                seen[id(value)] = value
+                stack += self._look(name, value)
+            self._ends.append(len(self._places))
 
     def _look(self, name: str, value: Any) -> Iterable[tuple[str, Any]]:
         """Note a value; return what it holds, by names."""
@@ -215,6 +219,18 @@ class World:
         tensors = [t for t in self._tensors if everything or not self._skips(t, None)]
         lost = [tensor for tensor in tensors if not tensor.restore()]
         return not lost
+
+    def settings(self) -> int:
+        """Return a number that is another one where a plain value behind the first root is."""
+        places = self._places[: self._ends[0]] if self._ends else []
+        held = (
+            (place.describe(key), value.__qualname__ if isinstance(value, type) else value)
+            for place in places
+            if isinstance(place, _Mapping)
+            for key, value in place.before.items()
+            if type(value) in SETTINGS or isinstance(value, type)
+        )
+        return hash(tuple(held))
 
     def holders(self, value: Any) -> list[tuple[Any, Any]]:
         """Return the (place, key) that hold an object."""
