@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from loop_problems import relative
@@ -221,6 +222,37 @@ def test_adaptive_solver_is_not_recorded_without_end():
     with pytest.warns(RuntimeWarning, match="depends? on .* outputs"):
         parallel(loop, denoisers=[net := Net()])(net)
     assert steps < 100
+
+
+@pytest.mark.parametrize("road", ["recorded", "one pass"])
+def test_output_that_is_not_finite_is_the_loops_own_affair(road):
+    """One sample of a batch becomes NaN: the others are returned as the loop returns them, with a warning."""
+
+    class Breaks(nn.Module):
+        def forward(self, x, t):
+            broken = (t < 400) & (x[:, :1] > 0)
+            return torch.where(broken, torch.nan, torch.tanh(x))
+
+    net, scheduler = Breaks(), DDIMScheduler(clip_sample=False)
+
+    def recorded(x):
+        for t in torch.arange(20).flip(0) * 50:
+            x = x - 0.05 * net(x, t)
+        return x
+
+    def stepped(x):
+        scheduler.set_timesteps(20)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t), t, x).prev_sample
+        return x
+
+    loop = recorded if road == "recorded" else stepped
+    x = torch.tensor([[1.0, 0.3], [-1.0, 0.2], [-0.5, 1.0]])
+    expected = loop(x)
+    assert expected.isnan().any(1).tolist() == [True, False, False]
+    with pytest.warns(RuntimeWarning, match="sequentially: .*the network returned NaN or Inf at step"):
+        result = parallel(loop, denoisers=[net])(x)
+    assert torch.allclose(result, expected, rtol=1e-2, equal_nan=True)
 
 
 def test_torchscript_module_runs_sequentially():

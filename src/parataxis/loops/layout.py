@@ -29,6 +29,10 @@ NOTHING_TO_BATCH = "no two calls of the denoiser can be batched: they differ in 
 BATCHING_CHANGES_OUTPUT = (
     "batching calls of the denoiser changes its outputs: it may read only the first timestep, or mix rows of the batch."
 )
+BATCH_RAISES = (
+    "a batch of its denoiser's calls raised {error!r}: let its forward take any number of rows, with a time for each, "
+    "as a tensor of shape (batch,)."
+)
 OUT_OF_MEMORY = "not enough memory to batch two denoiser calls."
 
 
@@ -71,16 +75,18 @@ class LayoutSearch:
         dtype = self.calls.dtype
         smallest = max(2e-5, 2 * torch.finfo(dtype).eps)
         bound, measured = (smallest, False) if torch.finfo(dtype).bits >= 32 else (WRONG, True)
-        for layout in self.candidates(whole[0]):
+        layouts, raised = list(self.candidates(whole[0])), []
+        for layout in layouts:
             requests = partial if layout.merging is Merging.ROWS else whole
-            error = compare(self.calls, requests, answers, layout)[1]
+            error = compare(self.calls, requests, answers, layout, raised)[1]
             if bound < error <= WRONG and not measured:
                 # A network may compute in fewer bits than its input has: copies of one call show its rounding.
                 rounding = compare(self.calls, [whole[0]] * 2, [answers[0]] * 2, layout)[1]
                 bound, measured = min(max(bound, ROUNDINGS * rounding), WRONG), True
             if error <= bound:
                 return replace(layout, bound=min(max(smallest, ROUNDINGS * error), WRONG))
-        return Layout(Merging.SINGLE, reason=BATCHING_CHANGES_OUTPUT)
+        raises = BATCH_RAISES.format(error=raised[0]) if len(raised) == len(layouts) else BATCHING_CHANGES_OUTPUT
+        return Layout(Merging.SINGLE, reason=raises)
 
     def candidates(self, request: RowRequest) -> Iterator[Layout]:
         """Yield the layouts to try, the most general and most usual ones first."""
@@ -130,9 +136,15 @@ def randomize_conditioning(calls: KindCalls, members: Sequence[int]) -> KindCall
 
 
 def compare(
-    calls: KindCalls, requests: Sequence[RowRequest], answers: Sequence[list[Any] | None], layout: Layout
+    calls: KindCalls,
+    requests: Sequence[RowRequest],
+    answers: Sequence[list[Any] | None],
+    layout: Layout,
+    raised: list[Exception] | None = None,
 ) -> tuple[list[list[Any]], float]:
     """Evaluate several requests in one network call, and compare it with the answers of single calls that are known.
+
+    What the network raises is added to ``raised``.
 
     Returns:
         The output leaves, and how far they are from the answers, relative; infinite where there are none.
@@ -143,6 +155,8 @@ def compare(
     except Exception as error:  # whatever a network says to a batch that it cannot take
         if out_of_memory(error):
             raise
+        if raised is not None:
+            raised.append(error)
         return [], float("inf")
     worst = 0.0
     for request, output, answer in zip(requests, outputs, answers, strict=True):

@@ -66,6 +66,7 @@ class Loop:
         watch: What the denoisers held when one pass last looked at them.
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
+        warned_floor: Whether the user has been warned that rounding moves the result by more than the tolerance.
         warned_slower: Whether the user has been warned that a call was slower than the unmodified loop.
         refused: Why calls were not solved in parallel, by :meth:`key`.
         owner: (name, object) that the loop reaches besides its arguments: the function itself, the pipeline.
@@ -89,6 +90,7 @@ class Loop:
     watch: ModuleWatch | None = None
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
+    warned_floor: bool = False
     warned_slower: bool = False
     refused: dict[Any, Refusal] = field(default_factory=dict)
     owner: tuple[str, Any] = ("", None)

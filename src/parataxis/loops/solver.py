@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ..checks import is_finite
+from ..checks import OutputError, is_finite
 from ..engine.latency import synchronize
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
@@ -59,7 +59,18 @@ GRADIENTS = (
     "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
     "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
 )
+FLOOR_WARNING = (
+    "the result may be {floor:.1e} away from the loop's, more than the tolerance of {tolerance:g}: rounding alone, of "
+    "the network's outputs, moves it so far. Run the network in more bits, or pass a larger tolerance. This is said "
+    "once."
+)
 ABOVE_FLOOR = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
+
+
+AS_MANY_ROUNDS = (
+    "solving it takes as many rounds as it has steps: the tolerance is too small, or a step makes too much of an error "
+    "of the one before."
+)
 
 
 class Phase(Enum):
@@ -106,17 +117,14 @@ def solve_loop(
                 value = loop_solver.run()
             calls = [signature for stage in loop_solver.stages for signature in stage.structure.signatures]
             _report_seconds(report, runner, calls, started)
-            if runner.trainable:
-                warnings.warn(GRADIENTS, RuntimeWarning, stacklevel=3)
-            slower = None if loop.warned_slower else report.slower()
-            if slower is not None:
-                loop.warned_slower = True
-                warnings.warn(slower, RuntimeWarning, stacklevel=3)
+            _warn(loop, report, trainable=runner.trainable)
             return value
     except NotParallelizable as signal:
         reason, raised = str(signal), signal.__cause__ is not None
         if reason != OUT_OF_MEMORY and runner.merger.calls:  # there may be room, or a call, the next time
             loop.refuse(runner.key, reason, runner.world.settings())
+    except OutputError as error:  # not finite: what the loop makes of it is its own affair
+        reason = str(error)
     finally:
         merger = runner.merger
         loop.limit = merger.limit
@@ -137,6 +145,19 @@ def solve_loop(
     report.sequential_seconds = loop.times.latest
     report.seconds = time.perf_counter() - started
     return value
+
+
+def _warn(loop: Loop, report: Report, *, trainable: bool) -> None:
+    """Warn of what the caller may not expect of a call that was solved in parallel."""
+    warned = [GRADIENTS] if trainable else []
+    if ABOVE_FLOOR in report.reason and not loop.warned_floor:
+        loop.warned_floor = True
+        warned.append(FLOOR_WARNING.format(floor=report.floor, tolerance=report.tolerance))
+    if not loop.warned_slower and (slower := report.slower()) is not None:
+        loop.warned_slower = True
+        warned.append(slower)
+    for message in warned:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,6 +202,7 @@ class LoopSolver:
         self.solver, self.tolerance, self.report = solver, tolerance, report
         self.stages: list[StageProgress] = []  # the last one is being solved
         self.refinement = Refinement()  # of that one
+        self.outdated_rounds = 0  # of a solve with the structure of an earlier call, which did not fit
 
     def run(self) -> Any:
         """Solve every stage, replay, and return what the loop returns."""
@@ -255,6 +277,7 @@ class LoopSolver:
         """
         progress, refinement = self.stages[-1], self.refinement
         if refinement.structure_outdated:
+            self.outdated_rounds = self.report.rounds
             self.stages.clear()
             return Phase.REPLAY
         if refinement.begin(progress):
@@ -301,14 +324,14 @@ class LoopSolver:
                 mode=report.mode,
             )
         runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
+        report.steps = sum(stage.structure.steps for stage in self.stages)
+        rounds_left = report.steps - report.rounds + self.outdated_rounds
         for _ in drive(runs, evaluator):
-            accepted = min(structure.steps if run.done else run.accepted for run in runs)
-            self.loop.on_round(accepted, structure.steps)
+            self.loop.on_round(_accepted(runs, structure, rounds_left), structure.steps)
         if ranks is not None:
             ranks.end()
         progress.solution = torch.stack([run.solution.x for run in runs]).view(structure.samples, -1)
         progress.solver_estimate = margin * max(run.error for run in runs)
-        report.steps = sum(stage.structure.steps for stage in self.stages)
         _count_runs(report, runs, structure.samples)
 
     def replay_until(self, first_step: int, last_step: int) -> StageRecord:
@@ -393,6 +416,15 @@ def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, fl
         # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
         tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
     return tolerance, float(network.eps) / 2
+
+
+def _accepted(runs: Sequence[Run], structure: Structure, rounds_left: int) -> int:
+    """Return how many steps all runs have accepted, or raise where they have made too many rounds for that."""
+    accepted = min(structure.steps if run.done else run.accepted for run in runs)
+    precise = torch.finfo(structure.network_dtype).bits >= 32  # in fewer a solve begins anew from its replay
+    if precise and accepted < structure.steps and max(run.rounds for run in runs) >= rounds_left:
+        raise NotParallelizable(AS_MANY_ROUNDS)
+    return accepted
 
 
 def _count_runs(report: Report, runs: Sequence[Run], samples: int) -> None:
