@@ -75,7 +75,8 @@ class LayoutSearch:
         dtype = self.calls.dtype
         smallest = max(2e-5, 2 * torch.finfo(dtype).eps)
         bound, measured = (smallest, False) if torch.finfo(dtype).bits >= 32 else (WRONG, True)
-        layouts, raised = list(self.candidates(whole[0])), []
+        layouts = list(self.candidates(whole[0]))
+        raised: list[Exception] = []
         for layout in layouts:
             requests = partial if layout.merging is Merging.ROWS else whole
             error = compare(self.calls, requests, answers, layout, raised)[1]
