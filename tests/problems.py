@@ -159,7 +159,8 @@ def rough(network, strength):
 
 
 HARD = ("zero", "linear", "sign", "relu", "saturated", "chaotic", "points", "close points", "learned-like")
-HARD_SAMPLERS = ("ddim", "ddpm", "clipped", "clipped ddpm", "flow_euler", "sigma 25", "sigma 80", "no signal")
+HARD_SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "clipped", "clipped ddpm", "clipped dpmpp_2m", "flow_euler", "sigma 25")
+HARD_SAMPLERS += ("sigma 80", "no signal")
 
 
 @cache
@@ -178,7 +179,7 @@ def hard_sampler(name, steps):
     schedule = hard_schedule(name)
     if name.startswith("sigma"):
         return px.samplers.euler_ancestral(schedule, steps)
-    kind = {"clipped": "ddim", "clipped ddpm": "ddpm", "no signal": "ddim"}.get(name, name)
+    kind = {"clipped": "ddim", "no signal": "ddim"}.get(name, name.removeprefix("clipped "))
     options = {"clip": 1.0} if name.startswith("clipped") else {"prediction": "v"} if name == "no signal" else {}
     return px.SAMPLERS[kind](schedule, steps, **options)
 
