@@ -28,7 +28,6 @@ from functools import cache
 
 import diffusers
 import torch
-import transformers
 from diffusers import callbacks
 from torch import nn
 
@@ -231,6 +230,8 @@ def flow(shift=3.0, **config):
 
 def words():
     """Return a tokenizer of eight letters and CLIP's text encoder for it."""
+    import transformers  # here, as no version of it goes with the oldest versions that are supported
+
     letters = "abcdefgh"
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     ids = {word: i for i, word in enumerate(vocabulary)}
@@ -364,6 +365,8 @@ def kandinsky():
 
 @pipeline(4, 8, 8)
 def audioldm2():
+    import transformers
+
     language = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8, bos_token_id=0, eos_token_id=0)
     vocoder = transformers.SpeechT5HifiGanConfig(
         model_in_dim=16,
@@ -414,6 +417,8 @@ def animatediff():
 
 @pipeline(2, 4, 8, 8, schedulers=("Euler",))
 def stable_video_diffusion():
+    import transformers
+
     net = diffusers.UNetSpatioTemporalConditionModel(
         sample_size=8,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),

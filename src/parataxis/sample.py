@@ -255,6 +255,11 @@ def _sample_batch(
     if isinstance(solver, str):
         if guess is not None or frozen_steps:
             raise ValueError("solver='auto' plans for a start from noise, and a guess saves rounds: choose a solver.")
+        if watching.checkpoint is not None:
+            raise ValueError(
+                "solver='auto' chooses by measured times, another one each time, and a checkpoint is of one solver: "
+                "choose a solver."
+            )
         planned = _plan(task.denoise, noise, sampler, task.options["tolerance"], condition, ranks, limits)
         solver, limits = planned.solver, {**limits, "max_rows": planned.latency.limit}
     started = time.perf_counter()

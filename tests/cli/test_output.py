@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import parataxis.cli.output as output
 from parataxis.cli import main
@@ -49,6 +51,41 @@ def test_place_that_is_no_file_is_refused(capsys):
     Path("dangling.png").symlink_to("nowhere/x.png")
     refused(["--out", "dangling.png"], "dangling.png is a link to nowhere/x.png, which does not exist", capsys)
     refused(["--out", "x" * 300 + ".png"], "cannot be written (File name too long)", capsys)
+
+
+def test_command_goes_on_from_its_checkpoint(capsys):
+    """Ctrl-C in the middle writes it; the same command ends with the picture of one that was not interrupted."""
+    calls, command = [], ["sample", "--steps", "12", "--count", "2", "--window", "4", "--json"]
+
+    def press(module, inputs):
+        if type(module).__name__.startswith("UNet2D") and "Block" not in type(module).__name__:
+            calls.append(len(inputs[0]))
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    assert main([*command, "--out", "whole.png"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    pressed = register_module_forward_pre_hook(press)
+    try:
+        assert main([*command, "--out", "a.png", "--checkpoint", "a.safetensors"]) == 130
+        assert "The same command goes on from a.safetensors" in capsys.readouterr().err
+        assert main([*command, "--out", "a.png", "--checkpoint", "a.safetensors"]) == 0
+    finally:
+        pressed.remove()
+    again = json.loads(capsys.readouterr().out)
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert Image.open("a.png").tobytes() == Image.open("whole.png").tobytes()
+    assert len(calls) == whole["rounds"] + 1
+    assert not Path("a.safetensors").exists()
+
+
+def test_checkpoint_of_something_else_is_refused(capsys):
+    Path("notes.txt").write_text("mine")
+    now = time.time()
+    os.utime("notes.txt", (now, now - 100))  # a file that has been read since it was written stays as it is when read
+    refused(["--checkpoint", "notes.txt", "--force"], "notes.txt was not written by parataxis", capsys)
+    refused(["--checkpoint", "a", "--solver", "auto"], "--checkpoint needs one solver", capsys)
+    refused(["--checkpoint", "a.png", "--out", "a.png"], "a.png is named twice", capsys)
 
 
 def test_files_of_others_are_not_replaced(capsys):

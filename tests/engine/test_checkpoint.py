@@ -155,6 +155,8 @@ def test_sample_goes_on_where_it_was_interrupted(tmp_path):
     assert not path.exists()
     with pytest.raises(ValueError, match="checkpoint= cannot be combined"):
         draw(denoise, path, rows_per_round=4)
+    with pytest.raises(ValueError, match="a checkpoint is of one solver"):
+        px.sample(denoise, torch.randn(1, 6), samplers.ddim(steps=24), "auto", checkpoint=path)
 
 
 TERMINATED = """

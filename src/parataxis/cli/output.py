@@ -20,7 +20,16 @@ from typing import Any
 
 from .errors import Failed, NoReader, Wrong
 
-__all__ = ["check_output", "check_pictures", "check_standard_output", "emit", "is_figures", "is_picture", "save"]
+__all__ = [
+    "check_output",
+    "check_pictures",
+    "check_standard_output",
+    "emit",
+    "is_figures",
+    "is_picture",
+    "is_saved_solve",
+    "save",
+]
 
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 SOFTWARE = 0x0131  # the EXIF tag for the program that wrote a picture
@@ -103,6 +112,17 @@ def is_figures(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(figures, dict) and figures.get("made_by") == MARK
+
+
+def is_saved_solve(path: Path) -> bool:
+    """Return whether this command has written this checkpoint."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {MARK, "runs"} <= set(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def picture_writer(picture: Any) -> Writer:

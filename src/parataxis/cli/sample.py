@@ -14,8 +14,18 @@ import typer
 from . import flags
 from .calibrate import read_calibration
 from .errors import INTERRUPTED, Failed, Wrong
-from .options import make_solver, with_options
-from .output import check_output, check_pictures, emit, is_figures, json_writer, picture_writer, save, table
+from .options import AUTO, make_solver, with_options
+from .output import (
+    check_output,
+    check_pictures,
+    emit,
+    is_figures,
+    is_saved_solve,
+    json_writer,
+    picture_writer,
+    save,
+    table,
+)
 from .plan import plan_figures
 from .problem import Problem, Wanted, with_problem
 
@@ -44,6 +54,10 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Image grid to write; its figures go beside it as .json.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Picture to write of the samples after every round.")] = None,
     plot: flags.Plot = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="File that Ctrl-C and SIGTERM write: the same command goes on from it, to the same bits."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the sequential loop too and compare with it.")
     ] = False,
@@ -56,6 +70,12 @@ def sample(
     check_pictures(pictures, force=force)
     if out is not None:
         check_output([out.with_suffix(".json")], is_figures, force=force)
+    if checkpoint is not None:
+        if solver == AUTO:
+            raise Wrong("--checkpoint needs one solver: --solver auto chooses by measured times, each time anew.")
+        if checkpoint in pictures:
+            raise Wrong(f"{checkpoint} is named twice: give each file a path of its own.")
+        check_output([checkpoint], is_saved_solve)  # even with --force: it would be read, not replaced
     method = make_solver(solver, options)
     calibrated = None if calibration is None else read_calibration(calibration)
     if calibrated is not None:
@@ -80,6 +100,7 @@ def sample(
         on_round=None if trace is None else remember,
         keep_residuals=plot is not None,
         progress=progress,
+        checkpoint=checkpoint,
     )
     figures = _figures(problem, result, solver)
     if compare and result[0].reason != "interrupted":
@@ -101,9 +122,14 @@ def sample(
     if not result.converged:
         reason = result[0].reason
         raise Failed(
-            f"not every sample was finished ({reason}): what was written is the last estimate.",
+            f"not every sample was finished ({reason}): what was written is the last estimate.{_goes_on(checkpoint)}",
             **({"status": INTERRUPTED} if reason == "interrupted" else {}),
         )
+
+
+def _goes_on(checkpoint: Path | None) -> str:
+    """Return how the solve can be ended, or nothing where it cannot."""
+    return "" if checkpoint is None or not checkpoint.exists() else f" The same command goes on from {checkpoint}."
 
 
 def _compare(figures: dict[str, Any], result: Solutions, reference: Solutions) -> None:
