@@ -1,6 +1,7 @@
 """Do robots act as well on plans drawn side by side in time, and how much sooner: paired episodes, and milliseconds.
 
     python benchmarks/episodes.py --success            # Meta-World, needs the extra policy; resumable
+    python benchmarks/episodes.py --calibrate          # settings for --seconds, into out/policy
     python benchmarks/episodes.py --seconds            # on a quiet machine; resumable
     python benchmarks/episodes.py --print
 
@@ -12,7 +13,8 @@ loop draws for the same observation and noise. Episodes go on side by side, whic
 ``--seconds`` draws the plans of each policy's recorded episode, one at a time, all methods in turn, and writes median
 and 95th percentile to ``results/policy_seconds.csv``. Policies of 4.4 and 16 M parameters are taken from ``out/policy``
 (``examples/policy/train.py --size 4.4M``) where they have been trained. Each network is timed as it is written and with
-packed convolutions, loop and solver alike; the speed-up is over the loop that is faster.
+packed convolutions, loop and solver alike; the speed-up is over the loop that is faster. ``--calibrate`` runs
+:func:`parataxis.calibrate` on 59 observations of the demonstrations, with windows of 8, 16 and 32, each by itself.
 """
 
 from __future__ import annotations
@@ -36,15 +38,18 @@ from torch import Tensor
 import parataxis as px
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "policy"))
+POLICIES = ROOT / "examples" / "policy"
+sys.path.insert(0, str(POLICIES))
 from diffusion_policy import Plan, Policy, folder_of, load, plain_loop  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from train import windows  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EPISODES, SECONDS = RESULTS / "policy_episodes.csv", RESULTS / "policy_seconds.csv"
 TASKS = ("reach-v3", "button-press-topdown-v3", "drawer-open-v3")
 FLOW = "button-press-topdown-v3-flow"
 BATCH = 25
+CALIBRATED = (8, 16, 32)  # windows
 EPISODE_COLUMNS = ["policy", "method", "seed", "solved", "steps", "plans", "rounds", "evaluations", "deviation"]
 SECONDS_COLUMNS = [
     "policy", "parameters", "convolutions", "threads", "method", "plans", "p50_ms", "p95_ms", "rounds", "evaluations",
@@ -186,9 +191,13 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
         policies = {"plain": load(folder, pack=False), "packed": load(folder)}
         for convolutions, policy in policies.items():
             ways |= {(convolutions, method): make() for method, make in methods(policy).items()}
+        for window in CALIBRATED:
+            if calibration_of(name, window).exists():
+                setting = px.Calibration.load(calibration_of(name, window))
+                ways["packed", f"calibrated {window}"] = Sampler(policies["packed"], setting)
         ways |= {("plain", "loop, compiled"): compiled_loop(load(folder, pack=False))}
         ways |= {
-            ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], window) for window in (8, 16)
+            ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], window) for window in CALIBRATED
         }
         if all((name, *way[:1], count, way[1]) in done for way in ways):
             continue
@@ -218,6 +227,35 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
                 row |= {"rounds": statistics.median(plan.rounds), "evaluations": statistics.median(plan.evaluations)}
             append(SECONDS, SECONDS_COLUMNS, row)
             print(name, count, *way, row["p50_ms"], row["p95_ms"], row["deviation"], flush=True)
+
+
+def calibration_of(name: str, window: int) -> Path:
+    """Return the file of a calibration."""
+    return ROOT / "out" / "policy" / f"{Path(name).name}-calibration-{window}.json"
+
+
+def calibrate(names: Sequence[str], runs: int = 59) -> None:
+    """Calibrate windows on observations of the demonstrations."""
+    for name, window in ((name, window) for name in names for window in CALIBRATED):
+        path = calibration_of(name, window)
+        if path.exists():
+            continue
+        policy = load(folder_of(name))
+        demonstrations = load_file(POLICIES / "demonstrations" / f"{task_of(name).removesuffix('-flow')}.safetensors")
+        conditions = windows(demonstrations, policy.config)[0]
+        conditions = conditions[np.random.default_rng(0).choice(len(conditions), runs, replace=False)]
+        generators = [torch.Generator().manual_seed(1000 + run) for run in range(runs)]
+        calibration = px.calibrate(
+            policy.network,
+            policy.noise(generators),
+            px.from_scheduler(policy.config.scheduler()),
+            px.Secant(window=window),
+            condition=conditions,
+            generator=torch.Generator().manual_seed(0),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(path)
+        print(Path(name).name, window, calibration, flush=True)
 
 
 def compiled_loop(policy: Policy) -> Plan:
@@ -319,6 +357,7 @@ def main() -> None:
     """Measure what is missing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--success", action="store_true", help="drive episodes in the simulator")
+    parser.add_argument("--calibrate", action="store_true", help="choose settings for --seconds")
     parser.add_argument("--seconds", action="store_true", help="time single plans")
     parser.add_argument("--print", action="store_true", help="print the tables")
     parser.add_argument("--policies", nargs="+", help="folders, or names of shipped policies; default all there are")
@@ -332,10 +371,12 @@ def main() -> None:
     if options.success:
         torch.set_num_threads(1)
         success(options.policies or shipped, options.episodes, options.methods)
+    trained = [str(path.parent) for path in sorted((ROOT / "out" / "policy").glob("*M/config.json"))]
+    if options.calibrate:
+        calibrate(options.policies or [*shipped, *trained])
     if options.seconds:
-        trained = [str(path.parent) for path in sorted((ROOT / "out" / "policy").glob("*M/config.json"))]
         seconds(options.policies or [*shipped, *trained], options.threads, options.repeats)
-    if options.print or not (options.success or options.seconds):
+    if options.print or not (options.success or options.calibrate or options.seconds):
         print("\n".join([*success_table(), "", *seconds_table()]))
 
 
