@@ -223,5 +223,11 @@ def test_bad_arguments_are_named(options, message):
         px.calibrate(EXACT, noise(2), SAMPLER, ["secnat"])
     with pytest.raises(TypeError, match="solver must be a name"):
         px.calibrate(EXACT, noise(2), SAMPLER, [3])
+
+
+def test_one_candidate_needs_no_list():
+    for candidate in (px.Secant(window=4), px.Setting(px.Secant(window=4), 2.0), "secant"):
+        one, several = (px.calibrate(EXACT, noise(2), SAMPLER, given) for given in (candidate, [candidate]))
+        assert (one.setting, one.trials) == (several.setting, several.trials)
     with pytest.raises(ValueError, match="scale must be a positive number"):
         px.Setting(px.Secant(), -1.0)

@@ -23,7 +23,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +46,11 @@ from .samplers.recurrence import Recurrence
 from .samplers.sampler import Sampler
 from .solvers import EXACT_IN_DISTRIBUTION, SOLVERS, as_solver
 from .solvers.base import Solver
-from .solvers.secant import Secant
 from .solvers.sequential import Sequential
 
 __all__ = [
     "Calibration",
+    "Candidates",
     "Outcome",
     "Setting",
     "Trial",
@@ -75,6 +75,9 @@ class Setting:
         check_solver(self.solver)
         if not (is_finite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive number of tolerances, got {self.scale!r}.")
+
+
+Candidates = Solver | Setting | str | Sequence[Solver | str] | Sequence[Setting] | None
 
 
 class Outcome(NamedTuple):
@@ -286,7 +289,7 @@ def calibrate(
     denoise: Callable[..., Tensor],
     noise: Tensor,
     sampler: Sampler,
-    candidates: Sequence[Solver] | Sequence[Setting] | None = None,
+    candidates: Candidates = None,
     *,
     tolerance: float = 1e-2,
     coverage: float = 0.95,
@@ -306,7 +309,7 @@ def calibrate(
         denoise: As in :func:`parataxis.sample`.
         noise: (n, *shape), one run a row: 59 for the defaults, 299 for a coverage of 99 %. Fewer promise less.
         sampler: The equation.
-        candidates: Solvers with their windows, each tried with scales from a quarter to 32; or a list of
+        candidates: A solver with its window, or several, each tried with scales from a quarter to 32; or a list of
             :class:`Setting` in the order in which they are to be tested, from strict to loose. Default
             ``Secant(window=8)``.
         tolerance: Relative error that a run should keep, compared with the sequential loop.
@@ -395,9 +398,7 @@ def certified(
     )
 
 
-def sequences(
-    candidates: Sequence[Solver] | Sequence[Setting] | None, tolerance: float, coverage: float, confidence: float
-) -> list[list[Setting]]:
+def sequences(candidates: Candidates, tolerance: float, coverage: float, confidence: float) -> list[list[Setting]]:
     """Return lists of settings, each from strict to loose, of the candidates, or raise."""
     check_tolerance(tolerance)
     if tolerance == 0:
@@ -405,14 +406,13 @@ def sequences(
     for name, value in (("coverage", coverage), ("confidence", confidence)):
         if not (is_finite(value) and 0 < value < 1):
             raise ValueError(f"{name} must be in (0, 1), such as 0.95, got {value!r}.")
-    chosen: list[Any] = [Secant(window=8)] if candidates is None else list(candidates)
-    chosen = [as_solver(candidate) if isinstance(candidate, str) else candidate for candidate in chosen]
+    given = candidates if isinstance(candidates, Iterable) and not isinstance(candidates, str) else [candidates]
+    chosen: list[Any] = [item if isinstance(item, Setting) else as_solver(item) for item in given]
     if not chosen:
         raise ValueError("candidates is empty: pass at least one solver, or None for Secant(window=8).")
     if all(isinstance(candidate, Setting) for candidate in chosen):
         return [chosen]
     for candidate in chosen:
-        check_solver(candidate)
         if type(candidate) in EXACT_IN_DISTRIBUTION.values():
             raise ValueError(f"{candidate!r} draws another sample than the loop's: it has no error to calibrate.")
     return [[Setting(solver, scale) for scale in SCALES] for solver in chosen]

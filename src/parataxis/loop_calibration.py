@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .calibration import Calibration, Outcome, Setting, certified, choose_setting, relative_errors, sequences
+from .calibration import (
+    Calibration,
+    Candidates,
+    Outcome,
+    Setting,
+    certified,
+    choose_setting,
+    relative_errors,
+    sequences,
+)
 from .fingerprint import loop_fingerprint, without_counters
 from .parallel import parallel
-from .solvers.base import Solver
 
 __all__ = ["calibrate_loop"]
 
@@ -24,7 +32,7 @@ __all__ = ["calibrate_loop"]
 def calibrate_loop(
     target: Callable[..., Any],
     calls: Sequence[tuple[Any, ...] | dict[str, Any]],
-    candidates: Sequence[Solver] | Sequence[Setting] | None = None,
+    candidates: Candidates = None,
     *,
     tolerance: float = 1e-2,
     coverage: float = 0.95,
