@@ -123,8 +123,8 @@ def versions() -> str:
 def main() -> None:
     """Write the page."""
     head = (
-        "# Trust\n\nWhat was broken on purpose, and what became of it. Written by `make trust` from the tables in\n"
-        "`benchmarks/results`."
+        "# What was broken on purpose\n\nFaults, bad input and mutations, and what became of them. Written by "
+        "`make trust` from the tables in\n`benchmarks/results`."
     )
     page = "\n\n".join([head, faults(), properties(), mutations(), soak(), versions()])
     (ROOT / "docs" / "trust.md").write_text(page + "\n")

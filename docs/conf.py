@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "src"))
 
@@ -19,10 +22,10 @@ extensions = [
     "myst_parser",  # pages in Markdown
     "sphinx.ext.autodoc",  # the API from docstrings
     "sphinx.ext.napoleon",  # which are in Google's style
-    "sphinx.ext.mathjax",  # formulas
     "sphinx_copybutton",  # code blocks with a button
 ]
 html_theme = "furo"
+html_math_renderer = "mathml"  # which browsers show without scripts and without a network
 html_title = f"parataxis {release}"
 html_theme_options = {"source_repository": "https://github.com/parataxis-dev/parataxis", "source_directory": "docs/"}
 exclude_patterns = ["_build"]
@@ -54,8 +57,21 @@ def _plain(app: Any, what: str, name: str, obj: object, options: Any, lines: lis
         lines[number] = "".join(parts)
 
 
+def _inline_formula(writer: Any, node: Any) -> None:
+    """Write a formula within a line as MathML."""
+    writer.body.append(convert(node.astext()))
+    raise SkipNode
+
+
+def _displayed_formula(writer: Any, node: Any) -> None:
+    """Write a formula on a line of its own as MathML."""
+    writer.body.append(convert(node.astext(), display="block"))
+    raise SkipNode
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """Connect the two rules above."""
+    """Connect the rules above."""
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     app.connect("source-read", _outside)
     app.connect("autodoc-process-docstring", _plain, priority=100)  # before napoleon makes markup
     return {"parallel_read_safe": True}

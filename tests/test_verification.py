@@ -53,7 +53,7 @@ def test_broken_law_is_named_with_what_to_do(denoise, law, advice):
     broken = failed(result)
     assert list(broken) == [law]
     assert advice in broken[law].advice
-    assert result.verdict == f"not fit for parallel sampling as it is: {law}."
+    assert result.verdict == f"not fit for parallel sampling: {law}."
 
 
 def test_dynamic_int8_is_measured():

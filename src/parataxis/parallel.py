@@ -41,10 +41,10 @@ def parallel(
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline.
         solver: A solver, or its name; default ``Secant(window=8)``. Or ``auto``: what :func:`plan` expects to be
-            fastest for the arguments of a call, or the loop as it is, chosen at the first call and given up if calls by
-            it turn out slower than the loop (``report.reason`` says so). Or what :func:`parataxis.calibrate_loop` found
-            for this loop, which is compared with what is run at every call, has its own tolerance, and reports its
-            bound.
+            fastest for the arguments of a call, or the unmodified loop, chosen at the first call and given up if calls
+            by it turn out slower than the loop (``report.reason`` says so). Or what :func:`parataxis.calibrate_loop`
+            found for this loop, which is compared with what is run at every call, has its own tolerance, and reports
+            its bound.
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
@@ -79,7 +79,7 @@ def parallel(
 
 
 def plan(target: Any, *args: Any, **kwargs: Any) -> Plan:
-    """Measure what the network costs, and choose the solver that is expected to be fastest, or the loop as it is.
+    """Measure what the network costs, and choose the solver that is expected to be fastest, or the unmodified loop.
 
     For a network of your own, ``plan(network, noise, sampler, ...)`` as :func:`parataxis.sample`: see
     :func:`parataxis.planning.plan` for its options. For a pipeline, a function that runs a sampling loop, or what

@@ -586,7 +586,7 @@ class _Setting:
         cost = f"{rows:.0f} rows cost {float(known.seconds(rows)) / call:.1f} x "
         cost += "one row" if samples_rows == 1 else f"{samples_rows:.0f} rows"
         if best is chosen:
-            return f"{best.rounds.median:.0f} rounds take the place of {steps} calls, and {cost}"
+            return f"{best.rounds.median:.0f} rounds instead of {steps} calls, and {cost}"
         if steps < 1.5 * fewest:
             return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
         if best.seconds.median - best.rounds.median * best.overhead < loop:

@@ -70,7 +70,7 @@ class Verification:
         failed = [check.name for check in self.checks if not check.passed]
         if not failed:
             return "fit for parallel sampling."
-        return f"not fit for parallel sampling as it is: {', '.join(failed)}."
+        return f"not fit for parallel sampling: {', '.join(failed)}."
 
     def __str__(self) -> str:
         """Return the table."""

@@ -89,10 +89,11 @@ Sampler = Annotated[
     typer.Option("--sampler", help=f"The equation: {', '.join(SAMPLER_NAMES)}.", autocompletion=lambda: SAMPLER_NAMES),
 ]
 Solver = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--solver",
-        help=f"How it is solved: {', '.join(SOLVER_NAMES)}, or {AUTO}: the fastest by `parataxis plan`.",
+        help=f"How it is solved: {', '.join(SOLVER_NAMES)}, or {AUTO}: the fastest by `parataxis plan`. "
+        "Default: secant with a window of 8.",
         autocompletion=lambda: [*SOLVER_NAMES, AUTO],
     ),
 ]

@@ -114,8 +114,10 @@ def _parameter(name: str, panel: str, form: dict[str, str]) -> inspect.Parameter
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, flag])
 
 
-def make_solver(name: str, options: dict[str, str]) -> Any:
-    """Return the solver of this name with those of the options that solvers have, or ``auto``."""
+def make_solver(name: str | None, options: dict[str, str]) -> Any:
+    """Return the solver of this name with those of the options that solvers have, or ``auto``; None: the default."""
+    if name is None:
+        name, options = "secant", {"window": "8", **options}  # as where the library is given none
     choose("solver", name, [*SOLVER_NAMES, AUTO])
     if name == AUTO:
         _refuse_foreign("solver", AUTO, {}, options)

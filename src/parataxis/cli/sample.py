@@ -47,9 +47,9 @@ SHOWN = 10  # samples in a picture of the rounds
 def sample(
     wanted: Wanted,
     options: dict[str, str],
-    solver: flags.Solver = "secant",
+    solver: flags.Solver = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="File of `parataxis calibrate`, in the place of --solver and --tolerance.")
+        Path | None, typer.Option(help="File of `parataxis calibrate`, used instead of --solver and --tolerance.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Image grid to write; its figures go beside it as .json.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Picture to write of the samples after every round.")] = None,
@@ -79,7 +79,7 @@ def sample(
     method = make_solver(solver, options)
     calibrated = None if calibration is None else read_calibration(calibration)
     if calibrated is not None:
-        if method != make_solver("secant", {}) or wanted.tolerance not in (1e-2, calibrated.tolerance):
+        if method != make_solver(None, {}) or wanted.tolerance not in (1e-2, calibrated.tolerance):
             raise Wrong(
                 "--calibration has its own solver and tolerance: leave --solver, its options and --tolerance out."
             )
@@ -141,7 +141,7 @@ def _compare(figures: dict[str, Any], result: Solutions, reference: Solutions) -
         figures["relative_error_worst"] = float(errors.max())
 
 
-def _figures(problem: Problem, result: Solutions, solver: str) -> dict[str, Any]:
+def _figures(problem: Problem, result: Solutions, solver: str | None) -> dict[str, Any]:
     """Return what is printed of a batch; errors to the sequential loop are filled in later."""
     from ..solvers import EXACT_IN_DISTRIBUTION
 

@@ -35,7 +35,7 @@ def verify(
             "(denoise, noise, sampler), or a loop run(generator) that returns a tensor."
         ),
     ],
-    solver: flags.Solver = "secant",
+    solver: flags.Solver = None,
     as_json: flags.Json = False,
     config: flags.Config = None,
 ) -> None:

@@ -80,7 +80,7 @@ class Report:
         return (
             f"running in parallel was slower: the call took {format_seconds(self.seconds)}, the unmodified loop takes "
             f"{'about ' if self.estimated else ''}{format_seconds(self.sequential_seconds)}. Pass solver='auto', which "
-            "keeps the loop as it is where that is faster, or print parataxis.plan(loop, ...) to see what would pay. "
+            "keeps the unmodified loop where that is faster, or print parataxis.plan(loop, ...) to see what would pay. "
             "This is said once."
         )
 
@@ -93,8 +93,8 @@ class Report:
     def _passes(self) -> str:
         """Return how the loop's own Python was run."""
         if self.mode != "one pass":
-            return f"{self.passes} passes"
-        return f"{self.real_calls} real calls" + (f", {self.misses} misses" if self.misses else "")
+            return f", {self.passes} passes"
+        return f", {self.misses} misses" if self.misses else ""
 
     def _repr_html_(self) -> str:
         """Return a table for notebooks."""
@@ -106,7 +106,7 @@ class Report:
                     "seconds",
                     f"{format_seconds(self.seconds)}; the loop: {about}{format_seconds(self.sequential_seconds)}",
                 ),
-                ("times as fast as the loop", f"{self.speedup:.2g}"),
+                ("times as fast as the loop", _times(self.speedup)),
                 *rows,
             ]
         if self.mode not in ("none", "sequential"):
@@ -116,7 +116,7 @@ class Report:
                 ("network calls", f"{self.calls} of up to {self.peak_rows} rows"),
                 (
                     "error estimate",
-                    f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})",
+                    f"{self.error_estimate:.1e} ({self._bounds()})",
                 ),
                 ("converged", "yes" if self.converged else "NO"),
             ]
@@ -130,17 +130,26 @@ class Report:
         nfe_ratio = self.evaluations / max(self.steps * self.samples, 1)
         return (
             f"{self._timing()}{self.mode}: {self.steps} steps in {self.rounds} rounds ({nfe_ratio:.2f} evaluations a "
-            f"step, {self.calls} network calls of up to {self.peak_rows} rows, {self._passes()}); error estimate "
-            f"{self.error_estimate:.1e} (tolerance {self.tolerance:.1e}, floor {self.floor:.1e})"
+            f"step, {self.calls} network calls of up to {self.peak_rows} rows{self._passes()}); error estimate "
+            f"{self.error_estimate:.1e} ({self._bounds()})"
             + ("" if self.converged else "; NOT CONVERGED")
             + (f"; {self.reason}" if self.reason else "")
         )
+
+    def _bounds(self) -> str:
+        """Return what the error estimate is compared with."""
+        return f"tolerance {self.tolerance:.1e}" + (f", floor {self.floor:.1e}" if self.floor else "")
 
     def _timing(self) -> str:
         if math.isnan(self.speedup):
             return ""
         about = "about " if self.estimated else ""
         return (
-            f"{format_seconds(self.seconds)}, {self.speedup:.2g} times as fast as the loop "
+            f"{format_seconds(self.seconds)}, {_times(self.speedup)} times as fast as the loop "
             f"({about}{format_seconds(self.sequential_seconds)}); "
         )
+
+
+def _times(ratio: float) -> str:
+    """Return a speed-up with two figures, 1.0 and not 1."""
+    return f"{ratio:.1f}" if 0.95 <= ratio < 9.95 else f"{ratio:.2g}"
