@@ -167,7 +167,7 @@ def package(monkeypatch):
     comfy.model_management = types.ModuleType("comfy.model_management")
     comfy.utils = types.ModuleType("comfy.utils")
     comfy.model_management.throw_exception_if_processing_interrupted = lambda: None
-    comfy.shown = []
+    comfy.shown, comfy.previews = [], []
 
     class ProgressBar:
         def __init__(self, total, node_id=None):
@@ -175,8 +175,12 @@ def package(monkeypatch):
 
         def update_absolute(self, value, total=None, preview=None):
             comfy.shown.append((value, total))
+            comfy.previews.append(preview)
 
     comfy.utils.ProgressBar = ProgressBar
+    preview = types.ModuleType("latent_preview")
+    previewer = SimpleNamespace(decode_latent_to_preview_image=lambda kind, x0: (kind, x0.clone()))
+    preview.get_previewer = lambda device, latent_format: previewer if latent_format == "tiny" else None
     latest = types.ModuleType("comfy_api.latest")
     latest.ComfyExtension = type("ComfyExtension", (), {})
     latest.io = SimpleNamespace(
@@ -189,6 +193,7 @@ def package(monkeypatch):
         "comfy": comfy,
         "comfy.model_management": comfy.model_management,
         "comfy.utils": comfy.utils,
+        "latent_preview": preview,
         "comfy_api": types.ModuleType("comfy_api"),
         "comfy_api.latest": latest,
     }
@@ -376,6 +381,24 @@ def test_progress_is_shown_and_an_interrupt_ends_the_rounds(package):
     with pytest.raises(InterruptedError):
         drawn(sampler, guide := guider())
     assert len(guide.sigmas) <= 4
+
+
+def test_every_round_has_a_preview_where_comfyui_shows_them(package):
+    """The preview of a round is what the model has denoised at the lowest noise level: of the images that are there."""
+    sampler, guide = wrapped(package(), KSampler(euler), tolerance=1e-2), guider()
+    patcher = SimpleNamespace(load_device="cpu", model=SimpleNamespace(latent_format="tiny"))
+    guide.model_patcher = patcher
+    x = drawn(sampler, guide)
+    comfy = sys.modules["comfy"]
+    previews = [preview for preview in comfy.previews if preview is not None]
+    assert len(previews) == sampler.sampler_function.report.rounds
+    assert {(kind, image.shape[1:]) for kind, image in previews} == {("JPEG", x.shape[1:])}
+    first, last = (min(relative(image[:1], row[None]) for row in x) for _, image in (previews[0], previews[-1]))
+    assert last < min(first, 0.05)
+    patcher.model.latent_format = "none"
+    comfy.previews.clear()
+    drawn(sampler, guide)
+    assert set(comfy.previews) == {None}
 
 
 def test_wrapped_sampler_is_not_wrapped_twice_and_others_raise(package):

@@ -6,24 +6,31 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import (
-    CATEGORY,
-    DESCRIPTION,
-    DISPLAY_NAME,
-    LATENT_TIP,
-    NODE_ID,
-    PARALLEL_TIP,
-    REPORT_DESCRIPTION,
-    REPORT_ID,
-    REPORT_NAME,
-    SAMPLER_TIP,
-    SOLVER_TIP,
-    SOLVERS,
-    TOLERANCE,
-    WINDOW,
-    describe,
-    parallel,
-)
+from . import nodes
+
+INPUTS = {"SAMPLER": io.Sampler, "LATENT": io.Latent, "INT": io.Int, "FLOAT": io.Float}
+
+
+def schema(name: str) -> io.Schema:
+    """Return the inputs and outputs of a node as the first API has them."""
+    node = nodes.NODE_CLASS_MAPPINGS[name]
+    inputs = []
+    for key, (kind, options) in node.INPUT_TYPES()["required"].items():
+        if isinstance(kind, list):
+            inputs.append(io.Combo.Input(key, options=kind, **options))
+        else:
+            inputs.append(INPUTS[kind].Input(key, **options))
+    outputs = {"SAMPLER": io.Sampler.Output, "LATENT": io.Latent.Output, "STRING": io.String.Output}
+    titles = getattr(node, "RETURN_NAMES", node.RETURN_TYPES)
+    return io.Schema(
+        node_id=name,
+        display_name=nodes.NODE_DISPLAY_NAME_MAPPINGS[name],
+        category=node.CATEGORY,
+        description=node.DESCRIPTION,
+        inputs=inputs,
+        outputs=[outputs[kind](display_name=title) for kind, title in zip(node.RETURN_TYPES, titles, strict=True)],
+        is_output_node=getattr(node, "OUTPUT_NODE", False),
+    )
 
 
 class ParallelSampler(io.ComfyNode):
@@ -32,24 +39,12 @@ class ParallelSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Return the node's inputs and outputs."""
-        return io.Schema(
-            node_id=NODE_ID,
-            display_name=DISPLAY_NAME,
-            category=CATEGORY,
-            description=DESCRIPTION,
-            inputs=[
-                io.Sampler.Input("sampler", tooltip=SAMPLER_TIP),
-                io.Int.Input("window", **WINDOW),
-                io.Float.Input("tolerance", **TOLERANCE),
-                io.Combo.Input("solver", options=list(SOLVERS), default="secant", tooltip=SOLVER_TIP),
-            ],
-            outputs=[io.Sampler.Output()],
-        )
+        return schema(nodes.NODE_ID)
 
     @classmethod
     def execute(cls, sampler: Any, window: int, tolerance: float, solver: str) -> io.NodeOutput:
         """Run the node."""
-        return io.NodeOutput(parallel(sampler, window, tolerance, solver))
+        return io.NodeOutput(nodes.parallel(sampler, window, tolerance, solver))
 
 
 class ParallelReport(io.ComfyNode):
@@ -58,24 +53,13 @@ class ParallelReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Return the node's inputs and outputs."""
-        return io.Schema(
-            node_id=REPORT_ID,
-            display_name=REPORT_NAME,
-            category=CATEGORY,
-            description=REPORT_DESCRIPTION,
-            inputs=[
-                io.Sampler.Input("sampler", tooltip=PARALLEL_TIP),
-                io.Latent.Input("latent", tooltip=LATENT_TIP),
-            ],
-            outputs=[io.Latent.Output(display_name="latent"), io.String.Output(display_name="report")],
-            is_output_node=True,
-        )
+        return schema(nodes.REPORT_ID)
 
     @classmethod
     def execute(cls, sampler: Any, latent: Any) -> io.NodeOutput:
         """Run the node."""
-        text = describe(sampler)
-        return io.NodeOutput(latent, text, ui={"text": [text]})
+        said = nodes.ParallelReport().execute(sampler, latent)
+        return io.NodeOutput(*said["result"], ui=said["ui"])
 
 
 class Extension(ComfyExtension):

@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import latent_preview
 from torch.utils._pytree import tree_leaves
 
 from parataxis import Picard, Secant, kdiffusion
@@ -55,14 +56,20 @@ def parallel(sampler: Any, window: int, tolerance: float, solver: str) -> Any:
 def function(base: Callable[..., Any], window: int, tolerance: float, solver: str) -> Callable[..., Any]:
     """Return a sampler function that runs another one in parallel and says in the log how it went."""
     run = kdiffusion.parallel(
-        base, SOLVERS[solver](window=window or None), tolerance=tolerance, boundaries=boundaries, on_round=_progress
+        base,
+        SOLVERS[solver](window=window or None),
+        tolerance=tolerance,
+        boundaries=boundaries,
+        on_round=lambda accepted, steps: _show(accepted, steps, run.preview, previewer[-1]),
     )
+    previewer: list[Any] = []  # of the run that goes on
 
     @functools.wraps(base)
     def sample(model: Any, x: Any, sigmas: Any, *args: Any, **options: Any) -> Any:
         if any(len(hook.hook_keyframe.keyframes) > 1 for cond in _conds(model) for hook in _hooks(cond)):
             logger.info("[parataxis] %s: sequential: hooks with several keyframes count their steps.", run.__name__)
             return base(model, x, sigmas, *args, **options)
+        previewer[:] = [_previewer(model)]
         result = run(model, x, sigmas, *args, **options)
         logger.info("[parataxis] %s: %s", run.__name__, run.report)
         return result
@@ -105,9 +112,23 @@ def _hooks(cond: dict[str, Any]) -> list[Any]:
     return getattr(cond.get("hooks"), "hooks", [])
 
 
-def _progress(accepted: int, steps: int) -> None:
+def _previewer(model: Any) -> Any:
+    """Return what makes previews of this model's latents, as ComfyUI is set up; None for none."""
+    while model is not None:
+        patcher = getattr(model, "model_patcher", None)
+        if patcher is not None:
+            return latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+        model = getattr(model, "inner_model", None)
+    return None
+
+
+def _show(accepted: int, steps: int, denoised: Any, previewer: Any) -> None:
+    """Show after a round how many steps are accepted, and what the images look like."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-    comfy.utils.ProgressBar(steps).update_absolute(accepted, steps)
+    image = None
+    if previewer is not None and denoised is not None:
+        image = previewer.decode_latent_to_preview_image("JPEG", denoised)
+    comfy.utils.ProgressBar(steps).update_absolute(accepted, steps, image)
 
 
 class ParallelSampler:

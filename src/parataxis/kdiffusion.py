@@ -397,6 +397,7 @@ class Parallel:
         self.boundaries, self.on_round = boundaries, on_round
         self.report = Report()
         self.loops: dict[Any, Loop] = {}
+        self._samples = 0  # of the latest call
 
     def __repr__(self) -> str:
         """Return what is solved, and how."""
@@ -414,7 +415,7 @@ class Parallel:
         **options: Any,
     ) -> Tensor:
         """Sample."""
-        loop = self._loop(model, extra_args)
+        loop, self._samples = self._loop(model, extra_args), len(x)
         network: Any = loop.denoisers[0]
         network.model = model
         loop.state = sigmas.tolist
@@ -445,6 +446,20 @@ class Parallel:
                 bar.close()
             network.model, loop.on_round = None, lambda accepted, steps: None
 
+    @property
+    def preview(self) -> Tensor | None:
+        """(n, *shape) the samples that the model's latest call has denoised at its lowest noise level, or None.
+
+        For ``on_round``: n <= B, as some samples may be ahead of others. A callback has all samples of every step, in
+        order, when the loop has ended.
+        """
+        loops = list(self.loops.values())
+        sigma, denoised = _DENOISED.get(loops[-1].denoisers[0], (None, None)) if loops else (None, None)
+        if sigma is None or denoised is None:
+            return None
+        # Calls that check a layout hold the same rows several times.
+        return denoised[sigma.reshape(-1) == sigma.min()][-self._samples :]
+
     def _loop(self, model: Model, extra_args: Mapping[str, Any] | None) -> Loop:
         """Return the loop with the same networks and arguments of this form."""
         plain = (int, float, str, bytes)
@@ -474,6 +489,10 @@ def _has_callback(keywords: dict[str, Any]) -> bool:
     return keywords["callback"] is not None
 
 
+# Of every network the rows of its latest call. A module that kept them itself would count as one with a state.
+_DENOISED: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
 class _Network(nn.Module):
     """The model's call, as a module that stubs can replace."""
 
@@ -487,7 +506,10 @@ class _Network(nn.Module):
         try:
             for name, rows in held.items():
                 setattr(self.model, name, rows)
-            return self.model(x, sigma, **extra)
+            denoised = self.model(x, sigma, **extra)
+            if isinstance(denoised, Tensor) and len(denoised) == len(sigma):
+                _DENOISED[self] = sigma, denoised
+            return denoised
         finally:
             for name, tensor in before.items():
                 setattr(self.model, name, tensor)
