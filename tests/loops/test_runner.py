@@ -202,6 +202,27 @@ def test_network_that_feeds_another_runs_in_front_of_it():
     assert run.report.rounds < 20
 
 
+@pytest.mark.parametrize("what", ["the loop", "its step"])
+def test_compiled_loops_are_compiled_around_their_stubs(what):
+    net = Net()
+
+    def step(x, t):
+        return x - 0.05 * net(x, t)
+
+    def run(x):
+        for i in range(12):
+            x = (compiled if what == "its step" else step)(x, torch.tensor(50.0 * i))
+        return x
+
+    compiled = torch.compile(step if what == "its step" else run, backend="eager")
+    loop, x = (run if what == "its step" else compiled), torch.randn(2, DIM)
+    fast = parallel(loop, denoisers=[net])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*slower.*")
+        assert relative(fast(x), loop(x)) <= 1e-2
+    assert fast.report.mode == "recurrence"
+
+
 def test_compiled_networks_run_compiled():
     calls = []
 

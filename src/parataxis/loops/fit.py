@@ -268,7 +268,11 @@ def _fit_steps(
             dense[i + 1] += memory[i, lag] * dense[i - lag]
             dense[i + 1, i - lag] += entering[i, lag]
     coefficients = Coefficients.from_dense(dense)
-    smallest = bound / 32 * np.abs(dense[1:]).max(1, keepdims=True)
+    # Outputs may be as large as the states that they belong to, which in the first steps may be much larger than later.
+    largest = np.array(
+        [[max(1.0, sizes[max(i - lag, 0)]) for lag in range(coefficients.lags + 1)] for i in range(count)]
+    )
+    smallest = bound / 32 * np.abs(dense[1:]).max(1, keepdims=True) / largest
     weight = np.where(np.abs(coefficients.output_weight) > smallest, coefficients.output_weight, 0.0)
     used = int(np.flatnonzero(weight.any(0))[-1]) + 1
     return weights, Coefficients(coefficients.state_weight, weight[:, :used].copy(), coefficients.noise_std)

@@ -5,12 +5,14 @@ A stub takes the whole call of a module: hooks, compiled code and offloading sta
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["AlreadyParallel", "Stub", "StubSwitch", "has_stub", "install"]
@@ -38,6 +40,11 @@ class StubSwitch:
         self._running = 0  # real modules
 
     @property
+    def is_off(self) -> bool:
+        """Whether real modules run."""
+        return self._running > 0
+
+    @property
     def answers(self) -> bool:
         """Whether a stub that is called now answers."""
         return not self._running and threading.get_ident() == self.thread
@@ -59,9 +66,16 @@ class Stub:
     def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         self.switch, self.original, self.answer = switch, original, answer
         self.__wrapped__ = original  # whoever looks at what a network holds looks behind its stub
+        # Importing Dynamo takes seconds, and nobody has compiled anything without it.
+        self._uncompiled = torch.compiler.disable(self._either) if "torch._dynamo" in sys.modules else self._either  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer, or make the call itself."""
+        """Answer, or make the call itself; a function that somebody compiles is compiled around its stubs."""
+        if self.switch.is_off:
+            return self.original(*args, **kwargs)
+        return self._uncompiled(args, kwargs) if torch.compiler.is_compiling() else self._either(args, kwargs)
+
+    def _either(self, args: Any, kwargs: Any) -> Any:
         return self.answer(args, kwargs) if self.switch.answers else self.original(*args, **kwargs)
 
 
