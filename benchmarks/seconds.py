@@ -12,8 +12,11 @@ loop`` is diffusers' loop as it is written, through ``parataxis.parallel(loop, "
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import re
+import runpy
 import statistics
 import sys
 import time
@@ -37,7 +40,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "seconds.csv"
 PAGES = ("README.md", "docs/plan.md")
 COLUMNS = ["case", "steps", "way", "sequential_seconds", "seconds", "speedup", "rounds", "error"]
 POLICIES = ("button-press-topdown-v3", "drawer-open-v3", "reach-v3", "button-press-topdown-v3-flow")
-DRAWN = (("digits", "ddim"), ("digits", "ddpm"), ("digits-flow", "flow_euler"))
+DRAWN = (
+    ("digits", "ddim"),
+    ("digits", "ddpm"),
+    ("digits-unconditional", "ddim"),
+    ("digits-flow", "flow_euler"),
+    ("digits-v", "ddim"),
+)
 
 
 class Drawn(NamedTuple):
@@ -90,6 +99,25 @@ def model_case(name: str, kind: str, steps: int = 100) -> Case:
     return Case(f"{name}, {kind}", steps, lambda index: draw(px.Sequential(), index), {"px.sample": planned})
 
 
+def posterior_case() -> Case:
+    """Return the posterior of ``examples/posterior.py``, which trains its network."""
+    with torch.enable_grad(), contextlib.redirect_stdout(io.StringIO()):
+        names = runpy.run_path(str(ROOT / "examples" / "posterior.py"))
+    score, sampler = names["score"], names["sampler"]
+
+    def draw(solver: Any, index: int) -> Drawn:
+        generator = torch.Generator().manual_seed(index)
+        return by_solver(score, torch.randn(1, 2, generator=generator), sampler, solver, generator=generator)
+
+    def planned() -> Callable[[int], Drawn]:
+        noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+        solver = px.plan(score, noise, sampler, solvers=[px.Secant()]).solver
+        return lambda index: draw(solver, index)
+
+    title = "posterior of sbi's NPSE, two moons"
+    return Case(title, sampler.steps, lambda index: draw(px.Sequential(), index), {"px.sample": planned})
+
+
 def policy_case(name: str) -> Case:
     """Return a policy: its plans of a recorded episode."""
     folder = folder_of(name)
@@ -135,6 +163,7 @@ def cases() -> Iterator[Callable[[], Case]]:
     trained = [str(path.parent) for path in sorted((ROOT / "out" / "policy").glob("*M/config.json"))]
     for name in (*POLICIES, *trained):
         yield lambda name=name: policy_case(name)
+    yield posterior_case
     for name, kind in DRAWN:
         yield lambda name=name, kind=kind: model_case(name, kind)
 
