@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import random
+import threading
 import warnings
 
 import diffusers as df
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import parataxis as px
 from loop_problems import Net, relative
@@ -305,3 +307,85 @@ def test_list_of_the_loop_has_its_own_entries():
     result = run(*ours.arguments(0))
     assert len(ours.world["trace"]) == 16
     assert torch.equal(ours.world["trace"][-1], result)
+
+
+def named_class(net, generator):
+    steps = DDPMScheduler()
+    return loop_with(steps, net, generator)
+
+
+def named_in_package(net, generator):
+    return loop_with(df.DDPMScheduler(), net, generator)
+
+
+def imported_inside(net, generator):
+    from diffusers import DDPMScheduler as Steps
+
+    return loop_with(Steps(), net, generator)
+
+
+def made_by_another_function(net, generator):
+    return loop_with(ddpm_scheduler(), net, generator)
+
+
+def ddpm_scheduler():
+    return df.DDPMScheduler.from_config(df.DDPMScheduler().config)
+
+
+def loop_with(steps, net, generator):
+    steps.set_timesteps(16)
+    x = torch.randn(2, DIM, generator=generator)
+    more = {"generator": generator} if "generator" in inspect.signature(steps.step).parameters else {}
+    for t in steps.timesteps:
+        x = steps.step(net(x, t), t, x, **more).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("loop", [named_class, named_in_package, imported_inside, made_by_another_function])
+def test_scheduler_made_inside_the_function(loop):
+    net, step, signature = Net(DIM), DDPMScheduler.step, inspect.signature(DDPMScheduler.step)
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    for seed in range(3):
+        assert relative(run(net, seeded(seed)), loop(net, seeded(seed))) <= 1e-2
+        assert (run.report.mode, run.report.misses) == ("one pass", 0)
+    assert DDPMScheduler.step is step
+    assert inspect.signature(DDPMScheduler.step) == signature
+
+
+def test_scheduler_class_is_watched_in_one_thread_only():
+    """While a loop is solved, schedulers of its class step in other threads as ever; nothing is left behind."""
+    net, step, inside, through = Net(DIM), DDPMScheduler.step, threading.Event(), threading.Event()
+
+    def run(generator):
+        def callback(i):
+            if i == 8:
+                inside.set()
+                assert through.wait(60)
+
+        steps, x = DDPMScheduler(), torch.randn(2, DIM, generator=generator)
+        steps.set_timesteps(16)
+        for i, t in enumerate(steps.timesteps):
+            x = steps.step(net(x, t), t, x, generator=generator).prev_sample
+            callback(i)
+        return x
+
+    solved, beside = parallel(run, px.Secant(window=8), denoisers=[net]), []
+
+    def elsewhere():
+        assert inside.wait(60)
+        beside.append(loop_with(DDPMScheduler(), Net(DIM), seeded(1)))
+        other = Net(DIM)
+        again = parallel(named_class, px.Secant(window=8), denoisers=[other])
+        beside.extend([again(other, seeded(1)), again.report.mode])
+        through.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    result = solved(seeded())
+    thread.join()
+    assert solved.report.mode == beside[2] == "one pass"
+    assert not solved.report.misses
+    assert relative(result, named_class(net, seeded())) <= 1e-2
+    assert torch.equal(beside[0], named_class(Net(DIM), seeded(1)))
+    assert relative(beside[1], beside[0]) <= 1e-2
+    assert DDPMScheduler.step is step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_REFUSALS = 64  # that are remembered
 MOST_CHANGES = 3  # of settings with which a loop that was refused is tried again: a counter changes at every call
 
-__all__ = ["Loop", "Refusal", "check_denoisers", "is_library_object", "reachable"]
+__all__ = ["Loop", "Refusal", "check_denoisers", "is_library_object", "names_in", "reachable"]
 
 
 class Refusal(NamedTuple):
@@ -61,7 +61,7 @@ class Loop:
         structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
         choices: Which solver was chosen, by :meth:`key`; the latest ones.
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
-        schedulers: Returns the schedulers that a call with these arguments can see.
+        schedulers: Returns the schedulers that a call with these arguments can see, and classes of those it may make.
         recorded: Keys of calls that are recorded, because one pass found no step of a scheduler that it could foresee.
         watch: What the denoisers held when one pass last looked at them.
         ranks: Those that share the network's calls; None without.
@@ -162,11 +162,11 @@ def reachable(function: Any, *values: Any, depth: int = 4) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         inside: list[Any] = []
-        if isinstance(value, type):
-            continue  # a class: what it names are no objects of the loop
+        if isinstance(value, (type, ModuleType)):
+            continue  # a class, or a package: what it names are no objects of the loop
         if isinstance(value, FunctionType):
             inside += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-            inside += [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+            inside += [value.__globals__[name] for name in names_in(value.__code__) if name in value.__globals__]
             inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         elif isinstance(value, (list, tuple, dict)):
             inside += tree_leaves(value) if len(value) < 1000 else []
@@ -186,8 +186,9 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _names(code: CodeType) -> set[str]:
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+def names_in(code: CodeType) -> set[str]:
+    """Return the names that code looks up, functions within it included."""
+    return set(code.co_names).union(*(names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def is_library_object(value: Any) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from ..samplers.from_scheduler import from_scheduler
 from ..samplers.sampler import Sampler
+from .loop import names_in
 
 __all__ = ["SchedulerStep", "is_scheduler", "read_sampler", "schedulers_in", "unwatched_copy", "watch"]
 
@@ -51,15 +55,23 @@ def is_scheduler(value: Any) -> bool:
 def _is_scheduler_class(kind: Any) -> bool:
     if issubclass(kind, (type, nn.Module, torch.optim.Optimizer)):
         return False
-    return callable(getattr(kind, "step", None)) and hasattr(kind, "set_timesteps")
+    names = set().union(*(vars(base) for base in kind.__mro__))  # not by getattr: placeholders of packages raise
+    return {"step", "set_timesteps"} <= names
 
 
 def schedulers_in(values: Iterable[Any]) -> list[Any]:
-    """Return the schedulers among objects and within modules among them."""
+    """Return the schedulers among objects and within modules among them, and the classes of schedulers.
+
+    Functions among the objects may make a scheduler of their own: their code names its class.
+    """
     schedulers: dict[int, Any] = {}
     for value in values:
-        parts = [held for part in value.modules() for held in vars(part).values()] if _holds(value) else [value]
-        schedulers |= {id(part): part for part in parts if is_scheduler(part)}
+        parts = [value]
+        if _holds(value):
+            parts = [held for part in value.modules() for held in vars(part).values()]
+        elif isinstance(value, FunctionType):
+            parts = _classes_named_in(value)
+        schedulers |= {id(part): part for part in parts if _is_named_class(part) or is_scheduler(part)}
     return list(schedulers.values())
 
 
@@ -67,54 +79,151 @@ def _holds(value: Any) -> bool:
     return isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule)
 
 
+def _is_named_class(value: Any) -> bool:
+    return isinstance(value, type) and _is_scheduler_class(value)
+
+
+def _classes_named_in(function: FunctionType) -> list[Any]:
+    """Return the classes of diffusers' schedulers that a function imports itself, or takes from the package."""
+    package = sys.modules.get("diffusers")
+    names = [name for name in names_in(function.__code__) if name.endswith("Scheduler")]
+    return [getattr(package, name, None) for name in names] if package is not None else []
+
+
+Stepped = Callable[[SchedulerStep, Callable[[], Any]], Any]
+
+
 @contextmanager
-def watch(schedulers: Sequence[Any], stepped: Callable[[SchedulerStep, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Send the steps of schedulers through ``stepped(step, run)``, which returns what ``run()`` returns.
+def watch(schedulers: Sequence[Any], stepped: Stepped) -> Iterator[None]:
+    """Send the steps of schedulers in this thread through ``stepped(step, run)``, which returns what ``run()`` returns.
 
     Loops inspect the signature of ``step`` to find out which options it takes: the watched one keeps it.
+
+    Args:
+        schedulers: Objects, and classes, all of whose objects are watched.
+        stepped: See above; steps that are made within it are not watched.
     """
-    watched = []
-    try:
+    thread, busy = threading.get_ident(), False
+
+    def watched(step: SchedulerStep, run: Callable[[], Any]) -> Any:
+        nonlocal busy
+        if busy or threading.get_ident() != thread:
+            return run()
+        busy = True
+        try:
+            return stepped(step, run)
+        finally:
+            busy = False
+
+    with ExitStack() as stack:
         for scheduler in schedulers:
-            scheduler.__dict__["step"] = _WatchedStep(scheduler, stepped, scheduler.__dict__.get("step"))
-            watched.append(scheduler)
+            if not isinstance(scheduler, type):
+                stack.enter_context(_watched_object(scheduler, watched))
+        for kind in schedulers:
+            if isinstance(kind, type):
+                stack.enter_context(_watched_class(kind, watched))
+        yield
+
+
+@contextmanager
+def _watched_object(scheduler: Any, stepped: Stepped) -> Iterator[None]:
+    before = scheduler.__dict__.get("step")
+    scheduler.__dict__["step"] = _WatchedStep(scheduler, stepped)
+    try:
         yield
     finally:
-        for scheduler in watched:
-            before = scheduler.__dict__["step"].before
-            if before is None:
-                del scheduler.__dict__["step"]
-            else:
-                scheduler.__dict__["step"] = before
+        if before is None:
+            del scheduler.__dict__["step"]
+        else:
+            scheduler.__dict__["step"] = before
 
 
 class _WatchedStep:
     """In the place of a scheduler's ``step``."""
 
-    def __init__(self, scheduler: Any, stepped: Callable[..., Any], before: Any) -> None:
-        self.scheduler, self.stepped, self.before = scheduler, stepped, before
+    def __init__(self, scheduler: Any, stepped: Stepped) -> None:
+        self.scheduler, self.stepped = scheduler, stepped
         self.original = scheduler.step
         functools.update_wrapper(self, self.original)
         self._names = tuple(inspect.signature(self.original).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(self.original, *args, **kwargs)
-        if len(args) == 3 and isinstance(args[0], Tensor) and isinstance(args[2], Tensor):  # as it is called mostly
-            options = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
-            return self.stepped(SchedulerStep(self.scheduler, *args, kwargs.get("generator"), options), run)
-        values = dict(zip(self._names, args, strict=False)) | kwargs
-        names = [name for name in self._names if name in values][:3]
-        if len(names) < 3 or not all(isinstance(values[names[i]], Tensor) for i in (0, 2)):
-            return run()
-        output, t, sample = (values.pop(name) for name in names)
-        generator = values.pop("generator", None)
-        options = {name: value for name, value in values.items() if name != "return_dict"}
-        return self.stepped(SchedulerStep(self.scheduler, output, t, sample, generator, options), run)
+        return _send(self.scheduler, self.original, self._names, self.stepped, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A loop may copy its scheduler: the copy steps by itself.
         twin = memo.get(id(self.scheduler))
         return self.original if twin is None else type(twin).step.__get__(twin)
+
+
+_REPLACING = threading.Lock()
+_WATCHED: dict[type, dict[int, Stepped]] = {}  # classes whose ``step`` is replaced: by thread, who watches
+
+
+@contextmanager
+def _watched_class(kind: Any, stepped: Stepped) -> Iterator[None]:
+    """Watch all objects of a class in this thread; its ``step`` is put back when no thread watches any more."""
+    thread = threading.get_ident()
+    with _REPLACING:
+        if kind not in _WATCHED:
+            _WATCHED[kind] = {}
+            _replace_step(kind, _WATCHED[kind])
+        watchers = _WATCHED[kind]
+        before = watchers.get(thread)
+        watchers[thread] = stepped
+    try:
+        yield
+    finally:
+        with _REPLACING:
+            if before is None:
+                del watchers[thread]
+            else:
+                watchers[thread] = before
+            if not watchers:
+                del _WATCHED[kind]
+                _put_back_step(kind)
+
+
+def _replace_step(kind: Any, watchers: dict[int, Stepped]) -> None:
+    original, inherited = kind.step, "step" not in vars(kind)
+    names = tuple(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        stepped = watchers.get(threading.get_ident())
+        if stepped is None or type(scheduler) is not kind:
+            return original(scheduler, *args, **kwargs)
+        return _send(scheduler, functools.partial(original, scheduler), names, stepped, args, kwargs)
+
+    step.__dict__["inherited"] = inherited
+    kind.step = step
+
+
+def _put_back_step(kind: Any) -> None:
+    step = vars(kind)["step"]
+    if step.inherited:
+        del kind.step
+    else:
+        kind.step = step.__wrapped__
+
+
+def _send(
+    scheduler: Any, original: Callable[..., Any], names: Sequence[str], stepped: Stepped, args: Any, kwargs: Any
+) -> Any:
+    """Send a call of ``step`` on, if it is one of (output, t, sample)."""
+    run = functools.partial(original, *args, **kwargs)
+    if len(args) == 3 and isinstance(args[0], Tensor) and isinstance(args[2], Tensor):  # as it is called mostly
+        options = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
+        output, t, sample = args
+        return stepped(SchedulerStep(scheduler, output, t, sample, kwargs.get("generator"), options), run)
+    values = dict(zip(names, args, strict=False)) | kwargs
+    first = [name for name in names if name in values][:3]
+    if len(first) < 3 or not all(isinstance(values[first[i]], Tensor) for i in (0, 2)):
+        return run()
+    output, t, sample = (values.pop(name) for name in first)
+    generator = values.pop("generator", None)
+    options = {name: value for name, value in values.items() if name != "return_dict"}
+    return stepped(SchedulerStep(scheduler, output, t, sample, generator, options), run)
 
 
 def unwatched_copy(scheduler: Any) -> Any:
