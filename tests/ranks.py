@@ -118,6 +118,7 @@ def unequal(mesh):
         "stop": said(lambda: draw(mesh, stop=late)),
         "loop": said(loop(Net(), mesh, 8 if odd else 7)),
         "trial": said(loop(Failing() if odd else Net(), mesh, 7)),
+        "drift": said(loop(Drifting(14 if odd else 10**9), mesh, 7)),
         "unnamed": said(lambda: draw(init_device_mesh("cpu", (3,), mesh_dim_names=("data",)))),
         "no mesh": said(lambda: draw(3)) if odd else "",
     }
@@ -180,6 +181,18 @@ class Failing(Net):
         if self.calls.value == 3:
             raise ValueError("the third call fails")
         return super().forward(u, t)
+
+
+class Drifting(Net):
+    """Gives other outputs behind so many calls, as if its weights had changed on this rank."""
+
+    def __init__(self, until):
+        super().__init__()
+        self.calls, self.until = ctypes.c_long(), ctypes.c_long(until)
+
+    def forward(self, u, t):
+        self.calls.value += 1
+        return super().forward(u, t) * (1.2 if self.calls.value > self.until.value else 1)
 
 
 def looped(net, mesh, seed=7):

@@ -102,6 +102,9 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(tmp_path):
         assert "float64" in found["dtype"]
         assert "device: rank 1" in found["device"]
         assert "load the same weights" in found["weights"]
+        assert "load the same weights" in found["drift"]
+        assert "rank 1 (" in found["drift"]
+        assert "rank 2 (" not in found["drift"]
         broken = "ValueError: the network of rank 1 is broken"
         assert found["failure"] == broken if rank == 1 else broken in found["failure"]
         broken = "ValueError: the third call fails"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..engine.executor import out_of_memory
 from .batch import KindCalls, Layout, Merging
@@ -44,6 +45,7 @@ class Merger:
         ranks: Those that share the calls, each with a merger of its own; None without.
         times: Takes the seconds of single calls.
         checked: The layouts that this merger has found or checked.
+        rounds: Rounds that ranks have shared.
     """
 
     denoiser: Callable[[int, Any, Any], Any]
@@ -57,6 +59,7 @@ class Merger:
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)
     checked: dict[Any, Layout] = field(default_factory=dict)
+    rounds: int = 0
 
     def evaluate(self, recorded: RecordedCalls, requests: Sequence[RowRequest]) -> list[list[Any]]:
         """Return the output leaves of every request, its rows only.
@@ -71,15 +74,26 @@ class Merger:
             self._require_batching(recorded)
         if ranks is None:
             return self._evaluate(recorded, requests)
-        share = requests[ranks.share(len(requests))]
+        self.rounds += 1
+        agrees = (
+            self.rounds % ranks.agree_every == 0
+        )  # weights may change on one rank after the start, where all were compared
+        share = [*requests[ranks.share(len(requests))], *(requests[-1:] if agrees else ())]
+        compared: list[Any] = []
 
         def evaluate_share() -> list[list[Any]]:
             for kind, members in self._kinds(recorded, requests):
                 kind.check_layout([requests[i] for i in members])  # the same on all ranks, whatever their shares
-            return self._evaluate(recorded, share)
+            outputs = self._evaluate(recorded, share)
+            if agrees:  # the same rows on every rank, in the same calls as its share
+                compared.extend(outputs.pop())
+            return outputs
 
         subject = b"".join(np.append(request.rows, request.call).tobytes() for request in requests)
-        return ranks.gather_trees(subject, evaluate_share, [recorded.form(request) for request in requests])
+        gathered = ranks.gather_trees(subject, evaluate_share, [recorded.form(request) for request in requests])
+        if agrees:
+            ranks.agree(next(leaf for leaf in compared if isinstance(leaf, Tensor) and leaf.is_floating_point()))
+        return gathered
 
     def layout_of(self, recorded: RecordedCalls, kind: CallKind) -> Layout:
         """Return how rows of calls of one kind are batched.

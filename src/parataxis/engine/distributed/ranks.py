@@ -48,10 +48,13 @@ class Ranks:
         size: P, how many there are.
         rank: Number of this one, 0 .. P - 1.
         device_type: Where outputs are gathered.
+        agree_every: Rounds between two looks whether the networks of all ranks agree.
 
     Raises:
         ValueError: If the mesh has no dimension ``time``.
     """
+
+    agree_every = AGREE_EVERY
 
     def __init__(self, mesh: DeviceMesh, *, timeout: float = TIMEOUT) -> None:
         if not isinstance(mesh, DeviceMesh):
