@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import parataxis
+from parataxis import models
 from parataxis.cli import main
 from parataxis.cli.options import TABLE, describe
 
@@ -35,7 +36,11 @@ def test_lists_are_printed_as_json(capsys):
     assert main(["solvers", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["secant"]["options"]["window"]["default"] == "none"
     assert main(["models", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["digits"]["classes"] == 10
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == models.available()
+    for name, form in listed.items():
+        model = models.load(name)
+        assert (form["shape"], form["classes"]) == ([*model.shape], model.classes)
 
 
 def test_version(capsys):

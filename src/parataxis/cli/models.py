@@ -12,13 +12,14 @@ from .output import emit, table
 __all__ = ["models"]
 
 FOLDER = Path(__file__).resolve().parents[1] / "models"
+PREDICTIONS = {"v_prediction": "v"}  # others are called as diffusers calls them
 
 
 def models(as_json: flags.Json = False) -> None:
     """List the models that ship with the package."""
-    known = {
-        path.name: _describe(path) for path in sorted(FOLDER.iterdir()) if (path / "unet" / "config.json").is_file()
-    }
+    # As parataxis.models does, but without torch, which takes seconds to import.
+    configs = {path.parents[1].name: path for path in sorted(FOLDER.glob("*/*/config.json"))}
+    known = {name: _describe(path) for name, path in configs.items()}
     if as_json:
         emit(json.dumps(known, indent=2))
         return
@@ -34,15 +35,21 @@ def models(as_json: flags.Json = False) -> None:
     emit(table("", ["model", "shape", "prediction and schedule", "condition"], rows))
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    """Return a model's form, from its configuration alone."""
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    size, classes = config["sample_size"], config.get("num_class_embeds")
-    diffusion = "beta_schedule" in scheduler
+def _describe(path: Path) -> dict[str, Any]:
+    """Return a model's form, from its configurations alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    scheduler = json.loads((path.parents[1] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    size, classes = config["sample_size"], config.get("num_embeds_ada_norm")
+    if config.get("num_class_embeds") is not None:
+        classes = config["num_class_embeds"] - 1  # a U-Net counts the class that stands for none
+    prediction = scheduler.get("prediction_type", "velocity")
+    if scheduler["_class_name"].startswith("EDM"):
+        prediction, schedule = "preconditioned (EDM)", "variance-exploding"
+    else:
+        schedule = "variance-preserving" if "beta_schedule" in scheduler else "flow matching"
     return {
         "shape": [config["in_channels"], size, size],
-        "prediction": scheduler["prediction_type"] if diffusion else "velocity",
-        "schedule": "variance-preserving" if diffusion else "flow matching",
-        "classes": None if classes is None else classes - 1,
+        "prediction": PREDICTIONS.get(prediction, prediction),
+        "schedule": schedule,
+        "classes": classes,
     }
