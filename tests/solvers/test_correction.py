@@ -38,8 +38,8 @@ def applied(chunks, lags, residuals):
     return changes
 
 
-@pytest.mark.parametrize("lags", [0, 1, 3])
-@pytest.mark.parametrize("width", [1, 2, 9, 64, 65, 150])
+@pytest.mark.parametrize("lags", [0, 1, 3, 70])
+@pytest.mark.parametrize("width", [1, 2, 9, 64, 65, 150, 220])
 def test_matrices_are_forward_substitution(width, lags):
     """Narrow windows have one matrix, wide ones several; both give the changes of forward substitution."""
     *numbers, residuals = loop(2, width, lags)
@@ -49,8 +49,8 @@ def test_matrices_are_forward_substitution(width, lags):
     assert np.allclose(applied(chunks, lags, residuals), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("lags", [0, 2])
-@pytest.mark.parametrize("width", [7, 150])
+@pytest.mark.parametrize("lags", [0, 2, 70])
+@pytest.mark.parametrize("width", [7, 150, 220])
 def test_norms_follow_from_the_gram_matrix(width, lags):
     """The norms of the changes need no more of the residuals than their inner products."""
     *numbers, residuals = loop(3, width, lags)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,11 @@ def products(growth: Array) -> Array:
 
 
 def chunk_shapes(width: int, lags: int, *, whole: bool = False) -> list[tuple[int, int]]:
-    """Return (rows, columns) of the matrices of :func:`propagation`; columns count the states before the chunk too."""
-    size = width if whole else CHUNK
+    """Return (rows, columns) of the matrices of :func:`propagation`; columns count the states before the chunk too.
+
+    A chunk has at least the L + 1 rows that the next one starts from.
+    """
+    size = width if whole else max(CHUNK, lags + 1)
     return [(min(size, width - a), min(lags + 1, a) + min(size, width - a)) for a in range(0, width, size)]
 
 
@@ -57,10 +61,8 @@ def propagation(state_weight: Array, output_weight: Array, slopes: Array, order:
     if order is not None:
         return [_truncated(state_weight, output_weight, slopes, order)]
     if lags:
-        return [
-            _multistep(state_weight, output_weight, slopes, slice(a, min(a + CHUNK, width)))
-            for a in range(0, width, CHUNK)
-        ]
+        ends = np.cumsum([0, *(rows for rows, _ in chunk_shapes(width, lags))]).tolist()
+        return [_multistep(state_weight, output_weight, slopes, slice(*steps)) for steps in pairwise(ends)]
     growth = state_weight + output_weight[:, :, 0] * slopes
     chunks, first = [], 0
     for rows, columns in chunk_shapes(width, 0):
