@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 DEVICE ?= cuda
 
-.PHONY: sample test wheel oldest newest mutants soak faults trust lint matrix gpu figures options docs demo format clean
+.PHONY: sample test wheel release oldest newest mutants soak faults trust lint matrix gpu figures options docs demo format clean
 
 $(READY): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ lint: $(READY)
 # The wheel, installed outside of the checkout and run from there.
 wheel: $(READY)
 	.ci/wheel
+
+# A release: its version, its changes, its files in dist/, checked. What is left is to commit, tag and upload them.
+release: $(READY)
+	test -n "$(VERSION)" || { echo "make release VERSION=0.2.0"; exit 1; }
+	$(BIN)/hatchling version $(VERSION)
+	$(BIN)/towncrier build --yes --version $(VERSION)
+	rm -rf dist && $(BIN)/python -m build && $(BIN)/twine check --strict dist/*
 
 # The oldest supported versions and the newest ones, each in an environment of its own.
 VERSIONED := tests/samplers tests/solvers tests/engine tests/test_sample.py tests/test_stream.py tests/test_files.py
