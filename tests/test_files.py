@@ -36,6 +36,46 @@ def test_malformed_trajectory_is_refused_with_its_path(tensors, times, message, 
     assert "a.safetensors" in str(error.value)
 
 
+def calibration(**options):
+    """Write a calibration's file: what is changed of it."""
+    from dataclasses import replace
+
+    trial = px.calibration.Trial(px.calibration.Setting(px.Secant(window=4), 2.0), 0, True, 5.0, 1.5, 1e-3, 2e-3)
+    known = px.calibration.fingerprint(lambda x, t: x, torch.zeros(1, 2), SAMPLER, None)
+    whole = px.Calibration(trial.setting, 1e-2, 0.95, 0.95, 59, (trial,), 0.95, 2.0, known, 99, 1.0)
+    return replace(whole, **options)
+
+
+CHANGES = {
+    "deep": lambda values: "[" * 100_000,
+    "list": lambda values: [values],
+    "no setting": lambda values: {**values, "setting": None},
+    "setting of text": lambda values: {**values, "setting": {"solver": "Secant", "options": "window", "scale": 1}},
+    "solver": lambda values: {**values, "setting": {"solver": "os.system", "options": {}, "scale": 1}},
+    "tolerance": lambda values: {**values, "tolerance": "0.01"},
+    "no tolerance": lambda values: {**values, "tolerance": math.nan},
+    "quantile": lambda values: {**values, "quantile": -2.0},
+    "promised": lambda values: {**values, "promised": 1.5},
+    "runs": lambda values: {**values, "runs": 0},
+    "trials": lambda values: {**values, "trials": [{**values["trials"][0], "error": None}]},
+    "failures": lambda values: {**values, "trials": [{**values["trials"][0], "failures": -1}]},
+    "moments": lambda values: {**values, "moments": {"means": [[2], "O", "AAAA"]}},
+    "field": lambda values: {**values, "other": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_malformed_calibration_is_refused_with_its_path(change, tmp_path):
+    """Numbers that promise what cannot be, texts for numbers, nesting without end."""
+    path = tmp_path / "a.json"
+    calibration().save(path)
+    assert str(px.Calibration.load(path)) == str(calibration())
+    values = CHANGES[change](json.loads(path.read_text()))
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    with pytest.raises(ValueError, match=r"a\.json cannot be read as a calibration"):
+        px.Calibration.load(path)
+
+
 @pytest.mark.parametrize("floor", [math.nan, math.inf, -1.0, "a", True])
 def test_numerical_floor_is_a_number(floor):
     """A floor that is not a number would let every tolerance pass."""

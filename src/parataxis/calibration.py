@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_generators, check_solver, check_tolerance, is_finite, wrap_denoiser
+from .checks import check_generators, check_solver, check_tolerance, is_finite, is_int, wrap_denoiser
 from .engine.executor import Executor, Network, check_inputs, select_condition
 from .engine.latency import format_seconds
 from .engine.run import drive, start
@@ -239,8 +239,10 @@ class Calibration:
                 Trial(**{**trial, "setting": _read_setting(trial["setting"])}) for trial in values["trials"]
             )
             values["moments"] = None if values["moments"] is None else _read_moments(values["moments"])
+            _check_numbers(values)
             return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # A RuntimeError is of nesting without end, an OverflowError of numbers without.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"{path} cannot be read as a calibration ({type(error).__name__}: {error}): save one with its save()."
             ) from error
@@ -507,6 +509,25 @@ def _setting_text(setting: Setting) -> dict[str, Any]:
     solver: Any = setting.solver
     options = {field.name: getattr(solver, field.name) for field in fields(solver)}
     return {"solver": type(solver).__name__, "options": options, "scale": setting.scale}
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raise unless the numbers of a file can be those of a calibration: what they promise is printed and relied on."""
+    for trial in values["trials"]:
+        if not is_int(trial.failures, 0) or not isinstance(trial.accepted, bool):
+            raise ValueError(f"a trial has {trial.failures!r} failures, accepted {trial.accepted!r}")
+    at_most = {"coverage": 1.0, "confidence": 1.0, "promised": 1.0}
+    numbers = [(name, values[name]) for name in (*at_most, "tolerance", "quantile", "seconds")]
+    numbers += [
+        (name, getattr(trial, name)) for trial in values["trials"] for name in ("rounds", "nfe_ratio", "error", "worst")
+    ]
+    for name, value in numbers:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= at_most.get(name, math.inf):  # NaN is none of these
+            raise ValueError(f"{name} is {value!r}")
+    for name, least in (("runs", 1), ("evaluations", 0)):
+        if not is_int(values[name], least):
+            raise ValueError(f"{name} is {values[name]!r}")
 
 
 def _read_setting(values: dict[str, Any]) -> Setting:

@@ -1,5 +1,6 @@
 """A solve that is stopped after any round goes on in another process, to the same bits."""
 
+import json
 import pickle
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import parataxis as px
 from parataxis import samplers
@@ -130,6 +132,44 @@ def test_file_that_is_no_state_is_refused(tmp_path):
         px.save_runs(tmp_path / "none" / "a", runs)
     with pytest.raises(ValueError, match=r"pass what Run\.state_dict returned"):
         runs[0].load_state_dict({})
+
+
+def about(state, **changes):
+    """Return a state whose description is changed."""
+    known = json.loads(state["about"].numpy().tobytes())
+    return {**state, "about": torch.tensor(list(json.dumps({**known, **changes}).encode()), dtype=torch.uint8)}
+
+
+DAMAGES = {
+    "another shape": lambda state: {**state, "memory.rows.x": state["memory.rows.x"][:, :1]},
+    "another dtype": lambda state: {**state, "memory.rows.x": state["memory.rows.x"].double()},
+    "a missing part": lambda state: {name: value for name, value in state.items() if name != "memory.lo"},
+    "a step behind the end": lambda state: {**state, "memory.lo": torch.tensor(999)},
+    "no numbers": lambda state: about(state, rounds="three"),
+    "too many steps": lambda state: about(state, accepted=99),
+    "no error": lambda state: about(state, error=None),
+    "too few rounds": lambda state: {**state, "history": state["history"][1:]},
+    "no description": lambda state: {**state, "about": torch.tensor(list(b"[1]"), dtype=torch.uint8)},
+    "nesting without end": lambda state: {**state, "about": torch.full((100_000,), ord("["), dtype=torch.uint8)},
+    "no text": lambda state: {**state, "about": torch.full((9,), 255, dtype=torch.uint8)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_refused_with_its_path(damage, tmp_path):
+    """What would be spread over a window, or is no description of a solve, never becomes a sample."""
+    path, runs = tmp_path / "a.safetensors", begin(px.Secant(window=4))
+    for rounds in px.drive(runs, lambda rows: network(rows.x, rows.step)):
+        if rounds == 3:
+            break
+    px.save_runs(path, runs)
+    tensors = load_file(path)
+    state = DAMAGES[damage]({name[2:]: value for name, value in tensors.items() if name.startswith("0.")})
+    others = {name: value for name, value in tensors.items() if name.startswith("1.")}
+    changed = {f"0.{name}": value.contiguous() for name, value in state.items()}
+    save_file(others | changed, path, metadata={"parataxis": "1", "runs": "2"})
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        px.load_runs(path, begin(px.Secant(window=4)))
 
 
 def draw(denoise, path, **options):

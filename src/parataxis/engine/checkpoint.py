@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import is_int
 from .fingerprint import fingerprint
 from .solution import Round
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Interruptions", "load_runs", "run_state", "restore_run", "save_runs"]
 
 FORMAT = 1  # of the file; another one when what solvers keep changes
+GROWING = ("memory.rows", "memory.changes")  # Parareal's: as many as there are by now
+STEPS = ("lo", "hi", "step", "evaluated_until", "last_step", "last_evaluated")
 COUNTS = ("rounds", "evaluations", "peak_width")
 
 
@@ -78,6 +81,7 @@ def restore_run(run: Run, state: dict[str, Tensor]) -> None:
         raise ValueError(f"this state is of another solve ({texts}): start the run with the same arguments.")
     run.group.ask()  # the solver sets up its memory
     assert batch.memory is not None
+    _check_state(state, about, run)
     for name in COUNTS:
         setattr(run, name, about[name])
     run.history = [Round(int(a), int(w), float(e)) for a, w, e in state["history"].tolist()]
@@ -118,7 +122,7 @@ def save_runs(path: str | Path, runs: Sequence[Run]) -> None:
         ValueError: If a run cannot be saved (see :meth:`parataxis.Run.state_dict`), or the file cannot be written.
     """
     tensors = {f"{run.place}.{name}": value for run in runs for name, value in run_state(run).items()}
-    path, part = Path(path), Path(f"{path}.part")
+    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")  # two processes may write at once
     try:
         # Contiguous copies: a safetensors file holds no tensor twice, and some of these may share memory.
         save_file(
@@ -158,7 +162,7 @@ def load_runs(path: str | Path, runs: Sequence[Run]) -> None:
         state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         try:
             restore_run(run, state)
-        except (KeyError, RuntimeError, TypeError, IndexError) as error:
+        except (KeyError, RuntimeError, TypeError, IndexError, AttributeError, OverflowError, StopIteration) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): begin anew without it.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -245,6 +249,37 @@ def _arguments(run: Run) -> dict[str, Any]:
         "added": None if added is None else fingerprint(added),
         "guess": None if guess is None else fingerprint(guess[place].cpu()),
     }
+
+
+def _check_state(state: dict[str, Tensor], about: dict[str, Any], run: Run) -> None:
+    """Raise unless all parts have the forms that this run's own have: torch would spread a wrong one over a window."""
+    batch, steps = run.group.batch, run.problem.steps
+    assert batch.memory is not None
+    like: dict[str, Any] = {"bounded": torch.tensor(True), "output_rounding": torch.tensor(0.0, dtype=torch.float64)}
+    if about["reason"]:
+        like["final"] = batch.start[run.place]
+    else:
+        like |= {f"memory.{name}": torch.as_tensor(value) for name, value in batch.memory.state(run.place).items()}
+    if batch.trajectory is not None:
+        like["trajectory"] = batch.trajectory[run.place]
+    if "noise" in state and batch.noise is not None:
+        like["noise"] = batch.noise[run.place]
+    for name, expected in like.items():
+        value, first = state[name], 1 if name in GROWING else 0
+        if (value.ndim, value.shape[first:], value.dtype) != (expected.ndim, expected.shape[first:], expected.dtype):
+            raise TypeError(
+                f"{name} is {value.dtype} {tuple(value.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+            )
+    for name in STEPS:
+        step = int(state.get(f"memory.{name}", 0))
+        if not -1 <= step <= steps:
+            raise TypeError(f"{name} is {step}, and the loop has {steps} steps")
+    counts = {**{name: about[name] for name in COUNTS}, "accepted": about["accepted"]}
+    for name, count in counts.items():
+        if not is_int(count, 0) or (name == "accepted" and count > steps):
+            raise TypeError(f"{name} is {count!r}, expected a whole number of at least 0")
+    if not isinstance(about["error"], (int, float)) or state["history"].shape != (about["rounds"], 3):
+        raise TypeError(f"error is {about['error']!r}, and {tuple(state['history'].shape)} rounds are described")
 
 
 def _packed(value: Any) -> Tensor:
