@@ -512,7 +512,7 @@ def test_growth_behind_a_window_is_not_trusted_where_outputs_are_clipped():
         net = mixture(16).network(px.vp())
         result = px.sample(net, noise, px.from_scheduler(scheduler), px.Secant(window=8))
         rounds.append(result.rounds)
-        assert [one.problem.clipped for one in result] == [clip] * 2
+        assert [one.problem.transformed for one in result] == [clip] * 2
     assert rounds[1] >= rounds[0]
 
 

@@ -40,26 +40,21 @@ def test_gain_is_measured_as_far_as_it_can_be():
     gamma = np.array([[1.0, 2.0, 3.0, 1.0]])
     measured = np.array([[True, True, True, False]])
     reach = np.array([[50.0, 40.0, 30.0, 20.0]])
-    gain, margin = estimates.gain_to_sample(gamma, measured, reach, np.zeros((1, 4), bool))
+    gain = estimates.gain_to_sample(gamma, measured, reach, np.zeros((1, 4), bool))
     assert np.allclose(gain[0], [2 * 3 * 30, 3 * 30, 30, 20])
-    assert (margin == estimates.PLANNED).all()
-    _, margin = estimates.gain_to_sample(gamma, measured, reach, np.zeros((1, 4), bool), bounded=True)
-    assert (margin == 1).all()  # a bound is on the safe side
 
 
 def test_gain_to_the_sample_itself_is_one():
     """A window that ends at the sample needs no guess of what lies behind it."""
     gamma, measured = np.array([[2.0, 2.0, 2.0]]), np.ones((1, 3), bool)
-    at_end = np.array([[False, False, True]])
-    gain, margin = estimates.gain_to_sample(gamma, measured, np.full((1, 3), 9.0), at_end, bounded=True)
+    gain = estimates.gain_to_sample(gamma, measured, np.full((1, 3), 9.0), np.array([[False, False, True]]))
     assert np.allclose(gain[0], [4, 2, 1])
-    assert np.allclose(margin[0], [estimates.PLANNED, estimates.PLANNED, 1])  # more growth may be found than was seen
 
 
 def estimate_of(left, carry=0.0):
     left = np.array([left])
-    ones = np.ones_like(left)
-    return estimates.Estimate(left, np.full_like(left, carry), ones, estimates.PLANNED * ones, np.ones(1))
+    ones, nowhere = np.ones_like(left), np.zeros(left.shape, bool)
+    return estimates.Estimate(left, np.full_like(left, carry), ones, np.ones(1), nowhere)
 
 
 def test_the_longest_prefix_within_the_tolerance_is_accepted():

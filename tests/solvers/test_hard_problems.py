@@ -13,7 +13,7 @@ import torch
 
 import parataxis as px
 import problems
-from parataxis.denoisers import empirical
+from parataxis.denoisers import empirical, mixture
 
 SOLVERS = [
     px.Secant(window=8),
@@ -91,3 +91,13 @@ def test_a_jump_that_only_a_large_move_showed_is_not_forgotten(blur, name, seed)
     )
     error = float((found.x - loop.x).norm() / loop.x.norm())
     assert found[0].error_estimate > 1e-2 or error <= 1e-2
+
+
+@pytest.mark.parametrize("window", [20, 32, None])
+def test_growth_at_a_tie_is_not_forgotten(window):
+    """The trajectory leaves the tie on one side, but has multiplied by then what was accepted."""
+    network, sampler = mixture(64).network(px.vp()), px.samplers.ddim(px.vp(), 100)
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(124))[None]
+    loop, found = (px.sample(network, noise, sampler, way) for way in (px.Sequential(), px.Secant(window=window)))
+    error = float((found.x - loop.x).norm() / loop.x.norm())
+    assert not found.converged or error <= 1e-2

@@ -404,7 +404,7 @@ def start(
         guess is not None,
         torch.finfo(dtype).eps / 2 if rounding is None else rounding,
         frozen_steps,
-        clipped=sampler is None or sampler.clips,  # of somebody's loop it is not known
+        transformed=sampler is not None and sampler.transform is not None,
     )
     batch = Batch(
         problem,

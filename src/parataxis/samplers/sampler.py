@@ -104,11 +104,6 @@ class Sampler:
         """N, the number of network evaluations of the sequential loop."""
         return self.coefficients.steps
 
-    @property
-    def clips(self) -> bool:
-        """Whether data predictions are clipped before they enter the recurrence."""
-        return self.transform is not None and (self.transform.clip, self.transform.quantile) != (None, None)
-
     def network_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``times`` as the network receives them: int64 if all are integers, else at least float32."""
         times = torch.from_numpy(self.times.copy())

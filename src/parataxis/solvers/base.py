@@ -67,7 +67,7 @@ class Problem:
         rounding: Unit roundoff of the network's dtype.
         frozen_steps: Leading states of the guess that stay as they are.
         strides: How many steps apart the first rounds evaluate; see :class:`parataxis.CoarseToFine`.
-        clipped: Whether data predictions may be clipped before they enter the recurrence.
+        transformed: Whether outputs are transformed (clipped) before they enter the recurrence.
     """
 
     coefficients: Coefficients
@@ -77,7 +77,7 @@ class Problem:
     rounding: float = 2.0**-24
     frozen_steps: int = 0
     strides: tuple[int, ...] = ()
-    clipped: bool = False
+    transformed: bool = False
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,7 @@ The growth that was measured, never below 1, multiplies it.
 
 With c_j = |new - old| of the state behind step j, du its input's move since the evaluation before, and the measured
 
-    G_j = |A du + B df| / |du|   the growth of a change through step j, the largest over the rounds, fading,
+    G_j = |A du + B df| / |du|   the growth of a change through step j, the largest over the rounds,
     m_j = |r_j| / |du|           what the slope of step j missed, per unit that its input was moved,
 
     local error       P_j = g_j P_{j-1} + m_j c_{j-1},  P_0 = 0,     g = max(G, growth for Gaussian data, |J|)
@@ -56,17 +56,15 @@ __all__ = [
 Flags = NDArray[np.bool_]
 
 SLOPE_ERROR_SAFETY = 4.0  # s: 90 % of local errors were below 1.4 to 4.6 times P, over six networks
-SLOPE_ERROR_SAFETY_NOISE = 2.0  # where steps add noise and nothing is clipped: what steps miss adds up less
 MIN_REMAINING = 0.01  # of the move itself: rounding of the network is not in P
 MIN_BEHIND_A_MOVE = 1e-3  # of the largest move that can have reached a state: 0 only where nothing moved at all
-PLANNED = 2.5  # times a growth that is measured up to the sample: what is found later is reported, and not too large
+PLANNED = 2.5  # times the estimate, so that growth found later changes the report instead of being missed
 REPORTED = 3.0  # times the estimate: 99 % of 512 runs of third-party networks then stayed below it
 REACH = (
     4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
 )
 REACH_UNKNOWN = 16.0  # instead, where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
-KEPT_GROWTH = 0.7  # of the growth of a step that was measured the round before, at least
 TELLING = 0.3  # of the largest move by which the growth of a step was measured: smaller ones measure rounding
 SMOOTH = 2.0  # times the smallest |df| / |du| of a step: what moves df beyond that is not the move of its input
 FINE = 2.0**-20  # rounding of outputs below which a network counts as smooth
@@ -143,19 +141,14 @@ def lower_median(values: Array, counted: Flags) -> Array:
     return ordered[np.arange(len(values)), np.maximum(count - 1, 0) // 2]
 
 
-def gain_to_sample(
-    gamma: Array, measured: Flags, reach: Array, at_end: Flags, *, bounded: bool = False
-) -> tuple[Array, Array]:
-    """Return (S, W) how much of an error of the state behind each step reaches the sample, and the margin to plan with.
-
-    A growth that has been measured may be found larger later, so it has a margin, and so has a reach that is a guess.
+def gain_to_sample(gamma: Array, measured: Flags, reach: Array, at_end: Flags) -> Array:
+    """Return (S, W) how much of an error of the state behind each step reaches the sample.
 
     Args:
         gamma: (S, W) growth of a carried error through each step; 1 beyond the end of a window.
         measured: (S, W) steps whose growth has been measured, and entries beyond a window.
         reach: (S, W) what may become of an error of the state behind each step on the whole way to the sample.
         at_end: (S, W) whether that state is the sample.
-        bounded: Whether the reach bounds what may happen, and needs no margin.
     """
     # A state gains what the measured steps behind it make of it, then what may happen from the first that is not.
     samples, width = gamma.shape
@@ -167,9 +160,7 @@ def gain_to_sample(
     last = np.where(measured[:, 0], (np.argmin(measured, 1) - 1) % width, 0)
     at = np.arange(samples) * width + last
     gain = behind * (whole.take(at) / behind.take(at))[:, None]
-    before = np.arange(width) <= last[:, None]
-    measures = before & at_end.take(at)[:, None]
-    return np.where(before, gain, whole), np.where(~at_end & (measures | (not bounded)), PLANNED, 1.0)
+    return np.where(np.arange(width) <= last[:, None], gain, whole)
 
 
 def carried(error: Array, gamma: Array) -> Array:
@@ -195,10 +186,10 @@ class Estimate:
     __slots__ = ("accepted", "planned", "relative", "reported")
 
     def __init__(
-        self, left: Array, carry: Array, gain: Array, margin: Array, size: Array, floor: Array | float = 0.0
+        self, left: Array, carry: Array, gain: Array, size: Array, at_end: Flags, floor: Array | float = 0.0
     ) -> None:
         share = gain / size[:, None]
-        self.relative = margin * left * share
+        self.relative = np.where(at_end, left, PLANNED * left) * share
         self.planned = np.hypot(carry * share, self.relative)
         self.accepted = np.hypot(np.hypot(carry, left), FLOOR_SHARE * floor)
         self.reported = REPORTED * self.accepted * share

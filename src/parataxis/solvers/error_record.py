@@ -30,7 +30,7 @@ class ErrorRecord(PerSample):
         output_size: (S,) norm of an output.
         smallest_slope_error: (S,) the smallest that most steps of a round had.
         known: (S, 6, 2 W) of the steps lo - W .. lo + W - 1, or NaN: the error of their slopes as last measured, the
-            largest growth that was measured, fading, that over the growth for Gaussian data, the largest move, over the
+            largest growth that was measured, that over the growth for Gaussian data, the largest move, over the
             expected rms, by which growth was measured, and the smallest change of an output over that of its input;
             and in the first W entries their slopes.
         slopes: (S, W) of the last round, or NaN; a view.
@@ -54,10 +54,6 @@ class ErrorRecord(PerSample):
         self.predicts = self.tables.alpha is not None and self.tables.predicts
         self.norm = float(np.sqrt(problem.dim))
         self.smallest_move = 10 * problem.rounding * self.norm  # over the expected rms: less is rounding
-        # What is clipped hides its growth. There, and in loops of which less is known, margins are wider.
-        self.bounded = self.tables.alpha is not None and not problem.clipped
-        noisy = self.bounded and problem.coefficients.stochastic
-        self.safety = estimates.SLOPE_ERROR_SAFETY_NOISE if noisy else estimates.SLOPE_ERROR_SAFETY
         self.largest_move = estimates.MAX_TRUSTED_MOVE * self.norm if self.tables.alpha is not None else np.inf
         self.seat(len(frame.places))
 
@@ -153,13 +149,7 @@ class ErrorRecord(PerSample):
             telling &= square > 2 * estimates.CLEAR * noise**2
             square = square - noise**2
         np.copyto(slope_error, missed, where=near)
-        now = np.sqrt(np.maximum(square, 0.0)) / moved
-        if noise is None:
-            # A growth that was met once and not again fades. A small move may lower it too, but not raise it.
-            np.fmin(now, growth, out=now, where=~telling)
-            np.copyto(growth, np.fmax(now, estimates.KEPT_GROWTH * growth), where=near)
-        else:
-            np.fmax(growth, now, out=growth, where=telling)
+        np.fmax(growth, np.sqrt(np.maximum(square, 0.0)) / moved, out=growth, where=telling)
         np.fmax(largest, size, out=largest, where=telling)
         np.divide(growth, np.maximum(gaussian, SMALL), out=ratio)
         return slope_error, growth, bend, noise
@@ -204,7 +194,7 @@ class ErrorRecord(PerSample):
         at_end = frame.steps >= self.problem.steps - 1
         if self.W == 1:
             nothing = np.zeros((len(moves), 1))
-            return Estimate(nothing, nothing, nothing, nothing, np.ones(len(moves)))
+            return Estimate(nothing, nothing, nothing, np.ones(len(moves)), at_end)
         gaussian = frame.gaussian_growth(self.variance)
         slope_error, measured, bend, noise = self.note_moves(frame, pairs, residuals, gaussian)
         # New steps take the largest that is known of the steps before them.
@@ -227,11 +217,10 @@ class ErrorRecord(PerSample):
             # The same input gives the same output: a step from an exact state adds nothing.
             noise[:, 0] = np.where(self.carried > 0, noise[:, 0], 0.0)
             floor = estimates.accumulated(noise, gamma)
-        left = estimates.local_error(missed, local, moves, self.safety)
-        gain, margin = estimates.gain_to_sample(gamma, ~unknown, frame.reach, at_end, bounded=self.bounded)
+        left = estimates.local_error(missed, local, moves, estimates.SLOPE_ERROR_SAFETY)
+        gain = estimates.gain_to_sample(gamma, ~unknown, frame.reach, at_end)
         carry = estimates.carried(self.carried, gamma)
-        size = self.norm * np.sqrt(self.smallest_variance(frame))
-        estimate = Estimate(left, carry, gain, margin, size, floor)
+        estimate = Estimate(left, carry, gain, self.norm * np.sqrt(self.smallest_variance(frame)), at_end, floor)
         if frame.strided:
             for values in (estimate.relative, estimate.planned):
                 values[:, 1:] = np.where(frame.coarse[:, None], np.inf, values[:, 1:])
