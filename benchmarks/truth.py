@@ -265,15 +265,16 @@ def certainty(rows: Sequence[Row]) -> str:
     prices: dict[tuple[str, str], list[float]] = defaultdict(list)
     pooled, total = 0, 0
     for cell, group in sorted(grouped(plain, "network", "sampler", "steps", "window").items()):
-        seeds = {seed: runs for seed, runs in by_seed(group).items() if set(SCALES) <= set(runs)}
-        if not seeds:
-            continue
-        ratios = [runs[1.0]["rounds"] / least for runs in seeds.values() if (least := fewest(runs)) is not None]
+        seeds = by_seed(group)
+        priced = [runs for runs in seeds.values() if set(SCALES) <= set(runs)]
+        ratios = [runs[1.0]["rounds"] / least for runs in priced if (least := fewest(runs)) is not None]
         prices[kind(cell[1]), cell[3]] += ratios
-        cells = [*cell, f"{np.mean(ratios):.2f}"]
+        cells = [*cell, f"{np.mean(ratios):.2f}" if ratios else "-"]
+        # Of a dear network some scales only are tried on all seeds: those are the list that is tested.
+        common = sorted(set.intersection(*(set(runs) for runs in seeds.values()))) if len(seeds) > CALIBRATION else []
         fresh = [seed for seed in seeds if seed >= CALIBRATION]
-        if fresh and len(seeds) - len(fresh) == CALIBRATION:
-            scale = calibrated(seeds, cell[2])
+        if len(common) > 1 and len(seeds) - len(fresh) == CALIBRATION:
+            scale = calibrated(seeds, cell[2], common)
             if scale is None:
                 lines.append("| " + " | ".join(map(str, [*cells, "the loop", *["-"] * 6])) + " |")
                 continue
@@ -286,13 +287,16 @@ def certainty(rows: Sequence[Row]) -> str:
             work = np.mean([row["evaluations"] for row in runs]) / cell[2]
             cells += [f"{scale:g}", f"{np.mean(ratios):.2f}", f"{np.mean([row['rounds'] for row in runs]):.1f}"]
             cells += [f"{work:.2f}", str(len(runs)), str(above), f"{low:.1%} to {high:.1%}"]
-        else:
+        elif ratios:
             cells += ["-"] * 7
+        else:
+            continue
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     summary = [
         f"{name}, window {window}: price {np.mean(ratios):.2f} in the mean, {np.median(ratios):.2f} in the median, "
         f"{len(ratios)} runs"
         for (name, window), ratios in sorted(prices.items())
+        if ratios
     ]
     if total:
         low, high = failure_interval(pooled, total)
@@ -305,14 +309,14 @@ def kind(sampler: str) -> str:
     return "stochastic" if sampler in ("ddpm", "euler_ancestral") else "deterministic"
 
 
-def calibrated(seeds: dict[int, dict[float, Row]], steps: int) -> float | None:
-    """Return the scale that a calibration on the first seeds chooses; None for the sequential loop."""
+def calibrated(seeds: dict[int, dict[float, Row]], steps: int, scales: Sequence[float]) -> float | None:
+    """Return which of the scales a calibration on the first seeds chooses; None for the sequential loop."""
 
     def outcomes(setting: px.Setting) -> list[Outcome]:
         rows = [seeds[seed][setting.scale] for seed in range(CALIBRATION)]
         return [Outcome(row["error"], row["estimate"], row["rounds"], row["evaluations"] / steps) for row in rows]
 
-    settings = [px.Setting(px.Secant(window=8), scale) for scale in SCALES]
+    settings = [px.Setting(px.Secant(window=8), scale) for scale in scales]
     chosen, _, trials = choose_setting([settings], outcomes, TOLERANCE, 0.95, 0.95, steps)
     return chosen.scale if any(trial.accepted for trial in trials) else None
 
