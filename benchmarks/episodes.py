@@ -91,14 +91,7 @@ class Sampler:
 
 def ddim(policy: Policy, steps: int) -> Plan:
     """Return the loop of DDIM with few steps: another sampler, with which people save time."""
-    config = policy.config
-    scheduler = DDIMScheduler(
-        config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        clip_sample=config.clip_sample,
-        clip_sample_range=config.clip_sample_range,
-    )
+    scheduler = DDIMScheduler.from_config(policy.config.scheduler().config)
     scheduler.set_timesteps(steps)
     return plain_loop(policy, scheduler)
 
@@ -186,7 +179,6 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
     for name, count in ((name, count) for name in names for count in threads):
         torch.set_num_threads(count)
         folder = folder_of(name)
-        recorded = load_file(folder_of(task_of(name)) / "episode.safetensors")
         ways: dict[tuple[str, str], Any] = {}
         policies = {"plain": load(folder, pack=False), "packed": load(folder)}
         for convolutions, policy in policies.items():
@@ -202,8 +194,7 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
         if all((name, *way[:1], count, way[1]) in done for way in ways):
             continue
         policy = policies["plain"]
-        steps = recorded["plan_steps"].tolist()
-        conditions = [policy.condition(recorded["observations"][: step + 1]) for step in steps] * repeats
+        conditions = policy.recorded(folder_of(task_of(name))) * repeats
         taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
         deviations = dict.fromkeys(ways, 0.0)
         for turn, condition in enumerate([conditions[0], *conditions]):  # the first turn is for what happens once

@@ -34,7 +34,6 @@ from parataxis import models
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "policy"))
 from diffusion_policy import folder_of, load, plain_loop  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "seconds.csv"
 PAGES = ("README.md", "docs/plan.md")
@@ -123,8 +122,7 @@ def policy_case(name: str) -> Case:
     folder = folder_of(name)
     policy = load(folder)
     known = folder if (folder / "episode.safetensors").exists() else folder_of(policy.config.task)
-    recorded = load_file(known / "episode.safetensors")
-    conditions = [policy.condition(recorded["observations"][: step + 1]) for step in recorded["plan_steps"].tolist()]
+    conditions = policy.recorded(known)
     sampler, loop = px.from_scheduler(policy.config.scheduler()), plain_loop(policy)
 
     def run(plan: Callable[..., Tensor], index: int) -> Drawn:

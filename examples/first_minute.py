@@ -22,7 +22,6 @@ from parataxis import models
 
 sys.path.insert(0, str(Path(__file__).parent / "policy"))
 from diffusion_policy import folder_of, load
-from safetensors.torch import load_file
 
 POLICY, STEPS, GUIDANCE, TOLERANCE = "button-press-topdown-v3", 100, 2.0, 1e-2
 WINDOWS = (8, 16, 32)
@@ -89,9 +88,8 @@ def sentence(what: str, unit: str, found: dict[str, Any]) -> str:
 def policy(out: Path, count: int | None = None) -> dict[str, Any]:
     """Draw the plans of a recorded episode; write ``policy.png``."""
     folder = folder_of(POLICY)
-    policy, recorded = load(folder), load_file(folder / "episode.safetensors")
-    conditions = [policy.condition(recorded["observations"][: step + 1]) for step in recorded["plan_steps"].tolist()]
-    conditions = conditions[:count]
+    policy = load(folder)
+    conditions = policy.recorded(folder)[:count]
     sampler = px.from_scheduler(policy.config.scheduler())
 
     def draw(solver: Any, index: int) -> px.Solutions:

@@ -142,6 +142,25 @@ def edm_loss(model: UNet2DModel, images: Tensor, labels: Tensor | None, schedule
     return (output.float() - target).square().mean()
 
 
+def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float) -> None:
+    """Set the learning rate: up to its peak in 200 steps, down along a cosine; ``share`` of the training is over."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def drop_labels(labels: Tensor) -> Tensor:
+    """Return labels of which a tenth is replaced by the null class."""
+    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < 0.1, CLASSES)
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step down the gradient, whose norm is at most 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def scheduler_of(name: str) -> Any:
     """Return the diffusers scheduler that says what a model was trained on."""
     if name == "digits-flow":
@@ -218,19 +237,12 @@ def main() -> None:
     begun = time.monotonic()
     progress = tqdm(range(first, options.steps), initial=first, total=options.steps, mininterval=20)
     for step in progress:
-        warm = min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        set_rate(optimizer, options.rate, step, step / options.steps)
         chosen = torch.randint(len(images), (options.batch,))
-        condition = None
-        if classes is not None:
-            condition = torch.where(torch.rand(options.batch) < 0.1, classes, labels[chosen])
+        condition = None if classes is None else drop_labels(labels[chosen])
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_for(model, images[chosen], condition, scheduler)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, loss)
         decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
             for key, value in model.state_dict().items():

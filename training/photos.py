@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import math
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from digits import CLASSES, TRAINING_STEPS, vp_loss
+from digits import CLASSES, TRAINING_STEPS, drop_labels, set_rate, update, vp_loss
 
 
 def decoded(path: Path, cache: Path) -> tuple[Tensor, Tensor]:
@@ -85,18 +84,13 @@ def main() -> None:
     begun, step = time.perf_counter(), 0
     with tqdm(mininterval=20) as progress:
         while (spent := (time.perf_counter() - begun) / options.seconds) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = options.rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * spent))
+            set_rate(optimizer, options.rate, step, spent)
             chosen = torch.randint(len(images), (options.batch,), device=options.device)
             x = images[chosen].float() / 127.5 - 1
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3))
-            dropped = torch.rand(len(x), device=x.device) < 0.1
             with torch.autocast(x.device.type, torch.bfloat16):
-                loss = vp_loss(model, x, labels[chosen].masked_fill(dropped, CLASSES), scheduler, 5.0)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+                loss = vp_loss(model, x, drop_labels(labels[chosen]), scheduler, 5.0)
+            update(model, optimizer, loss)
             average.update_parameters(model)
             step += 1
             if step % 100 == 0:  # reading the loss waits for the device

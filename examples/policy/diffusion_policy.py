@@ -99,6 +99,11 @@ class Policy:
         low, high = np.array(config.observation_low), np.array(config.observation_high)
         return torch.tensor((2 * (seen - low) / (high - low) - 1).reshape(1, -1), dtype=torch.float32)
 
+    def recorded(self, folder: Path) -> list[Tensor]:
+        """Return the conditions of the plans of the episode that lies in a folder."""
+        episode = load_file(folder / "episode.safetensors")
+        return [self.condition(episode["observations"][: step + 1]) for step in episode["plan_steps"].tolist()]
+
     def actions(self, plan: Tensor) -> NDArray[np.float64]:
         """Return the actions (n_action_steps, action_dim) that the robot takes of a plan (horizon, action_dim)."""
         config, first = self.config, self.config.n_obs_steps - 1

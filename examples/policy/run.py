@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from diffusion_policy import Plan, Policy, folder_of, load, plain_loop
-from safetensors.torch import load_file
 from torch import Tensor
 
 import parataxis as px
@@ -59,9 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     folder = folder_of(arguments.name)
-    policy, recorded, rounds = load(folder), load_file(folder / "episode.safetensors"), []
-    conditions = [policy.condition(recorded["observations"][: step + 1]) for step in recorded["plan_steps"].tolist()]
-    conditions = conditions[: arguments.plans]
+    policy, rounds = load(folder), []
+    conditions = policy.recorded(folder)[: arguments.plans]
     loop, library = plain_loop(policy), parallel(policy, arguments.window, arguments.tolerance, rounds)
     for plan in (loop, library):  # the first calls are slower
         timed(plan, conditions[0], 0)

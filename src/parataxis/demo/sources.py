@@ -129,11 +129,11 @@ class PolicySource:
     explanation = "Each curve is an entry of the robot's actions over the plan; grey is the plan of the loop."
 
     def __init__(self, folder: Path) -> None:
-        policy, recorded = _load_policy(folder)
+        policy = _policy_module(folder.parents[1]).load(folder)
         self.config = policy.config
         self.shape: tuple[int, ...] = (policy.network.horizon, policy.network.action_dim)
         self.denoise = policy.network
-        self.observation: Tensor = policy.condition(recorded["observations"][:1])
+        self.observation: Tensor = policy.recorded(folder)[0]
         self.samplers = ["ddpm" if self.config.noise_scheduler_type == "DDPM" else "flow_euler"]
         self.max_steps = int(self.config.num_train_timesteps)
 
@@ -180,10 +180,3 @@ def _policy_module(folder: Path) -> Any:
         return importlib.import_module("diffusion_policy")
     finally:
         sys.path.remove(str(folder))
-
-
-def _load_policy(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Return a policy and its recorded episode."""
-    from safetensors.torch import load_file
-
-    return _policy_module(folder.parents[1]).load(folder), load_file(folder / "episode.safetensors")
