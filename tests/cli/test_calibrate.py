@@ -19,7 +19,10 @@ def test_calibration_is_printed_saved_and_used(capsys, tmp_path):
     for line in ("digits-v: ddim, N = 10", "Secant(window=4)", "With a confidence of 95%", f"wrote {out}"):
         assert line in printed
     assert main(["sample", *MODEL, "--count", "1", "--calibration", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["solver"] == "Secant(window=4)"
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["solver"] == "Secant(window=4)"
+    assert figures["error_estimate"] is None  # three runs bound no error
+    assert 0 < figures["promised"] < 0.95
     assert main(["sample", "--model", "digits-v", "--steps", "11", "--calibration", str(out)]) == 2
     assert "sampler: ddim, 10 steps" in capsys.readouterr().err
     assert main(["sample", *MODEL, "--calibration", str(out), "--window", "2"]) == 2
