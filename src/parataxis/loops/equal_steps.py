@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, upload
+from ..arrays import Array, Indices, read, upload
 from ..engine.executor import out_of_memory
 from ..engine.rows import EvalBatch
 from ..samplers.sampler import Sampler
@@ -23,13 +23,13 @@ from .calls import RecordedCalls, copy_leaves, equal
 from .evaluated_rounds import EvaluatedRounds
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import OutputSlopes
+from .output_slopes import OutputSlopes, carried_rounding
 from .rows import has_rows
 from .signals import NotParallelizable
 from .step_arguments import ExpectedCall
 from .step_batch import StepBatch, copied
 
-__all__ = ["EqualSteps"]
+__all__ = ["EqualSteps", "are_equal"]
 
 SMALLEST = 1e-30  # norm of a state
 
@@ -49,7 +49,8 @@ class EqualSteps:
         merger: Makes the network calls.
 
     Attributes:
-        rounding: How far the observed call came out of the batch from what it was by itself, relative.
+        rounding: How far the combined rows of the observed call came out of the batch from what they were by
+            themselves, relative, but at least the unit roundoff of the network.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class EqualSteps:
     ) -> None:
         self.form, self.call, self.recorded = form, call, recorded
         self.sampler, self.merger = sampler, merger
-        self.rounding = 0.0
+        self.rounding = float(torch.finfo(form.network_dtype).eps) / 2
         row_map = self._row_map = form.row_maps[0]
         samples = self._samples = form.shape[0]
         self._kind = recorded.kinds[0]
@@ -78,19 +79,12 @@ class EqualSteps:
         self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
         self._layout: Layout | None = None  # until it is needed
         self._unchecked = True
+        self._sizes = [0.0] * samples  # of the latest states
+        self._output_norms: list[Tensor] = []  # of accepted steps, (M, S) each
         self._slopes = np.zeros((sampler.steps, samples))  # d
         self._evaluated = EvaluatedRounds((sampler.steps, samples), self._batched)
         # Of accepted steps: outputs, their slopes, accepted states, and norms of those (S,).
         self._ready: dict[int, tuple[list[Any], Tensor, Tensor, list[float]]] = {}
-
-    @staticmethod
-    def fit(form: StepForm, call: ExpectedCall, recorded: RecordedCalls) -> bool:
-        """Return whether the steps are of this kind, and the observed call can stand for them."""
-        row_map, before = form.row_maps[0], form.calls[0]
-        if len(form.calls) > 1 or not row_map.batched or len(recorded.kinds) != len(recorded.calls):
-            return False
-        others = [i for i in range(len(before.leaves)) if i != row_map.slices[0].leaf and i not in call.tables]
-        return len(recorded.repeated_kinds) == 1 and all(equal(before.leaves[i], call.call.leaves[i]) for i in others)
 
     # -- evaluate -------------------------------------------------------------------------------------------------
 
@@ -146,12 +140,12 @@ class EqualSteps:
     def _check(self, rows: Tensor, layout: Layout) -> bool:
         """Compare the observed call in a batch, (G, dim), with itself; another layout is looked for if it differs."""
         merger, name = self.merger, self._kind.name
-        single = self._row_map.answers(self.form.outputs[0], self.form.dtype)[
-            upload(self._batch.row_of[:, 0], rows.device)
-        ]
-        distance, norm = float((rows - single).norm()), float(single.norm())
-        self.rounding = distance / norm if norm > 0 else 0.0
-        if self.rounding <= layout.bound or not np.isfinite(norm):
+        observed = self._row_map.answers(self.form.outputs[0], self.form.dtype)
+        single = observed[upload(self._batch.row_of[:, 0], rows.device)]
+        weights = upload(self.form.weights, rows).unsqueeze(1)
+        combined = _relative((weights * (rows - single)).sum(0), (weights * single).sum(0))
+        error, self.rounding = _relative(rows - single, single), max(self.rounding, combined)
+        if error <= layout.bound or not np.isfinite(error):
             merger.checked[name], self._unchecked = layout, False
             return True
         if name in merger.checked:  # found for this very network: it does not answer by its arguments alone
@@ -182,6 +176,7 @@ class EqualSteps:
         chosen = slice(steps.start, steps.stop)
         slopes = self._output_slopes(chosen, inputs, combined, self._slopes[chosen])
         sizes = torch.linalg.vector_norm(states, dim=2).tolist()
+        self._output_norms.append(torch.linalg.vector_norm(combined, dim=2))
         moved = states - inputs
         if self._samples > 1:
             index = upload(row_map.sample_of_row, states.device)
@@ -209,6 +204,7 @@ class EqualSteps:
         None if that is further than ``share``.
         """
         outputs, slope, state, sizes = self._ready[step]
+        self._sizes = sizes
         place = self._row_map.slices[0]
         state_rows = leaves[place.leaf]
         if not self.call.whole:
@@ -229,6 +225,27 @@ class EqualSteps:
             output[place.answer] += slope * moved
         return outputs, distance
 
+    def floor(self, steps: int) -> float:
+        """Return what the rounding of the outputs of the first steps does to the states behind them, relative."""
+        norms = read(torch.cat(self._output_norms))[:steps]
+        sizes = np.array(self._sizes).clip(min=SMALLEST)
+        return float((carried_rounding(self.sampler, self._slopes, self.rounding * norms) / sizes).max())
+
     def forget(self, step: int) -> None:
         """Let go of a step."""
         self._ready.pop(step, None)
+
+
+def are_equal(form: StepForm, call: ExpectedCall, recorded: RecordedCalls) -> bool:
+    """Return whether the steps are of this kind, and the observed call can stand for them."""
+    row_map, before = form.row_maps[0], form.calls[0]
+    if len(form.calls) > 1 or not row_map.batched or len(recorded.kinds) != len(recorded.calls):
+        return False
+    others = [i for i in range(len(before.leaves)) if i != row_map.slices[0].leaf and i not in call.tables]
+    return len(recorded.repeated_kinds) == 1 and all(equal(before.leaves[i], call.call.leaves[i]) for i in others)
+
+
+def _relative(error: Tensor, value: Tensor) -> float:
+    """Return the norm of an error over that of a value; 0 where that is 0."""
+    norm = float(torch.linalg.vector_norm(value))
+    return float(torch.linalg.vector_norm(error)) / norm if norm else 0.0

@@ -35,8 +35,6 @@ class GeneralSteps:
         joint: Whether samples cannot be evaluated apart.
     """
 
-    rounding = 0.0  # of a batch beside single calls: not measured here
-
     def __init__(
         self, form: StepForm, calls: RecordedCalls, sampler: Sampler, merger: Merger, *, joint: bool = False
     ) -> None:

@@ -13,6 +13,7 @@ in a row it goes on by itself, from where it is: it is never started again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from .chain import Chain
 from .loop import Loop
 from .networks import Networks
 from .observation import ObservedStep, StepForm
-from .report import Report
+from .report import ABOVE_FLOOR, Report
 from .schedulers import SchedulerStep, watch
 from .signals import NotParallelizable
 from .speculation import Speculation
@@ -259,7 +260,11 @@ def _conclude(report: Report, one_pass: OnePass, *, foreseen: bool) -> None:
         report.mode = "one pass"
         reason = ONE_STEP if one_pass.single else report.reason if report.misses else ""
         report.reason = one_pass.alone or reason
-        report.converged = report.error_estimate <= max(one_pass.tolerance, one_pass.rounding)
+        bound = max(one_pass.tolerance, one_pass.rounding)
+        if report.floor > bound:  # nothing is claimed below it
+            report.error_estimate = max(report.error_estimate, report.floor)
+            report.reason = f"{report.reason} {ABOVE_FLOOR}".lstrip()
+        report.converged = report.error_estimate <= bound
     else:
         no_steps = NO_STEP if one_pass.networks.answers else NO_CALL
         report.mode, report.reason = "sequential", one_pass.alone or no_steps
@@ -273,3 +278,4 @@ def _count(report: Report, speculation: Speculation) -> None:
     report.evaluations += sum(run.evaluations for run in runs) * report.samples // len(runs)
     report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
     report.error_estimate += speculation.error + speculation.distance
+    report.floor = math.hypot(report.floor, speculation.floor())

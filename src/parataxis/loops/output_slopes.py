@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arrays import Array, Indices, upload
 from ..samplers.sampler import Sampler
 
-__all__ = ["OutputSlopes"]
+__all__ = ["OutputSlopes", "carried_rounding"]
 
 FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 
@@ -78,3 +78,32 @@ class OutputSlopes:
         derivative = 1 + gain * (1 / limit - 1)
         divided = torch.where(derivative.abs() > FLAT, still + (inside - still) / derivative, still)
         return torch.where(data > limit, outside, divided)
+
+
+def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array) -> Array:
+    """Return (S,) the norm of the error of the last states, when outputs err independently at every step.
+
+    An error is carried on by J_i = A_i + B_i d_i. A slope that is measured means nothing where it was rounding that
+    moved, so J_i lies between A_i, of an output that stays, and the growth of the states' expected size. Errors of
+    different steps add up as their squares do.
+
+    Args:
+        sampler: Its recurrence, u_{i+1} = A_i u_i + sum_l B_{i,l} y_{i-l}, of N steps.
+        slopes: (N, S) d.
+        rounding: (n, S) norm of the error of the combined outputs of the first steps; y has q times as much.
+    """
+    local, steps = sampler.coefficients, len(rounding)
+    if sampler.transform is not None:
+        rounding = rounding * np.abs(sampler.transform.x0_from_output)[:steps, None]
+    rms = local.rms if local.rms is not None else np.ones(local.steps + 1)
+    variance = np.zeros(rounding.shape[1])
+    for i in range(steps):
+        entering = np.zeros_like(variance)
+        for lag in range(min(local.lags, i) + 1):
+            entering += np.abs(local.output_weight[i, lag]) * rounding[i - lag]
+        still, usual = abs(local.state_weight[i]), rms[i + 1] / rms[i]
+        growth = np.abs(local.state_weight[i] + local.output_weight[i, 0] * slopes[i])
+        if local.lags:  # what earlier outputs carry on is not in it
+            growth[:] = np.inf
+        variance = growth.clip(min(still, usual), max(still, usual)) ** 2 * variance + entering**2
+    return np.sqrt(variance)

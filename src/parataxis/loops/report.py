@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from ..engine.latency import format_seconds
 from ..html import figures
 
-__all__ = ["Report"]
+__all__ = ["ABOVE_FLOOR", "Report"]
 
+ABOVE_FLOOR = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
 SLOWER = 0.9  # speed-up below which a call counts as slower: timings are not better than a tenth
 
 

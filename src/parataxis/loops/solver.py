@@ -44,7 +44,7 @@ from .one_pass import NO_CALL, OnePass
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
-from .report import Report
+from .report import ABOVE_FLOOR, Report
 from .runner import FIRST_CALLS, LoopRunner
 from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
 from .stage_plan import CallbackFree, StagePlan
@@ -64,7 +64,6 @@ FLOOR_WARNING = (
     "the network's outputs, moves it so far. Run the network in more bits, or pass a larger tolerance. This is said "
     "once."
 )
-ABOVE_FLOOR = "the rounding of outputs alone moves the result by more than the tolerance (the floor)."
 
 
 AS_MANY_ROUNDS = (
@@ -150,14 +149,20 @@ def solve_loop(
 def _warn(loop: Loop, report: Report, *, trainable: bool) -> None:
     """Warn of what the caller may not expect of a call that was solved in parallel."""
     warned = [GRADIENTS] if trainable else []
-    if ABOVE_FLOOR in report.reason and not loop.warned_floor:
-        loop.warned_floor = True
-        warned.append(FLOOR_WARNING.format(floor=report.floor, tolerance=report.tolerance))
+    warned += _floor_warning(loop, report)
     if not loop.warned_slower and (slower := report.slower()) is not None:
         loop.warned_slower = True
         warned.append(slower)
     for message in warned:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _floor_warning(loop: Loop, report: Report) -> list[str]:
+    """Return what is to be said once of a floor above the tolerance."""
+    if ABOVE_FLOOR not in report.reason or loop.warned_floor:
+        return []
+    loop.warned_floor = True
+    return [FLOOR_WARNING.format(floor=report.floor, tolerance=report.tolerance)]
 
 
 def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,6 +181,7 @@ def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[s
         loop.recorded.add(key)
     reason = report.reason if report.mode == "sequential" else one_pass.alone
     warned = [GRADIENTS] if one_pass.networks.trainable else []
+    warned += _floor_warning(loop, report)
     if reason and reason != NO_CALL and not reason.startswith("the loop has only"):
         part = "the rest of the loop" if report.mode == "one pass" else "the loop"
         warned.append(f"{part} runs sequentially: {reason}")

@@ -25,7 +25,7 @@ from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
 from .calls import Call, CallKind, RecordedCalls
 from .chain import Chain
-from .equal_steps import EqualSteps
+from .equal_steps import EqualSteps, are_equal
 from .general_steps import GeneralSteps
 from .merger import Merger
 from .observation import StepForm
@@ -138,6 +138,10 @@ class Speculation:
         distances = (last - solution).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
         self.distance = float(distances.max())
 
+    def floor(self) -> float:
+        """Return what the rounding of outputs does to the states, relative; 0 where it is not measured."""
+        return self.steps.floor(self.answered) if self.answered and isinstance(self.steps, EqualSteps) else 0.0
+
     def advance(self, steps: int) -> None:
         """Make rounds until so many steps are accepted."""
         while self.accepted < steps:
@@ -167,7 +171,7 @@ class Speculation:
         self.accepted, self._prepared = 0, self.answered
         recorded = _PredictedCalls(self._expected, range(self.first, self.first + count))
         self.steps: EqualSteps | GeneralSteps
-        if not joint and EqualSteps.fit(form, self._expected[0], recorded):
+        if not joint and are_equal(form, self._expected[0], recorded):
             self.steps = EqualSteps(form, self._expected[0], recorded, self.first, self.sampler, self.merger)
         else:
             self.steps = GeneralSteps(form, recorded, self.sampler, self.merger, joint=joint)

@@ -1,0 +1,151 @@
+"""Steps of one call are evaluated and answered without detours, as those of any form are."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+import parataxis as px
+from loop_problems import relative
+
+DIM = 8
+SCHEDULERS = {
+    "ddim": lambda: DDIMScheduler(clip_sample=False),
+    "ddpm clipped": DDPMScheduler,
+    "2M": lambda: DPMSolverMultistepScheduler(beta_schedule="scaled_linear"),
+}
+
+
+class Network(torch.nn.Module):
+    """Takes channels beside the state, and gives some beside the prediction."""
+
+    beside = 0.0  # by which outputs depend on the rows of the batch
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)) / DIM**0.5
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x, t, condition=None):
+        state, others = x[:, :DIM], x[:, DIM:]
+        output = torch.tanh(state @ self.weight + torch.as_tensor(t).float().reshape(-1, 1) / 1000)
+        if others.numel():
+            output = output + 0.1 * others.mean(1, keepdim=True)
+        if condition is not None:
+            output = output + 0.2 * condition
+        output = output * (1 + self.beside * torch.sin(1e4 * output + len(x)))
+        return torch.cat([output, output.abs()], 1) if others.numel() else output
+
+
+class Other(torch.nn.Module):
+    """A second network, of which the loop takes nothing: its steps have two calls."""
+
+    def forward(self, x, t):
+        return torch.cos(x)
+
+
+def plain(net, x, t):
+    return net(x, t.expand(len(x)))
+
+
+def guided(net, x, t):
+    condition = torch.arange(2.0).repeat_interleave(len(x))[:, None]
+    without, given = net(torch.cat([x, x]), t, condition=condition).chunk(2)
+    return without + 2 * (given - without)
+
+
+def side_by_side(net, x, t):
+    condition = torch.arange(2.0).repeat(len(x))[:, None]
+    outputs = net(x.repeat_interleave(2, 0), t, condition=condition).view(len(x), 2, DIM)
+    return 3 * outputs[:, 1] - 2 * outputs[:, 0]
+
+
+def beside_others(net, x, t):
+    mask = torch.linspace(-1, 1, 3).expand(len(x), 3)
+    return net(torch.cat([x, mask], 1), t)[:, :DIM]
+
+
+def loop(call, name, other=None):
+    def run(net, samples, seed):
+        steps, generator = SCHEDULERS[name](), torch.Generator().manual_seed(seed)
+        steps.set_timesteps(20)
+        x = torch.randn(samples, DIM, generator=generator)
+        for t in steps.timesteps:
+            output = call(net, x, t)
+            if other is not None:
+                other(x, t)
+            x = steps.step(output, t, x, generator=generator).prev_sample
+        return x
+
+    return run
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("call", [plain, guided, side_by_side, beside_others])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_they_take_the_rounds_of_steps_of_any_form(name, call, samples):
+    net, other = Network(), Other()
+    equal = px.parallel(loop(call, name), px.Secant(window=8), denoisers=[net])
+    general = px.parallel(loop(call, name, other), px.Secant(window=8), denoisers=[net, other])
+    for seed in range(2):
+        expected = loop(call, name)(net, samples, seed)
+        first, second = equal(net, samples, seed), general(net, samples, seed)
+        assert relative(first, expected) <= equal.report.error_estimate <= 1e-2
+        assert relative(first, second) <= 1e-5
+        for figure in ("mode", "rounds", "evaluations", "misses", "real_calls"):
+            ours, theirs = getattr(equal.report, figure), getattr(general.report, figure)
+            assert ours == (theirs // 2 if figure == "real_calls" else theirs)
+
+
+@pytest.mark.parametrize("call", [plain, guided])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_floor_is_about_what_the_batch_rounds(name, call):
+    """The rounding of the observed call in a batch, carried to the sample: above the tolerance it warns."""
+    net = Network()
+    net.beside = 3e-4
+    run = px.parallel(loop(call, name), px.Secant(window=8), tolerance=0, denoisers=[net])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = relative(run(net, 1, 0), loop(call, name)(net, 1, 0))
+    assert any("rounding alone" in str(warning.message) for warning in caught)
+    assert error / 16 <= run.report.floor <= 16 * error
+    assert run.report.error_estimate >= run.report.floor
+    assert not run.report.converged
+
+
+def test_rows_are_split_when_memory_runs_out():
+    class Small(Network):
+        def forward(self, x, t, condition=None):
+            if len(x) > 4:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return super().forward(x, t, condition)
+
+    net = Small()
+    run = px.parallel(loop(plain, "ddim"), px.Secant(window=8), denoisers=[net])
+    for _ in range(2):
+        assert relative(run(net, 1, 0), loop(plain, "ddim")(net, 1, 0)) <= 1e-2
+    assert run.report.mode == "one pass"
+    assert run.report.peak_rows <= 4
+
+
+def test_network_that_changes_between_calls_gets_another_layout():
+    """Once it takes a time for every row, then one for all: the observed call shows that the batch is wrong."""
+
+    class Moody(Network):
+        alone = False
+
+        def forward(self, x, t, condition=None):
+            t = torch.as_tensor(t).reshape(-1)
+            return super().forward(x, t[:1] if self.alone else t, condition)
+
+    net = Moody()
+    run = px.parallel(loop(plain, "ddim"), px.Secant(window=8), denoisers=[net])
+    run(net, 1, 0)
+    assert run.report.mode == "one pass"
+    net.alone = True
+    with pytest.warns(RuntimeWarning, match="changes its outputs"):
+        result = run(net, 1, 0)
+    assert torch.equal(result, loop(plain, "ddim")(net, 1, 0))
