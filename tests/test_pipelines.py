@@ -226,6 +226,7 @@ def test_window_one_is_the_sequential_pipeline_to_the_bit(name):
     assert run.report.rounds == run.report.steps == 20
 
 
+@pytest.mark.filterwarnings("ignore:the result may be .* away from the loop")
 @pytest.mark.parametrize("name", ["ddpm", "euler", "2M"])
 def test_half_precision_pipelines_end_within_their_own_floor(name):
     pipe = stable_diffusion(SCHEDULERS[name](), torch.bfloat16)
