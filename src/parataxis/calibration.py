@@ -408,8 +408,8 @@ def sequences(candidates: Candidates, tolerance: float, coverage: float, confide
     for name, value in (("coverage", coverage), ("confidence", confidence)):
         if not (is_finite(value) and 0 < value < 1):
             raise ValueError(f"{name} must be in (0, 1), such as 0.95, got {value!r}.")
-    given = candidates if isinstance(candidates, Iterable) and not isinstance(candidates, str) else [candidates]
-    chosen: list[Any] = [item if isinstance(item, Setting) else as_solver(item) for item in given]
+    items = candidates if isinstance(candidates, Iterable) and not isinstance(candidates, str) else [candidates]
+    chosen: list[Any] = [item if isinstance(item, Setting) else as_solver(item) for item in items]
     if not chosen:
         raise ValueError("candidates is empty: pass at least one solver, or None for Secant(window=8).")
     if all(isinstance(candidate, Setting) for candidate in chosen):
@@ -525,8 +525,8 @@ def _check_numbers(values: dict[str, Any]) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= at_most.get(name, math.inf):  # NaN is none of these
             raise ValueError(f"{name} is {value!r}")
-    for name, least in (("runs", 1), ("evaluations", 0)):
-        if not is_int(values[name], least):
+    for name, minimum in (("runs", 1), ("evaluations", 0)):
+        if not is_int(values[name], minimum):
             raise ValueError(f"{name} is {values[name]!r}")
 
 

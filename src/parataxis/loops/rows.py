@@ -54,7 +54,7 @@ class StateSlice:
         return (slice(None), *(slice(*ends) for ends in answered))
 
 
-def answered_box(box: Box, given: Sequence[int], returned: Sequence[int]) -> Box | None:
+def answered_box(box: Box, input_shape: Sequence[int], output_shape: Sequence[int]) -> Box | None:
     """Return the part of an output that answers the part ``box`` of an input; None if they do not match.
 
     The same places, where the output is as long as the input, and else the leading ones: channels of a condition are
@@ -63,22 +63,22 @@ def answered_box(box: Box, given: Sequence[int], returned: Sequence[int]) -> Box
 
     Args:
         box: Of the state.
-        given: Shape of a row of the input.
-        returned: Shape of a row of the output.
+        input_shape: Shape of a row of the input.
+        output_shape: Shape of a row of the output.
     """
-    if len(returned) == len(given) - 1:
+    if len(output_shape) == len(input_shape) - 1:
         for axis, (first, stop) in enumerate(box):
-            rest = [size for i, size in enumerate(given) if i != axis]
-            if stop - first == 1 and rest == list(returned):
+            others = [size for i, size in enumerate(input_shape) if i != axis]
+            if stop - first == 1 and others == list(output_shape):
                 return box[:axis] + box[axis + 1 :]
         return None
-    if len(returned) != len(given):
+    if len(output_shape) != len(input_shape):
         return None
     parts = []
-    for axis, ((first, stop), size, there) in enumerate(zip(box, given, returned, strict=True)):
+    for axis, ((first, stop), size, there) in enumerate(zip(box, input_shape, output_shape, strict=True)):
         if there < stop - first:
             return None
-        leading = size != there or (axis == 0 and len(given) > 2)
+        leading = size != there or (axis == 0 and len(input_shape) > 2)
         parts.append((0, stop - first) if leading else (first, stop))
     return tuple(parts)
 

@@ -129,14 +129,14 @@ class PlainLoop:
         if self.lags:
             self.f[:, 1:] = self.f[:, :-1].clone()
         self.latest.copy_(outputs)
-        noise, (everyone, one, exact) = None, self.everyone
+        noise, (everyone, counts, errors) = None, self.everyone
         if self.batch.noise is not None:
             noise = self.batch.noise[:, int(self.batch.noise_at(everyone, self.step, self.step)[0]), None]
         u = self._step(self.u[:, None], self.f, noise, *self.weights[step])
         self.u = u[:, 0]
         torch.amax(outputs.abs(), 1, out=self.sizes[step])
         self.step[:] = step + 1
-        self.batch.accept(everyone, one, u, exact)
+        self.batch.accept(everyone, counts, u, errors)
         if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
             self._raise_unless_finite(self.largest)
 
