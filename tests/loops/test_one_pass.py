@@ -389,3 +389,31 @@ def test_scheduler_class_is_watched_in_one_thread_only():
     assert torch.equal(beside[0], named_class(Net(DIM), seeded(1)))
     assert relative(beside[1], beside[0]) <= 1e-2
     assert DDPMScheduler.step is step
+
+
+class Transposed(torch.nn.Module):
+    """A network over time, as policies have: its outputs are views that do not lie in memory as their shape says."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return torch.tanh(self.conv(x.mT)).mT
+
+
+@pytest.mark.parametrize("name", ["ddpm clipped", "ddim", "2M"])
+def test_outputs_may_be_transposed_views(name):
+    net, steps = Transposed().requires_grad_(False), SCHEDULERS[name]()
+
+    def loop(generator):
+        steps.set_timesteps(16)
+        x = torch.randn(1, 8, 3, generator=generator)
+        for t in steps.timesteps:
+            x = steps.step(net(x, t.expand(1)), t, x, generator=generator).prev_sample
+        return x
+
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(seeded()), loop(seeded())) <= 1e-2
+    assert run.report.mode == "one pass"
+    assert run.report.rounds < 16

@@ -119,7 +119,7 @@ class Chain:
         entered = []  # what the latest steps' outputs are to the recurrence, the latest one last
         for back, (inputs, output) in enumerate(reversed(self.past), 1):
             index = torch.full((len(state),), done - back, device="cpu")
-            entered.append(self.sampler.output(index, inputs.view(state.shape), output.view(state.shape)))
+            entered.append(self.sampler.output(index, inputs.view(state.shape), output.reshape(state.shape)))
         if entered:
             noise = state.new_zeros(len(state), sampler.steps, *state.shape[1:]) if noise is None else noise
             lags = self.sampler.coefficients.lags

@@ -106,7 +106,7 @@ class EqualSteps:
                 self.merger.limit = row_limit * self._groups
                 continue
             first = last
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(batch.x.shape)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(batch.x.shape)
 
     def _evaluate(self, states: Tensor, steps: Indices, samples: Indices) -> Tensor:
         """Evaluate rows (n, dim) in one network call, and return the combined outputs."""
@@ -120,7 +120,7 @@ class EqualSteps:
         leaves = self._batch.leaves(states, steps, samples, self._layout)
         groups, rows = self._groups, states.shape[0]
         outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * rows))
-        answers = row_map.answers(outputs, form.dtype).view(groups, rows, -1)
+        answers = row_map.answers(outputs, form.dtype).reshape(groups, rows, -1)
         for o in self._batched:
             outputs[o] = outputs[o].view(groups, rows, *outputs[o].shape[1:])
         if check:
@@ -183,7 +183,7 @@ class EqualSteps:
             moved, slopes, states = (values.index_select(1, index) for values in (moved, slopes, states))
         output = outputs[place.output]
         if self._answers_whole:
-            rows = output.view(count, row_map.rows, -1).to(form.dtype)
+            rows = output.reshape(count, row_map.rows, -1).to(form.dtype)
             outputs[place.output] = torch.addcmul(rows, slopes, moved).view(output.shape)
         else:
             part = output[(slice(None), *place.answer)]
