@@ -91,14 +91,17 @@ def test_long_chain_holds_some_of_its_noise_only():
     sampler = px.Sampler("chain", np.arange(steps) + 0.5, local)
     rounds, held = [], []
 
+    def storages():
+        tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor]
+        return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
+
     def on_round(runs):
         rounds.append(runs[0].accepted)
         if len(rounds) == 5:
-            tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor]
-            sizes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
-            held.append(sum(sizes.values()) / (4 * width))
+            held.append(sum(size for place, size in storages().items() if place not in before) / (4 * width))
 
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    before = storages()  # of other tests
     px.sample(
         lambda x, t: 0.1 * x,
         noise,

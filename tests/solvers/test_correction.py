@@ -54,7 +54,9 @@ def test_matrices_are_forward_substitution(width, lags):
 def test_norms_follow_from_the_gram_matrix(width, lags):
     """The norms of the changes need no more of the residuals than their inner products."""
     *numbers, residuals = loop(3, width, lags)
-    changes, own = correction.corrected_norms(correction.propagation(*numbers), lags, residuals @ residuals.mT)
+    changes, own = correction.corrected_norms(
+        correction.propagation(*numbers), lags, residuals @ residuals.swapaxes(1, 2)
+    )
     assert np.allclose(changes, np.linalg.norm(direct(*numbers, residuals), axis=2), rtol=1e-8)
     assert np.allclose(own, np.linalg.norm(residuals, axis=2))
 
@@ -62,7 +64,7 @@ def test_norms_follow_from_the_gram_matrix(width, lags):
 def test_norms_behind_an_overflow_are_unknown():
     """A residual that overflowed leaves the states before it as they are."""
     *numbers, residuals = loop(1, 6, 0)
-    gram = residuals @ residuals.mT
+    gram = residuals @ residuals.swapaxes(1, 2)
     gram[:, 3] = gram[:, :, 3] = np.inf
     changes, own = correction.corrected_norms(correction.propagation(*numbers), 0, gram)
     assert np.isfinite(changes[0, :3]).all()
