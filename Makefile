@@ -45,6 +45,7 @@ oldest newest: .ci/oldest.txt pyproject.toml
 	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(if $(filter oldest,$@),--constraint .ci/oldest.txt) \
 		--editable '.[models]' pytest hypothesis
 	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q $(VERSIONED)
+	.venv-$@/bin/python .ci/versions $@ $(VERSIONED)
 
 # Break each mechanism once; fault each rank; a thousand samples; more examples of the laws. All but the soak go on
 # where they stopped; `trust` writes docs/trust.md from their tables.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import platform
 import re
 import sys
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ENVIRONMENTS = "oldest", "newest"
 # Why a survivor stays, where that is known: by its name.
 REASONS: dict[str, str] = {}
 
@@ -57,9 +59,9 @@ def mutations() -> str:
     lines = [
         "## Mutations",
         "",
-        f"Each of {len(MUTATIONS)} mechanisms is broken once, and the tests of its file have to notice. Tried so far:",
-        f"{len(table)}; noticed: {len(killed)}. What the short tests do not notice waits for the longer ones",
-        "before it enters the table. `make mutants` goes on where it was stopped.",
+        f"Each of {len(MUTATIONS)} mechanisms is broken once. A mutation meets the tests that execute its line, the",
+        f"fastest first; what survives them is tried with whole test files. Tried so far: {len(table)}; noticed:",
+        f"{len(killed)}. `make mutants` goes on where it was stopped.",
         "",
     ]
     survivors = [line for line in table if line["killed"] != "1"]
@@ -114,10 +116,20 @@ def soak() -> str:
 
 def versions() -> str:
     """Return the section on versions."""
-    oldest = dict(line.split("==") for line in (ROOT / ".ci" / "oldest.txt").read_text().split())
-    lines = ["| package | oldest (`make oldest`) | these tables |", "|---|---|---|"]
-    lines += [f"| {name} | {version} | {metadata.version(name)} |" for name, version in oldest.items()]
-    return "\n".join(["## Versions", "", *lines])
+    tables = {name: {line["package"]: line["version"] for line in rows(f"versions-{name}")} for name in ENVIRONMENTS}
+    tables = {name: table for name, table in tables.items() if table}
+    packages = [line.split("==")[0] for line in (ROOT / ".ci" / "oldest.txt").read_text().split()]
+    lines = [
+        f"| | {' | '.join(f'`make {name}`' for name in tables)} | these tables |",
+        "|---" * (len(tables) + 2) + "|",
+    ]
+    present = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    for name, version in present.items():
+        lines.append(f"| {name} | {' | '.join(table[name] for table in tables.values())} | {version} |")
+    tests = [f"`make {name}`: {table['tests'].replace('tests/', '')}." for name, table in tables.items()]
+    return "\n".join(
+        ["## Versions", "", "The tests that passed with them, in environments of their own:", *tests, "", *lines]
+    )
 
 
 def main() -> None:
