@@ -52,6 +52,7 @@ class ErrorRecord(PerSample):
         self.problem, self.tables = problem, frame.tables
         # Whether the data prediction and the size of data are known.
         self.predicts = self.tables.alpha is not None and self.tables.predicts
+        self.near_noise = None if self.tables.alpha is None else self.tables.alpha < NEAR_NOISE
         self.norm = float(np.sqrt(problem.dim))
         self.smallest_move = 10 * problem.rounding * self.norm  # over the expected rms: less is rounding
         self.largest_move = estimates.MAX_TRUSTED_MOVE * self.norm if self.tables.alpha is not None else np.inf
@@ -86,18 +87,19 @@ class ErrorRecord(PerSample):
         """
         if self.W == 1:  # errors of a single state are not estimated
             return
-        variance, first = norms**2 / self.problem.dim
-        known = np.isfinite(variance) & (variance > 0)
+        variance, first = norms * norms / self.problem.dim
+        known = (variance > 0) & (variance < np.inf)
         if not frame.uniform:
             known &= frame.width > 0
         if self.predicts:
             # Near pure noise the data prediction is mostly the network's error divided by alpha.
-            assert self.tables.alpha is not None
-            limit = np.where(self.tables.alpha[frame.lo] < NEAR_NOISE, 1.0, np.fmax(first, 1.0))
+            assert self.near_noise is not None
+            limit = np.where(self.near_noise[frame.lo], 1.0, np.fmax(first, 1.0))
             self.variance = np.where(known, np.minimum(variance, limit), self.variance)
         else:
             self.variance = np.where(known, np.minimum(variance, np.where(first > 0, first, 1.0)), 1.0)
-        self.variances = np.concatenate([self.variance[:, None], self.variances[:, :-1]], 1)
+        self.variances[:, 1:] = self.variances[:, :-1]
+        self.variances[:, 0] = self.variance
 
     def smallest_variance(self, frame: Frame) -> Array:
         """Return (S,) the smallest mean square of the data prediction in the last three rounds, at most 1 near noise.
@@ -138,7 +140,7 @@ class ErrorRecord(PerSample):
         near &= ~far
         bend = np.where(far, missed / moved, 0.0)
         slope_error, growth, ratio, largest, _ = self.room[:, :SLOPES, self.W : 2 * self.W].transpose(1, 0, 2)
-        noise = self.note_noise(frame, np.sqrt(pairs[..., 1, 1]), moved, residuals, near)
+        noise = self.note_noise(frame, pairs[..., 1, 1], moved, residuals, near)
         # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of
         # growth.
         telling = near & ~(size < estimates.TELLING * largest)
@@ -154,12 +156,12 @@ class ErrorRecord(PerSample):
         np.divide(growth, np.maximum(gaussian, SMALL), out=ratio)
         return slope_error, growth, bend, noise
 
-    def note_noise(self, frame: Frame, changes: Array, moved: Array, residuals: Array, near: Flags) -> Array | None:
+    def note_noise(self, frame: Frame, df_df: Array, moved: Array, residuals: Array, near: Flags) -> Array | None:
         """Note what rounding of the network does to its outputs; return (S, W) what it adds to the result of each step.
 
         Args:
             frame: Where the windows stand.
-            changes: (S, W) norms of df.
+            df_df: (S, W) squared norms of df.
             moved: (S, W) norms of du.
             residuals: (S, W) their norms.
             near: (S, W) steps whose moves count.
@@ -167,7 +169,7 @@ class ErrorRecord(PerSample):
         rounding = frame.batch.output_rounding
         if rounding <= estimates.FINE or self.problem.tolerance == 0:  # with 0 every move counts
             return None
-        smoothness = self.room[:, SLOPES - 1, self.W : 2 * self.W]
+        changes, smoothness = np.sqrt(df_df), self.room[:, SLOPES - 1, self.W : 2 * self.W]
         size = estimates.lower_median(changes, frame.inside & ~frame.evaluated)  # moves from the origin
         self.output_size = np.where(np.isfinite(size), size, self.output_size)
         noise = estimates.output_noise(changes, moved, smoothness, near, self.noise)
