@@ -417,3 +417,32 @@ def test_outputs_may_be_transposed_views(name):
     assert relative(run(seeded()), loop(seeded())) <= 1e-2
     assert run.report.mode == "one pass"
     assert run.report.rounds < 16
+
+
+@pytest.mark.parametrize("solver", [px.Secant(window=8), px.Picard()], ids=repr)
+def test_parameters_written_through_data_are_noticed(solver):
+    """Such a write leaves no trace in the version of a parameter: the loop is recorded, which watches writes."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+        def forward(self, x, t):
+            return torch.tanh(x) * self.scale
+
+    net, scheduler = Adapted(), df.DDIMScheduler(clip_sample=False)
+
+    def loop(x):
+        scheduler.set_timesteps(20)
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 12:
+                net.scale.data.mul_(0.0)
+            x = scheduler.step(net(x, t), t, x).prev_sample
+        net.scale.data.copy_(torch.tensor(0.5))
+        return x
+
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="sequentially: the loop changes its denoiser .*scale"):
+        result = px.parallel(loop, solver, denoisers=[net])(x)
+    assert torch.equal(result, loop(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +109,13 @@ class Parallel:
         return loop
 
     def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return schedulers_in(reachable(self.function, args, kwargs))
+        """Return the schedulers that it can see, to run it in one pass; none where it may write past versions.
+
+        What is written through ``.data`` leaves no trace in a parameter; passes of a recorded loop watch every write.
+        """
+        values = list(reachable(self.function, args, kwargs))
+        writes = any(isinstance(value, FunctionType) and "data" in value.__code__.co_names for value in values)
+        return [] if writes else schedulers_in(values)
 
 
 def _name(function: Callable[..., Any]) -> str:
