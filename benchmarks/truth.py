@@ -276,16 +276,19 @@ def certainty(rows: Sequence[Row]) -> str:
         if len(common) > 1 and len(seeds) - len(fresh) == CALIBRATION:
             scale = calibrated(seeds, cell[2], common)
             if scale is None:
-                lines.append("| " + " | ".join(map(str, [*cells, "the loop", *["-"] * 6])) + " |")
+                none = "the loop" if common == sorted(SCALES) else f"less than {common[0]:g}"
+                lines.append("| " + " | ".join(map(str, [*cells, none, *["-"] * 6])) + " |")
                 continue
             runs = [seeds[seed][scale] for seed in fresh]
             ratios = [seeds[s][scale]["rounds"] / least for s in fresh if (least := fewest(seeds[s])) is not None]
+            ratios = ratios if common == sorted(SCALES) else []  # of a part of the list there is no loosest
             prices["calibrated " + kind(cell[1]), cell[3]] += ratios
             above = sum(not row["error"] <= TOLERANCE for row in runs)
             pooled, total = pooled + above, total + len(runs)
             low, high = failure_interval(above, len(runs))
             work = np.mean([row["evaluations"] for row in runs]) / cell[2]
-            cells += [f"{scale:g}", f"{np.mean(ratios):.2f}", f"{np.mean([row['rounds'] for row in runs]):.1f}"]
+            price = f"{np.mean(ratios):.2f}" if ratios else "-"
+            cells += [f"{scale:g}", price, f"{np.mean([row['rounds'] for row in runs]):.1f}"]
             cells += [f"{work:.2f}", str(len(runs)), str(above), f"{low:.1%} to {high:.1%}"]
         elif ratios:
             cells += ["-"] * 7
