@@ -68,6 +68,40 @@ def beside_others(net, x, t):
     return net(torch.cat([x, mask], 1), t)[:, :DIM]
 
 
+class Transposed(torch.nn.Module):
+    """Its outputs are views of memory in another order, as those of networks over sequences are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv1d(4, 4, 1, bias=False).requires_grad_(requires_grad=False)
+        self.layer.weight.copy_(torch.eye(4)[:, :, None])
+
+    def forward(self, x, t):
+        x = x.view(-1, 2, 4).transpose(1, 2)
+        return torch.tanh(self.layer(x) + torch.as_tensor(t).reshape(-1, 1, 1) / 1000).transpose(1, 2)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_outputs_may_have_any_strides(name, groups, samples):
+    net = Transposed()
+
+    def run(generator):
+        steps = SCHEDULERS[name]()
+        steps.set_timesteps(20)
+        x = torch.randn(samples, 2, 4, generator=generator)
+        for t in steps.timesteps:
+            output = net(torch.cat([x] * groups), t)[-samples:]
+            x = steps.step(output, t, x, generator=generator).prev_sample
+        return x
+
+    solved = px.parallel(run, px.Secant(window=8), denoisers=[net])
+    expected = run(torch.Generator().manual_seed(0))
+    assert relative(solved(torch.Generator().manual_seed(0)), expected) <= 1e-2
+    assert (solved.report.mode, solved.report.misses) == ("one pass", 0)
+
+
 def loop(call, name, other=None):
     def run(net, samples, seed):
         steps, generator = SCHEDULERS[name](), torch.Generator().manual_seed(seed)

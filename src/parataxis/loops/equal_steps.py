@@ -122,7 +122,7 @@ class EqualSteps:
         outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * rows))
         answers = row_map.answers(outputs, form.dtype).reshape(groups, rows, -1)
         for o in self._batched:
-            outputs[o] = outputs[o].view(groups, rows, *outputs[o].shape[1:])
+            outputs[o] = outputs[o].unflatten(0, (groups, rows))
         if check:
             if not self._check(answers[:, count], self._layout):
                 return self._evaluate(states[:count], steps[:count], samples[:count])
@@ -183,14 +183,14 @@ class EqualSteps:
             moved, slopes, states = (values.index_select(1, index) for values in (moved, slopes, states))
         output = outputs[place.output]
         if self._answers_whole:
-            rows = output.reshape(count, row_map.rows, -1).to(form.dtype)
-            outputs[place.output] = torch.addcmul(rows, slopes, moved).view(output.shape)
+            rows = output.reshape(count, row_map.rows, -1).to(form.dtype)  # any strides
+            outputs[place.output] = torch.addcmul(rows, slopes, moved).reshape(output.shape)
         else:
             part = output[(slice(None), *place.answer)]
-            part += (slopes * moved).view(count, -1, *part.shape[2:])
+            part += (slopes * moved).reshape(count, -1, *part.shape[2:])
         box = [stop - begin for begin, stop in place.box]
-        states = states.view(count, -1, *box)
-        slopes = slopes.view(count, slopes.shape[1], *(box if slopes.shape[2] > 1 else [1] * len(box)))
+        states = states.reshape(count, -1, *box)
+        slopes = slopes.reshape(count, slopes.shape[1], *(box if slopes.shape[2] > 1 else [1] * len(box)))
         leaves = [
             leaf.unbind() if o in self._batched else [copied(leaf) for _ in steps] for o, leaf in enumerate(outputs)
         ]

@@ -72,10 +72,10 @@ class EvaluatedRounds:
         for o in batched:
             leaf = outputs[o]
             if leaf.shape[0] == 1:
-                outputs[o] = leaf.view(*shape, *leaf.shape[2:])
+                outputs[o] = leaf.reshape(*shape, *leaf.shape[2:])
             else:
                 outputs[o] = leaf.unflatten(1, shape).transpose(0, 1).flatten(1, 2)
-        return inputs.view(*shape, -1), combined.view(*shape, -1), outputs
+        return inputs.reshape(*shape, -1), combined.reshape(*shape, -1), outputs
 
     def forget_before(self, step: int) -> None:
         """Let go of rounds that no later step waits for."""
