@@ -29,6 +29,7 @@ __all__ = ["Problem", "Wanted", "with_problem"]
 SEEDS = 2**62
 NOISE_SEED = 2**32  # of the noise that samplers add: beyond any seed of the first noise that people choose
 STATES = 8  # copies of a state that a solve holds at least: noise, states, outputs, their last ones, corrections
+TABLES = 24  # numbers of every step that sampler and solver hold at least: coefficients, schedule, tables
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _check_memory(count: int, steps: int, dim: int, window: int | None) -> None:
     with contextlib.suppress(ValueError, OSError, AttributeError):  # not all systems say
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     states = min(steps, window or steps) + 1
-    needed = 4 * dim * count * states * STATES + 8 * max(steps, 0)
+    needed = 4 * dim * count * states * STATES + 8 * TABLES * max(steps, 0)
     if needed > total:
         raise Wrong(
             f"{count} samples of {steps} steps need at least {needed / 2**30:,.0f} GiB of memory, and this machine has "
