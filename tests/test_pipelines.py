@@ -310,6 +310,31 @@ def test_callback_that_changes_every_state_ends_the_speculation():
         assert "callback changes what the loop does" in run.report.reason
 
 
+class Fading:
+    """A callback that weakens a layer in the middle, in a way that versions of tensors do not show."""
+
+    def __init__(self, network):
+        self.weight = network.conv_out.weight
+
+    def __call__(self, pipe, step, time, values):
+        if step == 8:
+            self.weight.data.mul_(0.5)
+        return {}
+
+
+@pytest.mark.parametrize("solver", [px.Secant(), px.Secant(window=8)])
+def test_weights_that_a_callback_writes_past_their_version_are_noticed(solver):
+    pipe = made("stable diffusion")
+    before = pipe.unet.conv_out.weight.detach().clone()
+    expected = picture(pipe, callback_on_step_end=Fading(pipe.unet))
+    for _ in range(2):
+        pipe.unet.conv_out.weight.data.copy_(before)
+        run = px.parallel(pipe, solver)
+        with pytest.warns(RuntimeWarning, match="changes its denoiser between steps"):
+            result = picture(run, callback_on_step_end=Fading(pipe.unet))
+        assert relative(result, expected) <= 1e-6
+
+
 def test_callback_may_end_the_loop():
     """A callback may end the loop."""
     pipe = made("stable diffusion")

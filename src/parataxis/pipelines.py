@@ -20,7 +20,7 @@ from .fingerprint import loop_fingerprint
 from .loops.auto import plan_loop, run_loop
 from .loops.loop import Loop, check_denoisers
 from .loops.report import Report
-from .loops.schedulers import schedulers_in
+from .loops.schedulers import schedulers_in, writes_past_versions
 from .loops.solver import check_options
 from .progress import reported
 from .solvers.base import Solver
@@ -192,12 +192,17 @@ class ParallelPipeline:
                 unsupported=lambda: _unsupported(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
-                schedulers=lambda args, kwargs: schedulers_in(self.pipe.components.values()),
+                schedulers=self._schedulers,
                 ranks=self._ranks,
                 owner=("pipe", self.pipe),
                 on_round=self._show_accepted,
             )
         return loop
+
+    def _schedulers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the pipeline's schedulers, to run it in one pass; none where a callback may write past versions."""
+        writes = writes_past_versions(kwargs.get(name) for name in CALLBACKS)
+        return [] if writes else schedulers_in(self.pipe.components.values())
 
     def _show_accepted(self, accepted: int, steps: int) -> None:
         """Move the pipeline's own bar with what is accepted, where the pipeline does not do that itself."""

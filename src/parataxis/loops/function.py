@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from ..solvers.base import Solver
 from .auto import plan_loop, run_loop
 from .loop import Loop, reachable
 from .report import Report
-from .schedulers import schedulers_in
+from .schedulers import schedulers_in, writes_past_versions
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -114,8 +114,7 @@ class Parallel:
         What is written through ``.data`` leaves no trace in a parameter; passes of a recorded loop watch every write.
         """
         values = list(reachable(self.function, args, kwargs))
-        writes = any(isinstance(value, FunctionType) and "data" in value.__code__.co_names for value in values)
-        return [] if writes else schedulers_in(values)
+        return [] if writes_past_versions(values) else schedulers_in(values)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -19,7 +19,15 @@ from ..samplers.from_scheduler import from_scheduler
 from ..samplers.sampler import Sampler
 from .loop import names_in
 
-__all__ = ["SchedulerStep", "is_scheduler", "read_sampler", "schedulers_in", "unwatched_copy", "watch"]
+__all__ = [
+    "SchedulerStep",
+    "is_scheduler",
+    "read_sampler",
+    "schedulers_in",
+    "unwatched_copy",
+    "watch",
+    "writes_past_versions",
+]
 
 MAX_CACHED_SAMPLERS = 32
 _SAMPLERS: dict[Any, Sampler] = {}  # by what they were read from; the latest ones
@@ -73,6 +81,21 @@ def schedulers_in(values: Iterable[Any]) -> list[Any]:
             parts = _classes_named_in(value)
         schedulers |= {id(part): part for part in parts if _is_named_class(part) or is_scheduler(part)}
     return list(schedulers.values())
+
+
+def writes_past_versions(values: Iterable[Any]) -> bool:
+    """Return whether code among objects names ``.data``: what is written there leaves no trace in a parameter.
+
+    Looked at are functions, methods and objects that are called, such as callbacks with a memory of their own.
+    """
+    for value in values:
+        called = getattr(value, "__func__", value)
+        if not isinstance(called, (FunctionType, nn.Module)):
+            kinds = type(value).__mro__
+            called = next((vars(kind)["__call__"] for kind in kinds if "__call__" in vars(kind)), None)
+        if isinstance(called, FunctionType) and "data" in names_in(called.__code__):
+            return True
+    return False
 
 
 def _holds(value: Any) -> bool:
