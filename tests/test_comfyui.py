@@ -309,6 +309,7 @@ def wrapped(nodes, sampler, window=8, tolerance=0.0):
     return node().execute(sampler, window=window, tolerance=tolerance, solver="secant")[0]
 
 
+@pytest.mark.filterwarnings("ignore:the loop runs sequentially. solving it takes:RuntimeWarning")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(package, name, caplog):
     """A wrapped sampler with ranges and a mask samples what the sampler does."""
@@ -333,6 +334,9 @@ def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(pa
     assert relative(x, expected) <= 1e-5
     assert [(i, steps) for i, _, _, steps in told] == [(i, 20) for i in range(20)]
     assert all(relative(one[1], two[1]) <= 1e-3 for one, two in zip(told, expected_told, strict=True))
+    if name == "dpmpp_sde":  # changes of the prediction between its steps cost it more rounds than it has
+        assert "solving it takes as many rounds as it has steps" in caplog.text
+        return
     assert re.search(f"{name}: .*; recurrence: ", caplog.text)
     assert parallel.sampler_function.report.peak_rows > 3
 

@@ -535,4 +535,4 @@ def test_first_lines_of_the_documentation_run(capsys):
     text = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(code, {})
-    assert re.search(r"one pass: 50 steps in \d\d rounds", capsys.readouterr().out)
+    assert re.search(r"one pass: 100 steps in \d\d rounds", capsys.readouterr().out)

@@ -36,7 +36,8 @@ def test_bar_shows_accepted_steps_and_rounds(capsys):
     shown = capsys.readouterr().err
     assert "draw: " in shown
     assert "12/12" in shown
-    assert f"round={fast.report.rounds}" in shown
+    # The last round may be a real call by itself, behind which nothing is accepted any more.
+    assert any(f"round={fast.report.rounds - late}" in shown for late in (0, 1))
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])

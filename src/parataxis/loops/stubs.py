@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -66,17 +66,30 @@ class Stub:
     def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         self.switch, self.original, self.answer = switch, original, answer
         self.__wrapped__ = original  # whoever looks at what a network holds looks behind its stub
-        # Importing Dynamo takes seconds, and nobody has compiled anything without it.
-        self._uncompiled = torch.compiler.disable(self._either) if "torch._dynamo" in sys.modules else self._either  # type: ignore[no-untyped-call]
+        # A function that is given the stub: a method of its own would be a cycle, which keeps all that a call holds.
+        self._uncompiled = _uncompiled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer, or make the call itself; a function that somebody compiles is compiled around its stubs."""
         if self.switch.is_off:
             return self.original(*args, **kwargs)
-        return self._uncompiled(args, kwargs) if torch.compiler.is_compiling() else self._either(args, kwargs)
+        return self._uncompiled(self, args, kwargs) if torch.compiler.is_compiling() else _either(self, args, kwargs)
 
-    def _either(self, args: Any, kwargs: Any) -> Any:
-        return self.answer(args, kwargs) if self.switch.answers else self.original(*args, **kwargs)
+
+def _either(stub: Stub, args: Any, kwargs: Any) -> Any:
+    return stub.answer(args, kwargs) if stub.switch.answers else stub.original(*args, **kwargs)
+
+
+def _uncompiled() -> Callable[[Stub, Any, Any], Any]:
+    """Return the same for whoever compiles what calls a stub."""
+    # Importing Dynamo takes seconds, and nobody has compiled anything without it.
+    return _disabled() if "torch._dynamo" in sys.modules else _either
+
+
+@cache
+def _disabled() -> Callable[[Stub, Any, Any], Any]:
+    disabled: Callable[[Stub, Any, Any], Any] = torch.compiler.disable(_either)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def has_stub(module: nn.Module) -> bool:
