@@ -43,7 +43,7 @@ def two_moons(theta: Tensor) -> Tensor:
 prior = BoxUniform(-torch.ones(2), torch.ones(2))
 theta = prior.sample((2000,))
 inference = NPSE(prior, sde_type="ve").append_simulations(theta, two_moons(theta))
-estimator = inference.train(max_num_epochs=20, training_batch_size=200)
+estimator = inference.train(max_num_epochs=10, training_batch_size=200)
 posterior = inference.build_posterior(estimator)
 
 

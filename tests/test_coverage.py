@@ -57,7 +57,7 @@ def test_option_of_a_pipeline_passes_every_check_in_float32_but_for_what_the_pag
     assert short(rows) == short(told(name, option, "window 1", "tolerance 0", "default"))
 
 
-@pytest.mark.parametrize("name", zoo.PIPELINES)
+@pytest.mark.parametrize("name", list(zoo.PIPELINES)[::3])  # the others in `make matrix`
 def test_pipeline_ends_within_its_floor_in_bfloat16_but_for_what_the_page_says(name):
     """A pipeline ends within its floor in bfloat16 but for what the page says."""
     rows = pipelines.attempt(name, "plain", torch.bfloat16)
