@@ -34,12 +34,12 @@ def read(numbers: Tensor) -> Array:
     return numbers.cpu().double().numpy()
 
 
-def largest(values: Tensor) -> Tensor:
-    """Return (..) the largest absolute element of rows (.., dim), NaN if one is.
+def largest(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return (..) the largest absolute element of rows (.., dim), NaN if one is; in ``out``, if given.
 
     On the CPU this is forty times as fast as the norm of infinite order, which is not vectorized.
     """
-    return values.abs().amax(-1)
+    return torch.amax(values.abs(), -1, out=out)
 
 
 class Packed:

@@ -134,7 +134,7 @@ class PlainLoop:
             noise = self.batch.noise[:, int(self.batch.noise_at(everyone, self.step, self.step)[0]), None]
         u = self._step(self.u[:, None], self.f, noise, *self.weights[step])
         self.u = u[:, 0]
-        torch.amax(outputs.abs(), 1, out=self.sizes[step])
+        largest(outputs, out=self.sizes[step])
         self.step[:] = step + 1
         self.batch.accept(everyone, counts, u, errors)
         if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
