@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import parataxis as px
+import problems
 from parataxis import samplers
 
 SOLVERS = {**px.SOLVERS, **px.EXACT_IN_DISTRIBUTION}
@@ -120,3 +121,20 @@ def test_errors_is_checked():
     """Another word is refused."""
     with pytest.raises(ValueError, match="errors must be 'raise'"):
         draw(px.Sequential(), network(), errors="ignore")
+
+
+def test_run_whose_error_is_above_the_tolerance_is_not_called_converged():
+    """Every step is accepted, but a network that jumps leaves an error: the run says how large it may be."""
+    solutions = px.sample(
+        problems.pointwise("sign", 0.5),
+        problems.noise(2),
+        problems.sampler("ddpm", 40),
+        px.Secant(),
+        tolerance=1e-2,
+        generator=problems.generators(2),
+    )
+    for solution in solutions:
+        assert not solution.converged
+        assert solution.reason.startswith("uncertain")
+        assert 1e-2 < solution.error_estimate < 1
+    assert not solutions.converged

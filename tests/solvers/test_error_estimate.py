@@ -69,6 +69,13 @@ def test_the_longest_prefix_within_the_tolerance_is_accepted():
     assert estimates.choose_accepted(late, 0.0, share, fresh, width, yes).tolist() == [1]
 
 
+def test_published_rule_accepts_up_to_the_first_state_that_fails():
+    """States that pass behind it rest on one that did not."""
+    passed = np.array([[True, True, False, True, True], [False, True, True, True, True], [True] * 5])
+    assert estimates.choose_passed(passed, np.array([5, 5, 5])).tolist() == [3, 1, 5]
+    assert estimates.choose_passed(passed, np.array([2, 2, 2])).tolist() == [2, 1, 2]
+
+
 def test_unknown_numbers_are_never_accepted():
     """NaN and infinity count as an error of any size."""
     unknown = estimate_of([0.0, np.nan, np.inf, 0.0])
