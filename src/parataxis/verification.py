@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_whole, wrap_denoiser
-from .engine.executor import Network, check_inputs
+from .checks import OutputError, check_whole, wrap_denoiser
+from .engine.executor import Network, check_inputs, out_of_memory
 from .engine.rows import EvalBatch, expect
 from .engine.run import drive, start
 from .parallel import parallel
@@ -29,6 +29,8 @@ from .solvers.sequential import Sequential
 __all__ = ["Check", "Verification", "verify", "verify_loop"]
 
 ROUNDING = 30.0  # units of rounding that kernels for other numbers of rows may differ by
+MOST_SAMPLES = 4  # whose states are compared row by row
+CLOSE = 2.0**-6  # relative distance of close states: a unit of the coarsest dtype, or two
 SMALL = 4.0  # times sqrt(eps): a larger difference is no rounding
 
 
@@ -94,7 +96,7 @@ def verify(
 ) -> Verification:
     """Measure whether a network keeps the laws of parallel sampling.
 
-    It takes some (B + 4) N calls of the network.
+    It takes some (B + 4) N calls of the network. What the network raises in a call is a law that does not hold.
 
     Args:
         denoise: As for :func:`parataxis.sample`.
@@ -115,13 +117,21 @@ def verify(
     check_inputs(noise, condition)
     solver = Secant(window=8) if solver is None else solver
     network = Network(wrap_denoiser(denoise), sampler.network_times(noise.dtype), condition)
+    checks: list[Check] = []
     with torch.no_grad():
-        rows = _rows_of_a_round(network, noise, sampler, seed)
-        checks = [_check_hidden_state(network, rows)]
-        if checks[-1].passed:
-            checks += [_check_rows(network, rows)]
+        try:
+            rows = _rows_of_a_round(network, noise, sampler, seed)
+            for law in (_check_follows_state, _check_hidden_state, _check_rows):
+                if all(check.passed for check in checks):
+                    checks.append(law(network, rows))
+        except Exception as error:  # whatever a network of someone else raises is what is wrong with it
+            if out_of_memory(error):
+                raise
+            checks.append(_failed_call(error))
     if all(check.passed for check in checks):
-        checks += _check_solves(denoise, noise, sampler, solver, tolerance, condition, seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "an output of the network changes by")  # it is measured above
+            checks += _check_solves(denoise, noise, sampler, solver, tolerance, condition, seed)
     return Verification(tuple(checks))
 
 
@@ -149,16 +159,10 @@ def verify_loop(
         expected, again = (run(torch.Generator().manual_seed(seed)) for _ in range(2))
         if not isinstance(expected, Tensor):
             raise TypeError(f"the loop must return a tensor, got {type(expected).__name__}: return the latents.")
-        same = _distance(again, expected)
-        if same > 0 and not checks:
-            checks.append(
-                Check(
-                    "same loop twice",
-                    same <= tolerance,
-                    f"differs by {same:.1e}",
-                    "draw all noise from the generator that is passed, and call eval().",
-                )
-            )
+        if seed == 0:
+            checks += _check_loop_alone(expected, again, tolerance)
+        if not all(check.passed for check in checks[:2]):  # there is nothing that others could be compared with
+            break
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             error = _distance(fast(torch.Generator().manual_seed(seed)), expected)
@@ -166,6 +170,8 @@ def verify_loop(
         parallel_mode = report.mode != "sequential"
         advice = "" if parallel_mode else str(caught[-1].message) if caught else report.reason
         checks.append(Check(f"seed {seed} runs in parallel", parallel_mode, report.mode, advice))
+        if not parallel_mode:  # it was the loop itself
+            continue
         word, limit = ("tolerance", tolerance) if report.converged else ("estimate", report.error_estimate)
         within = error <= max(limit, report.floor, 1e-6)
         checks.append(
@@ -173,23 +179,50 @@ def verify_loop(
                 f"seed {seed} is within its {word}",
                 within,
                 f"error {error:.1e}, estimate {report.error_estimate:.1e}, {report.rounds} rounds",
-                "" if within else "please report this loop: the estimate should have been larger.",
+                "" if within else "see that the loop reads no clock and keeps nothing; else please report it.",
             )
         )
     return Verification(tuple(checks))
 
 
+def _check_loop_alone(expected: Tensor, again: Tensor, tolerance: float) -> list[Check]:
+    """Look at what a loop returned twice from equal generators."""
+    finite, same = bool(torch.isfinite(expected).all()), _distance(again, expected)
+    return [
+        Check(
+            "the loop's result is finite",
+            finite,
+            "every element" if finite else "NaN or Inf",
+            "" if finite else "the loop itself meets them: look at its network's outputs, dtype and conditioning.",
+        ),
+        Check(
+            "same loop twice",
+            not same > tolerance,  # NaN is named above
+            f"differs by {same:.1e}" if same else "to the bit",
+            "draw all noise from the generator that is passed, call eval(), and keep nothing from call to call."
+            if same > 0
+            else "",
+        ),
+    ]
+
+
 def _rows_of_a_round(network: Network, noise: Tensor, sampler: Sampler, seed: int) -> EvalBatch:
-    """Return some eight states of the first sample's sequential loop, from different steps."""
-    generator = torch.Generator(noise.device).manual_seed(seed)
-    states = noise[:1].to(torch.promote_types(noise.dtype, torch.float32))
-    runs = start(sampler, sampler.recurrence(states, generator, noise.dtype), Sequential(), dtype=noise.dtype)
-    stride, rows_of_steps = max(1, sampler.steps // 8), []
+    """Return some states of the sequential loop, from different steps and samples: one row of each step that is kept.
+
+    No two have the same step, and each sample has one, so that neither a time nor a condition that is read from another
+    row goes unnoticed.
+    """
+    samples = min(len(noise), MOST_SAMPLES)
+    generators = [torch.Generator(noise.device).manual_seed(seed + b) for b in range(samples)]
+    states = noise[:samples].to(torch.promote_types(noise.dtype, torch.float32))
+    runs = start(sampler, sampler.recurrence(states, generators, noise.dtype), Sequential(), dtype=noise.dtype)
+    stride = max(1, sampler.steps // 8)
+    rows_of_steps: list[EvalBatch] = []
 
     def evaluate(rows: EvalBatch) -> Tensor:
         if int(rows.step[0]) % stride == 0:
-            rows_of_steps.append(rows)
-        return network(rows)
+            rows_of_steps.append(rows.take(torch.tensor([len(rows_of_steps) % samples], device="cpu")))
+        return _outputs(network, rows)
 
     for _ in drive(runs, evaluate):
         pass
@@ -197,15 +230,49 @@ def _rows_of_a_round(network: Network, noise: Tensor, sampler: Sampler, seed: in
     return EvalBatch(*(torch.cat(parts) for parts in zip(*rows_of_steps, strict=True)))
 
 
+def _outputs(network: Network, rows: EvalBatch) -> Tensor:
+    # Copies: a network may write into its input, and what it returns may lie in memory that the next call writes to.
+    outputs = network(rows._replace(x=rows.x.clone()))
+    return expect(outputs, tuple(rows.x.shape), rows.x.dtype, rows.step.numpy()).clone()
+
+
 def _call(network: Network, rows: EvalBatch) -> Tensor:
-    # A copy: what a call returns may lie in memory that the next one writes to.
-    return expect(network(rows), tuple(rows.x.shape), rows.x.dtype, rows.step.numpy()).double().clone()
+    return _outputs(network, rows).double()
+
+
+def _failed_call(error: Exception) -> Check:
+    """Return the law that a network breaks which raises, or whose output is none."""
+    if isinstance(error, OutputError):  # it says what to do
+        return Check("calls of the network", False, str(error))
+    text = f"{type(error).__name__}: {error}".split("\n")[0]
+    return Check(
+        "calls of the network",
+        False,
+        text,
+        "a call must take any number of rows, one or many: x is (R, *shape), t has one time for each row. Call eval().",
+    )
 
 
 def _distance(x: Tensor, reference: Tensor) -> float:
     """Return the largest |x - y| / |y| of the rows."""
-    x, reference = x.double().flatten(1), reference.double().flatten(1)
+    x, reference = (value.detach().double().flatten(1) for value in (x, reference))
     return float(((x - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=1e-300)).max())
+
+
+def _check_follows_state(network: Network, rows: EvalBatch) -> Check:
+    """Compare calls with the same times and other states: close ones, as a cache may take for the same, and others."""
+    outputs, remembered = _call(network, rows).flatten(1), False
+    for x in (rows.x * (1 + CLOSE), (rows.x + rows.x.roll(1, 0)) / 2):
+        others = _call(network, rows._replace(x=x)).flatten(1)
+        remembered |= bool((outputs == others).all() and outputs.any() and (rows.x != x).any())
+    return Check(
+        "outputs follow the state",
+        not remembered,
+        "the same for other states" if remembered else "other states, other outputs",
+        "the network repeats what it returned at this time or for similar states: take out its cache."
+        if remembered
+        else "",
+    )
 
 
 def _check_hidden_state(network: Network, rows: EvalBatch) -> Check:
