@@ -193,11 +193,11 @@ def test_few_steps_are_left_to_the_loop(costing):
 
 
 def test_network_cheaper_than_the_solver_is_left_to_the_loop():
-    """A network cheaper than the solver is left to the loop."""
+    """A network cheaper than the solver is left to the loop, where rounds are many: this one is rough."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8
-    plan = px.plan(lambda x, t: torch.tanh(x @ weight) - x, torch.randn(1, 64), problems.sampler(ODE, 100))
+    plan = px.plan(lambda x, t: torch.sin(6 * x @ weight), torch.randn(1, 64), problems.sampler(ODE, 100))
     assert plan.solver == px.Sequential()
-    assert plan.reason.startswith(("the solver's own work, ", "the network's batch is not free"))
+    assert plan.reason.startswith("the solver's own work, ")
 
 
 def test_devices_share_rows_and_change_the_choice(costing):

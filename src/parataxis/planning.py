@@ -589,9 +589,11 @@ class _Setting:
             return f"{best.rounds.median:.0f} rounds instead of {steps} calls, and {cost}"
         if steps < 1.5 * fewest:
             return f"{steps} steps are few: the fewest rounds are {fewest:.0f}"
-        if best.seconds.median - best.rounds.median * best.overhead < loop:
-            overhead, call_seconds = format_seconds(best.overhead), format_seconds(call)
-            return f"the solver's own work, {overhead} a round, is too much beside calls of {call_seconds}"
+        # What is not the network's is the solver's own: the overhead as estimated, or as a trial has shown it.
+        inside = best.rounds.median * float(known.seconds(rows))
+        if inside < loop:
+            overhead = format_seconds((best.seconds.median - inside) / best.rounds.median)
+            return f"the solver's own work, {overhead} a round, is too much beside calls of {format_seconds(call)}"
         return f"the network's batch is not free: {cost}"
 
 

@@ -288,7 +288,8 @@ def _sample_batch(
     if graphed is not None and ranks is None and not limited and not watched:
         capture = partial(graphed.drive, sampler=sampler, condition=condition, dtype=noise.dtype)
     executor = Executor(network, **limits)
-    check = None if ranks is not None or capture is not None else RowCheck(executor)
+    alone = ranks is not None or capture is not None or isinstance(solver, Sequential)  # calls cannot be compared
+    check = None if alone else RowCheck(executor)
     runs = _solve(begin, check or executor, ranks, capture, watching, progress=task.progress)
     if check is not None:
         check.warn(task.options["tolerance"])

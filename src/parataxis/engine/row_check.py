@@ -38,7 +38,7 @@ class RowCheck:
 
     def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows."""
-        count = len(rows.x)
+        count = rows.x.shape[0]
         if self._first is None or self._difference is not None or count >= self._largest or not self._has_room(count):
             outputs = self._evaluate(rows)
             if self._first is None and count > 1 and bool((rows.step != rows.step[0]).any()):

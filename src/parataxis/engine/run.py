@@ -94,7 +94,7 @@ class Group:
             if share.rows is not None:
                 x, step = x.index_select(0, upload(share.rows, x.device)), step[share.rows]
             outputs = self.sampler.transform(torch.from_numpy(step), x.view(outputs.shape), outputs)
-        outputs, widths = outputs.reshape(len(outputs), -1), query.width
+        outputs, widths = outputs.flatten(1), query.width
         del query
         if share.rows is None and not self.partial:
             self._send(None, outputs, widths)

@@ -58,7 +58,9 @@ class PlainLoop:
     def look(self) -> None:
         """Make the views that every step uses."""
         self.latest, self.sizes = self.f[:, 0], self.largest.unbind(1)
-        self.everyone = np.arange(len(self.u)), np.ones(len(self.u), np.int64), np.zeros(len(self.u))
+        count = len(self.step)
+        self.everyone, self.none = np.arange(count), np.zeros(count)
+        self.ones = np.ones(count, np.int64)
 
     def adopt(self) -> None:
         """Take up the samples that have been added."""
@@ -86,13 +88,14 @@ class PlainLoop:
                 places, outputs = places[~failed], outputs[upload(np.flatnonzero(~failed), outputs.device)]
                 if not len(places):
                     return
-        steps = self.step[places]
-        if len(places) == len(self.step) and bool((steps == steps[0]).all()):
-            self.advance_all(int(steps[0]), outputs)
+        steps = self.step[places].tolist()
+        if len(steps) == len(self.step) and steps.count(steps[0]) == len(steps):
+            self.advance_all(steps[0], outputs)
         else:
-            self._advance_some(places, steps, outputs)
-        for place in places[self.step[places] == N].tolist():
-            batch.finished[place], batch.results[place] = True, self.u[place].clone()
+            self._advance_some(places, self.step[places], outputs)
+        for place, step in zip(places.tolist(), steps, strict=True):
+            if step + 1 == N:
+                batch.finished[place], batch.results[place] = True, self.u[place].clone()
 
     def _advance_some(self, places: Indices, steps: Indices, outputs: Tensor) -> None:
         """Take one step of samples that stand at different steps, or are not all."""
@@ -129,14 +132,14 @@ class PlainLoop:
         if self.lags:
             self.f[:, 1:] = self.f[:, :-1].clone()
         self.latest.copy_(outputs)
-        noise, (everyone, counts, errors) = None, self.everyone
+        noise, everyone = None, self.everyone
         if self.batch.noise is not None:
             noise = self.batch.noise[:, int(self.batch.noise_at(everyone, self.step, self.step)[0]), None]
         u = self._step(self.u[:, None], self.f, noise, *self.weights[step])
         self.u = u[:, 0]
         largest(outputs, out=self.sizes[step])
         self.step[:] = step + 1
-        self.batch.accept(everyone, counts, u, errors)
+        self.batch.accept(everyone, self.ones, u, self.none)
         if step + 1 == self.batch.problem.steps or (step + 1) % CHECK_EVERY == 0:
             self._raise_unless_finite(self.largest)
 
@@ -186,9 +189,11 @@ def _loop(batch: Batch) -> Queries:
     loop = batch.memory = PlainLoop(batch)
     while True:
         loop.adopt()
-        places = np.flatnonzero(batch.active)
-        states = loop.u.clone() if len(places) == len(batch) else loop.u[upload(places, loop.u.device)]
-        answer = yield Query(states, loop.step[places], places, batch.active.astype(np.int64))
+        # All places as they were made once, while all are being solved: as elsewhere here, small things count.
+        everyone = bool(batch.active.all())
+        places, widths = (loop.everyone, loop.ones) if everyone else (np.flatnonzero(batch.active), batch.active + 0)
+        states = loop.u.clone() if everyone else loop.u[upload(places, loop.u.device)]
+        answer = yield Query(states, loop.step[places], places, widths)
         if answer.sample is not None and not len(answer.sample):  # samples have ended or have been added
             continue
         loop.advance(places if answer.sample is None else answer.sample, answer.outputs)
