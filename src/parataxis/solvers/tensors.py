@@ -123,6 +123,9 @@ class WindowTensors(RowBlock):
         self.inputs, self.targets = self.x[:, :width], self.x[:, 1:]
         self.lagged = [self.f[:, lags - lag : lags - lag + width] for lag in range(lags + 1)]
         self.outputs, self.past = self.lagged[0], self.f[:, :lags]
+        # Of the states behind the first: corrected, as they were, how far that is, their outputs and slopes.
+        rows = self.step[:, :-1], self.inputs[:, 1:], self.r[:, 1:], self.outputs[:, 1:]
+        self.behind = *rows, self.pack.tensors["slopes"][:, 1:]
         self.ends = self.all.new_zeros(4 if self.predicts else 5, count, dim)
         self.end_rows, self.last_x, self.last_f = self.ends.view(-1, dim), self.ends[0], self.ends[-2]
         self.end_inputs, self.end_outputs = self.ends[-4:-2], self.ends[-2:]
@@ -191,8 +194,8 @@ class WindowTensors(RowBlock):
         if self.lags:
             # What was evaluated at an earlier guess, moved along its slope to the accepted state.
             # The accepted state has not moved. The residuals are done with: their place is free.
-            moved = torch.sub(self.step[:, :-1], self.inputs[:, 1:], out=self.r[:, 1:])
-            self.outputs[:, 1:].addcmul_(moved, sent["slopes"][:, 1:])
+            corrected, before, moved, outputs, slopes = self.behind
+            outputs.addcmul_(torch.sub(corrected, before, out=moved), slopes)
             if enter:
                 history = flat["f"].index_select(0, sent["tail_history"]).view(self.past.shape)
                 tail = torch.cat([tail, history], 1)
