@@ -16,7 +16,7 @@ costs is taken off each figure: it is profiled alone, in calls of as many rows. 
 With ``--against TREE`` two versions in turns: this one and another in a work tree of its own (``git worktree add
 --detach TREE COMMIT``), milliseconds a round outside the network, and the sequential loop on a network of 2 ms against
 the same loop written out by hand. Each turn is a process; the table has the medians over the turns. Writes
-``overhead-versions.csv`` and ``overhead-versions.png``; ``--resume`` goes on where a run before was ended.
+``overhead-versions.csv``; ``--resume`` goes on where a run before was ended.
 """
 
 from __future__ import annotations
@@ -82,10 +82,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in own:
             size = row["width"] * row["samples"] * torch.Size(SIZES[row["size"]]).numel()
             axis.plot(size, row["milliseconds_a_round"], "os^"[place], color=f"C{list(SIZES).index(row['size'])}")
-    for place, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
-        axis.plot([], [], "o", color=f"C{place}", label=f"{size} {'x'.join(map(str, SIZES[size]))}")
-    axis.set(xscale="log", yscale="log", xlabel="elements of a round", ylabel="milliseconds a round, Secant")
-    axis.set_title(rows[0]["device"], fontsize=9)
+    for size in dict.fromkeys(row["size"] for row in rows):
+        color = f"C{list(SIZES).index(size)}"
+        axis.plot([], [], "o", color=color, label=f"{size} latents, {'x'.join(map(str, SIZES[size]))}")
+    for place, name in enumerate(SAMPLERS):
+        axis.plot([], [], "os^"[place], color="grey", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="elements of a round: samples x window x latent")
+    axis.set(ylabel="milliseconds a round besides the network")
+    axis.set_title(f"Secant, {rows[0]['device']} (benchmarks/overhead.py)", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -170,7 +174,7 @@ def turn(tree: Path, case: dict[str, Any]) -> Any:
 
 
 def versions(options: argparse.Namespace) -> None:
-    """Measure two versions in turns, write the table and draw it."""
+    """Measure two versions in turns, and write the table."""
     key = ("state", "sampler", "window", "samples")
     results = Results(options.results / "overhead-versions.csv", key, resume=options.resume)
     budget = Budget(options.seconds)
@@ -193,27 +197,6 @@ def versions(options: argparse.Namespace) -> None:
         case = {"state": STATES["policy"], "sampler": "ddim", "loop": 2.0, "samples": count, "repeats": 5}
         new, hand = (median(values) for values in zip(*(turn(ROOT, case) for _ in range(options.turns)), strict=True))
         results.add({**about, "old_ms": f"{hand:.4g}", "new_ms": f"{new:.4g}", "ratio": f"{new / hand:.3f}"})
-    draw_versions(list(results.rows.values()), options.figures / "overhead-versions.png")
-
-
-def draw_versions(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw what a round costs in both versions."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    windowed = [row for row in rows if str(row["window"]).isdigit()]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for shift, column, label in ((-0.2, "old_ms", "before"), (0.2, "new_ms", "now")):
-        places = [place + shift for place in range(len(windowed))]
-        axis.barh(places, [float(row[column]) for row in windowed], 0.4, label=label)
-    names = [f"{row['state']}, {row['sampler']}, W={row['window']}, S={row['samples']}" for row in windowed]
-    axis.set_yticks(range(len(windowed)), names, fontsize=7)
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="milliseconds a round outside the network, Secant")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

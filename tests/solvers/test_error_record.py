@@ -1,0 +1,107 @@
+"""What is remembered of the errors of a window: rounds are written by hand, no network is called."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import parataxis as px
+from parataxis.solvers import error_estimate as estimates
+from parataxis.solvers.error_record import ErrorRecord
+from parataxis.solvers.frame import Frame
+
+STEPS, WIDTH, DIM = 20, 5, 16
+SLOPE_ERROR, GROWTH = 0, 1
+
+
+def frame_at(lo, evaluated_until):
+    """Return the window of one sample that begins at a step."""
+    coefficients = px.samplers.ddim(px.vp(), STEPS).coefficients
+    problem = SimpleNamespace(
+        steps=STEPS, dim=DIM, coefficients=coefficients, strides=(), rounding=1e-7, tolerance=1e-3
+    )
+    frame = Frame(SimpleNamespace(problem=problem, active=np.ones(1, bool), output_rounding=1e-7), WIDTH)
+    frame.seat_frame(np.zeros(1, np.int64))
+    frame.lo[:], frame.evaluated_until[:] = lo, evaluated_until
+    frame.look()
+    return frame
+
+
+def round_of(record, frame, move, growth=0.5, residual=0.01):
+    """Let every step move by this share of the expected rms, with this growth; return the estimate."""
+    moved = move * frame.rms
+    df = (growth - frame.a) / frame.b_sum  # over dx, along it
+    pairs = np.stack([np.ones_like(df), df, df, df * df], -1).reshape(*df.shape, 2, 2) * (moved**2)[..., None, None]
+    moves = np.full_like(moved, move)
+    return record.estimate(frame, pairs, residual * moved, moves, np.full_like(moved, growth))
+
+
+def known(record, what):
+    """Return what is known of the steps of the window."""
+    return record.known[0, what, WIDTH:]
+
+
+def test_slope_errors_and_growth_are_measured_of_steps_that_were_evaluated():
+    """Of the others the move is no difference of two evaluations."""
+    frame = frame_at(3, 6)
+    record = ErrorRecord(frame)
+    round_of(record, frame, 0.1)
+    assert known(record, SLOPE_ERROR)[:3] == pytest.approx(0.01)
+    assert known(record, GROWTH)[:3] == pytest.approx(0.5)
+    assert np.isnan(known(record, SLOPE_ERROR)[3:]).all()
+    assert np.isnan(known(record, GROWTH)[3:]).all()
+
+
+@pytest.mark.parametrize("move", [1e-7, 5.0])
+def test_moves_of_the_size_of_rounding_or_of_the_state_measure_nothing(move):
+    """The first say nothing of the network, the others nothing of slopes at smaller moves."""
+    frame = frame_at(3, 8)
+    record = ErrorRecord(frame)
+    round_of(record, frame, move)
+    assert np.isnan(known(record, SLOPE_ERROR)).all()
+    assert np.isnan(known(record, GROWTH)).all()
+
+
+def test_largest_growth_is_remembered():
+    """A later and smaller one does not take its place; the slope error is the last."""
+    frame = frame_at(3, 8)
+    record = ErrorRecord(frame)
+    for growth, residual in ((0.5, 0.01), (0.9, 0.02), (0.2, 0.03)):
+        round_of(record, frame, 0.1, growth, residual)
+    assert known(record, GROWTH) == pytest.approx(0.9)
+    assert known(record, SLOPE_ERROR) == pytest.approx(0.03)
+
+
+def test_what_is_known_moves_with_the_window():
+    """Two steps on, the last two are new."""
+    frame = frame_at(3, 8)
+    record = ErrorRecord(frame)
+    round_of(record, frame, 0.1)
+    record.shift(frame, np.array([2]))
+    assert np.isfinite(known(record, GROWTH)).tolist() == [True] * 3 + [False] * 2
+
+
+def test_growth_for_gaussian_data_is_a_floor_of_the_growth_that_is_measured():
+    """Moves that seem to die out do not make what is left of them small."""
+    frame = frame_at(14, 19)
+    quiet, still = ErrorRecord(frame), ErrorRecord(frame)
+    for record, growth in ((quiet, 0.9), (still, 0.0)):
+        round_of(record, frame, 0.1, growth)
+    gaussian = frame.gaussian_growth(np.ones(1))
+    missed, moves = np.full((1, WIDTH), 0.01), np.full((1, WIDTH), 0.1)
+    expected = estimates.local_error(missed, gaussian, moves, estimates.SLOPE_ERROR_SAFETY)
+    estimate = round_of(still, frame, 0.1, 0.0)
+    assert (gaussian > 0.5).all()
+    assert (estimate.accepted >= 0.99 * expected).all()
+
+
+def test_data_prediction_that_has_become_larger_is_not_trusted_at_once():
+    """One that still diverges would make every error look small."""
+    frame = frame_at(14, 19)
+    record = ErrorRecord(frame)
+    for norm in (1.0, 2.0, 4.0):
+        record.note_size(frame, np.full((2, 1), norm * np.sqrt(DIM)))
+    assert record.variance == pytest.approx(16.0)
+    assert record.smallest_variance(frame) == pytest.approx(1.0)
