@@ -56,6 +56,7 @@ LOOPS = [
     "answers",
     "passes",
     "error_estimate",
+    "floor",
     "fit",
     "analysis",
     "stage_plan",

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from ..arrays import Array, upload
 from .known_outputs import KnownOutputs
 from .structure import Structure, random_outputs
 
@@ -56,16 +57,19 @@ class AffineAnswers:
     Args:
         known: These evaluations.
         noise: Added to the outputs, relative to them: for measuring the floor.
+        slopes: (N, S) of outputs, in the place of those that are known; NaN for these.
     """
 
     records_calls = False
 
-    def __init__(self, known: KnownOutputs, noise: float = 0.0) -> None:
+    def __init__(self, known: KnownOutputs, noise: float = 0.0, slopes: Array | None = None) -> None:
         self.known, self.noise = known, noise
+        self._slopes = None if slopes is None else np.where(np.isnan(slopes), known.slopes, slopes)
 
     def answer(self, call: int, step: int, states: Tensor) -> list[Any]:
         """Return the affine model's outputs."""
-        leaves = self.known.answer(call, step, states)
+        slopes = None if self._slopes is None else upload(self._slopes[step], states).unsqueeze(1)
+        leaves = self.known.answer(call, step, states, slopes)
         if self.noise:
             outputs = random_outputs(self.known.structure.outputs[call], PROBE_SEED, call)
             for leaf, noise in zip(leaves, outputs, strict=True):

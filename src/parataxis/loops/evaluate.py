@@ -13,6 +13,7 @@ from ..arrays import upload
 from ..engine.rows import EvalBatch
 from .answers import PROBE_SEED
 from .error_estimate import relative_rounding
+from .floor import MeasuredSlopes
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .rows import RowIndex, RowRequest
@@ -28,10 +29,13 @@ class StageEvaluator:
         stage: With its recorded calls.
         known: Takes the evaluations.
         merger: Makes the network calls.
+        measured: Takes what the rounds show of slopes, if anybody wants to know.
     """
 
-    def __init__(self, stage: Stage, known: KnownOutputs, merger: Merger) -> None:
-        self.stage, self.known, self.merger = stage, known, merger
+    def __init__(
+        self, stage: Stage, known: KnownOutputs, merger: Merger, measured: MeasuredSlopes | None = None
+    ) -> None:
+        self.stage, self.known, self.merger, self.measured = stage, known, merger, measured
 
     def __call__(self, batch: EvalBatch) -> Tensor:
         """Evaluate rows (R, dim), or (R, S dim) where samples are joint, in the same shape."""
@@ -46,6 +50,8 @@ class StageEvaluator:
         total = self._combine(states, requests, items_of_request, outputs)
         inputs = states.to(structure.network_dtype).to(structure.dtype)  # what the network was given
         finite = torch.isfinite(total).all(1).cpu().numpy()
+        if self.measured is not None:
+            self.measured.note(step, sample, inputs, total)
         for q in np.unique(step):
             items = np.flatnonzero(step == q)
             first, count = int(items[0]), len(items)

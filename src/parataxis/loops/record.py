@@ -15,6 +15,7 @@ from .analysis import check_calls, find_structure
 from .answers import PROBE_SEED, AffineAnswers, PerturbedAnswers
 from .calls import RecordedCalls
 from .fit import fit_slopes
+from .floor import FloorMeasurement
 from .known_outputs import KnownOutputs
 from .passes import PassRecord, StageRecord
 from .runner import FIRST_CALLS, LoopRunner, same_leaves
@@ -50,8 +51,7 @@ class StageProgress:
         accepted: Whether the loop may go on behind it.
         solution: (S, dim) the last state as the solver left it.
         solver_estimate: The solver's own estimate of its relative error.
-        output_noise: Noise that the next pass adds to its outputs, relative to those of the network.
-        noisy_result: (S, dim) the last state of a pass with such noise, to be compared with the next replay.
+        floor: Set while the next pass measures the floor.
         callback_free: What the stage was without callbacks.
     """
 
@@ -66,8 +66,7 @@ class StageProgress:
     accepted: bool = False
     solution: Tensor | None = None
     solver_estimate: float = 0.0
-    output_noise: float = 0.0
-    noisy_result: Tensor | None = None
+    floor: FloorMeasurement | None = None
     callback_free: CallbackFree | None = None
 
     @property
@@ -78,7 +77,18 @@ class StageProgress:
     @property
     def answers(self) -> AffineAnswers:
         """How the next pass answers its calls."""
-        return AffineAnswers(self.known, self.output_noise)
+        if self.floor is None:
+            return AffineAnswers(self.known)
+        return AffineAnswers(self.known, self.floor.noise, self.floor.slopes)
+
+    def measures_floor(self, record: StageRecord) -> bool:
+        """Return whether a pass through the stage was for the floor: the last of them sets it."""
+        if self.floor is None:
+            return False
+        floor = self.floor.take(record.last_state)
+        if floor is not None:
+            self.structure.floor, self.floor = floor, None
+        return True
 
     def plan(self, last_step: int | None = None, first_step: int = 0) -> StagePlan:
         """Return how the next pass answers its calls, how far it goes, and from where on it keeps states."""

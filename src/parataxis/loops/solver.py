@@ -36,8 +36,8 @@ from ..solvers.base import Solver
 from ..solvers.sequential import Sequential
 from .answers import Answers
 from .equation import RecordedRecurrence, ReplayedRecurrence
-from .error_estimate import largest_relative_distance
 from .evaluate import StageEvaluator
+from .floor import FloorMeasurement, MeasuredSlopes
 from .layout import OUT_OF_MEMORY
 from .loop import Loop
 from .one_pass import NO_CALL, OnePass
@@ -208,6 +208,7 @@ class LoopSolver:
         self.solver, self.tolerance, self.report = solver, tolerance, report
         self.stages: list[StageProgress] = []  # the last one is being solved
         self.refinement = Refinement()  # of that one
+        self.measured_floor = False  # whether the latest pass was for that
         self.outdated_rounds = 0  # of a solve with the structure of an earlier call, which did not fit
 
     def run(self) -> Any:
@@ -268,7 +269,7 @@ class LoopSolver:
         progress = self.stages[-1] if self.stages else None
         if solving and self.refinement.replay_each_round:
             return Phase.REPLAY  # the rounds were passes, which left nothing of this one
-        if progress is not None and progress.noisy_result is not None:
+        if self.measured_floor:
             return Phase.REPLAY  # this pass was for the floor
         if progress is not None and not progress.accepted:
             return Phase.REFINE
@@ -293,15 +294,17 @@ class LoopSolver:
     def solve_stage(self) -> Answers | None:
         """Solve the last stage; return how the pass goes on, or None if there were passes within it."""
         progress = self.stages[-1]
-        evaluator = StageEvaluator(progress.stage, progress.known, self.runner.merger)
+        measured = MeasuredSlopes(progress.structure) if not progress.structure.floor else None
+        evaluator = StageEvaluator(progress.stage, progress.known, self.runner.merger, measured)
         while True:
             try:
                 self.run_solver(progress, evaluator)
                 break
             except RowsInteract:
                 progress.structure.joint_samples = True
-        if not progress.structure.floor:
-            progress.output_noise = evaluator.rounding_error()
+        if measured is not None:
+            measured.forget()
+            progress.floor = FloorMeasurement(evaluator.rounding_error(), measured.slopes)
         return None if self.refinement.replay_each_round else progress.answers
 
     def run_solver(self, progress: StageProgress, evaluator: StageEvaluator) -> None:
@@ -348,12 +351,9 @@ class LoopSolver:
     def accept(self, record: StageRecord) -> bool:
         """Judge the replay of the last stage: may the loop go on behind it?"""
         progress = self.stages[-1]
-        if progress.output_noise:
-            progress.output_noise, progress.noisy_result = 0.0, record.last_state
+        self.measured_floor = progress.measures_floor(record)
+        if self.measured_floor:
             return False
-        if progress.noisy_result is not None:
-            progress.structure.floor = largest_relative_distance(progress.noisy_result, record.last_state)
-            progress.noisy_result = None
         left = self.report.steps - self.report.rounds
         judgement = self.refinement.judge(record, progress, self.tolerance, getattr(self.solver, "window", None), left)
         if judgement.not_linear:

@@ -1,0 +1,82 @@
+"""How far the rounding of outputs moves the result of a loop: measured by passes whose outputs are moved so far.
+
+The stubs of these passes answer along slopes that the rounds have measured, between the latest two evaluations of every
+step: a solver's own slopes may say what is good for its convergence (Picard's always say that states keep their size),
+not what the network makes of a change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Array, Indices, read
+from .error_estimate import largest_relative_distance
+from .structure import Structure
+
+__all__ = ["FloorMeasurement", "MeasuredSlopes"]
+
+SMALLEST_MOVE = 8  # ulps of an input, relative to it, below which a change of the output is mostly rounding
+
+
+class MeasuredSlopes:
+    """Slopes of outputs f along the latest move of their inputs u: d = <f' - f, u' - u> / |u' - u|^2.
+
+    Args:
+        structure: Of the stage.
+
+    Attributes:
+        slopes: (N, S); NaN where an input has not moved.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.slopes: Array = np.full((structure.steps, structure.samples), np.nan)
+        self._smallest = SMALLEST_MOVE * float(torch.finfo(structure.network_dtype).eps)
+        self._latest: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def note(self, steps: Indices, samples: Indices, inputs: Tensor, outputs: Tensor) -> None:
+        """Note evaluations (n, dim) of steps and samples."""
+        keys = list(zip(steps.tolist(), samples.tolist(), strict=True))
+        rows = [row for row, key in enumerate(keys) if key in self._latest]
+        if rows:
+            before = [self._latest[keys[row]] for row in rows]
+            new_inputs, new_outputs = inputs[rows], outputs[rows]
+            moves = new_inputs - torch.stack([u for u, _ in before])
+            changes = new_outputs - torch.stack([f for _, f in before])
+            sizes = [(moves * changes).sum(1), moves.square().sum(1), new_inputs.square().sum(1)]
+            products, moved, size = read(torch.stack(sizes))
+            far = moved > self._smallest**2 * size
+            chosen = [keys[row] for row, is_far in zip(rows, far, strict=True) if is_far]
+            for (step, sample), slope in zip(chosen, products[far] / moved[far], strict=True):
+                self.slopes[step, sample] = slope
+        for row, key in enumerate(keys):
+            self._latest[key] = inputs[row], outputs[row]
+
+    def forget(self) -> None:
+        """Let go of the evaluations."""
+        self._latest.clear()
+
+
+@dataclass(eq=False)
+class FloorMeasurement:
+    """Two passes, the first one with noise: the distance of their last states is the floor.
+
+    Attributes:
+        noise: That the next pass adds to its outputs, relative to them.
+        slopes: (N, S) that have been measured, with which both answer.
+        noisy: (S, dim) the last state of the pass with noise.
+    """
+
+    noise: float
+    slopes: Array
+    noisy: Tensor | None = None
+
+    def take(self, last_state: Tensor) -> float | None:
+        """Take the last state of a pass; return the floor, or None after the pass with noise."""
+        if self.noisy is None:
+            self.noise, self.noisy = 0.0, last_state
+            return None
+        return largest_relative_distance(self.noisy, last_state)
