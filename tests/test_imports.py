@@ -86,8 +86,10 @@ LOOPS = [
     "general_steps",
     "equal_steps",
     "speculation",
+    "foresight",
     "one_pass",
     "solver",
+    "roads",
     "auto",
     "function",
 ]

@@ -166,16 +166,56 @@ def test_loop_that_always_goes_another_way_goes_on_by_itself():
         result = run(*ours.arguments(0))
     assert same(result, theirs.run(*theirs.arguments(0)))
     assert len(ours.world["trace"]) == 16
+    assert (run.report.rounds, run.report.steps) == (16, 16)  # no round for a state that the loop does not have
 
 
-def test_combination_that_is_not_linear_is_recorded_from_the_second_call_on():
-    ours = ZOO["not linear"]()
-    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
-    with pytest.warns(RuntimeWarning, match="not a combination of the denoiser's outputs"):
-        run(*ours.arguments(0))
-    assert run.report.mode == "sequential"
-    run(*ours.arguments(0))
+def test_loop_that_always_goes_another_way_is_recorded_where_that_shows_early():
+    net, steps, trace = Net(DIM), scheduler(), []
+    steps.set_timesteps(48)
+
+    def loop(generator):
+        x = torch.randn(2, DIM, generator=generator)
+        for t in steps.timesteps:
+            x = steps.step(net(x, t), t, x).prev_sample
+            x = torch.where(x > 0, x, 0.99 * x)
+            trace.append(x)
+        return x
+
+    expected = loop(seeded())
+    trace.clear()
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(seeded()), expected) <= 1e-2
     assert run.report.mode == "replay"
+    assert run.report.rounds < run.report.steps == len(trace) == 48
+
+
+def test_combination_that_is_not_linear_is_recorded_at_the_first_call():
+    """The first step shows it; the loop is put back as it was and recorded, and takes no more rounds than steps."""
+    ours, theirs = ZOO["not linear"](), ZOO["not linear"]()
+    run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])
+    for call in range(3):
+        arguments, expected_arguments = ours.arguments(call), theirs.arguments(call)
+        assert relative(run(*arguments), theirs.run(*expected_arguments)) <= 1e-2
+        assert run.report.mode == "replay"
+        assert run.report.rounds < run.report.steps
+        assert same(ours.world, theirs.world)
+
+
+def test_combination_that_is_not_linear_goes_on_by_itself_where_it_cannot_be_put_back():
+    """An iterator of somebody's has gone on by a step: the loop may not begin anew."""
+    ours, theirs = ZOO["not linear"](), ZOO["not linear"]()
+    numbers, run_loop = iter(range(100)), ours.run
+
+    def counting(*arguments):
+        next(numbers)
+        return run_loop(*arguments)
+
+    run = parallel(counting, px.Secant(window=8), denoisers=[ours.net])
+    with pytest.warns(RuntimeWarning, match="not a combination of the denoiser's outputs"):
+        result = run(*ours.arguments(0))
+    assert torch.equal(result, theirs.run(*theirs.arguments(0)))
+    assert run.report.mode == "sequential"
+    assert next(numbers) == 1
 
 
 def test_error_of_the_loop_passes_through():
@@ -245,20 +285,40 @@ def test_short_loop_runs_sequentially_without_a_warning():
     assert run.report.reason == "the loop has only 6 steps."
 
 
-def test_scheduler_that_is_seen_but_not_stepped_is_recorded_from_the_second_call_on():
+def test_scheduler_that_is_seen_but_not_stepped_is_recorded():
+    """At once, where so many calls without a step show it before the loop has ended, else from the second call on."""
     net, steps = Net(DIM), scheduler()
 
-    def run(generator):
+    def run(generator, count):
         x = torch.randn(2, DIM, generator=generator)
-        for t in steps.timesteps:
-            x = x - 0.05 * net(x, t)
+        for t in range(0, 1000, 1000 // count):
+            x = x - 0.05 * net(x, torch.tensor(t)) * steps.alphas_cumprod[t]
         return x
 
     solved = parallel(run, px.Secant(window=8), denoisers=[net])
-    with pytest.warns(RuntimeWarning, match="does not step its scheduler"):
-        solved(seeded())
-    assert relative(solved(seeded()), run(seeded())) <= 1e-2
+    assert relative(solved(seeded(), 40), run(seeded(), 40)) <= 1e-2
     assert solved.report.mode == "recurrence"
+    with pytest.warns(RuntimeWarning, match="does not step its scheduler"):
+        solved(seeded(), 10)
+    assert relative(solved(seeded(), 10), run(seeded(), 10)) <= 1e-2
+    assert solved.report.mode == "recurrence"
+
+
+def schedule_only(net, generator):
+    """A step by hand, with the numbers of a scheduler."""
+    alphas, x = DDPMScheduler().alphas_cumprod, torch.randn(2, DIM, generator=generator)
+    for t in range(950, 0, -50):
+        a, b = alphas[t], alphas[t - 50]
+        e = net(x, torch.tensor(t))
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    return x
+
+
+def test_scheduler_class_whose_step_nothing_names_is_no_reason_for_one_pass():
+    net = Net(DIM)
+    run = parallel(schedule_only, px.Secant(window=8), denoisers=[net])
+    assert relative(run(net, seeded()), schedule_only(net, seeded())) <= 1e-2
+    assert (run.report.mode, run.report.real_calls) == ("recurrence", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

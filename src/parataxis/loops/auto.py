@@ -26,9 +26,9 @@ from ..solvers.sequential import Sequential
 from .calls import Call
 from .loop import Loop
 from .report import SLOWER, Report
+from .roads import solve_loop
 from .runner import LoopRunner
 from .signals import NotParallelizable
-from .solver import solve_loop
 
 __all__ = ["AUTO", "plan_loop", "run_loop"]
 

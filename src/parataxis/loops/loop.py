@@ -63,6 +63,7 @@ class Loop:
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
         schedulers: Returns the schedulers that a call with these arguments can see, and classes of those it may make.
         recorded: Keys of calls that are recorded, because one pass found no step of a scheduler that it could foresee.
+        foreseen: Keys of calls that one pass has foreseen.
         watch: What the denoisers held when one pass last looked at them.
         ranks: Those that share the network's calls; None without.
         times: What the unmodified loop takes.
@@ -87,6 +88,7 @@ class Loop:
     changed_by_callbacks: set[Any] = field(default_factory=set)
     schedulers: Callable[[tuple[Any, ...], dict[str, Any]], list[Any]] = lambda args, kwargs: []
     recorded: set[Any] = field(default_factory=set)
+    foreseen: set[Any] = field(default_factory=set)
     watch: ModuleWatch | None = None
     ranks: Ranks | None = None
     times: LoopTimes = field(default_factory=LoopTimes)

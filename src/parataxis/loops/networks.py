@@ -19,6 +19,7 @@ from .module_watch import ModuleWatch
 from .purity import check_pure
 from .signals import NotParallelizable
 from .stubs import OriginalCall, StubSwitch, install
+from .world import World
 
 __all__ = ["Networks"]
 
@@ -38,9 +39,9 @@ class Networks:
         trainable: Whether the unmodified loop's result would require gradients.
     """
 
-    def __init__(self, loop: Loop) -> None:
-        """Look at the denoisers; nothing runs yet."""
-        self.loop = loop
+    def __init__(self, loop: Loop, world: World | None = None) -> None:
+        """Look at the denoisers; nothing runs yet. What they write and never read is skipped in a world."""
+        self.loop, self._world = loop, world
         self.switch, self._looked = StubSwitch(), 0
         if loop.watch is None or loop.watch.changed(thorough=True):
             loop.watch = ModuleWatch(loop.denoisers)
@@ -129,7 +130,7 @@ class Networks:
             result = run(args, kwargs)
         else:
             with torch.no_grad():
-                result = check_pure(self.loop.denoisers[call.module], run, call)
+                result = check_pure(self.loop.denoisers[call.module], run, call, self._world)
             self.loop.outputs[name] = Output.of(result)
         self.look()
         leaves, spec, shell = flatten_output(result)

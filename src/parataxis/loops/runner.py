@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -151,6 +151,20 @@ class LoopRunner:
             return self.run(plans, seed=seed, callbacks=callbacks, accept=accept, most_calls=most_calls)
         current.record.complete, current.record.value = not current.record.calls, value
         return current.record
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch a run of the loop that is no pass, so that it can be put back behind it as it was."""
+        with self._random:
+            yield
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """Let nothing be watched for a while."""
+        return self._random.paused()
+
+    def can_restore(self) -> bool:
+        """Return whether everything that the loop reaches can be put back as it was."""
+        return not self.world.obstacles and not self.world.is_lost()
 
     def restore(self, *, everything: bool = False) -> bool:
         """Put back what the loop reaches, and the random state; return whether nothing was lost."""

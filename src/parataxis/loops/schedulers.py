@@ -73,13 +73,18 @@ def schedulers_in(values: Iterable[Any]) -> list[Any]:
     Functions among the objects may make a scheduler of their own: their code names its class.
     """
     schedulers: dict[int, Any] = {}
+    values = list(values)
+    code = [value.__code__ for value in values if isinstance(value, FunctionType)]
+    makes_steps = not code or any("step" in names_in(c) for c in code)  # a class may be there for its schedule alone
     for value in values:
         parts = [value]
         if _holds(value):
             parts = [held for part in value.modules() for held in vars(part).values()]
         elif isinstance(value, FunctionType):
             parts = _classes_named_in(value)
-        schedulers |= {id(part): part for part in parts if _is_named_class(part) or is_scheduler(part)}
+        schedulers |= {
+            id(part): part for part in parts if (makes_steps and _is_named_class(part)) or is_scheduler(part)
+        }
     return list(schedulers.values())
 
 

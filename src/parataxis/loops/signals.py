@@ -7,7 +7,15 @@ that logs). Such a handler would swallow them, and the loop would run on with ou
 
 from __future__ import annotations
 
-__all__ = ["CallbackChangedLoop", "LoopChanged", "NotParallelizable", "PassComplete", "RowsInteract"]
+__all__ = [
+    "CallbackChangedLoop",
+    "LoopChanged",
+    "NotParallelizable",
+    "PassComplete",
+    "RowsInteract",
+    "StartOver",
+    "Unforeseeable",
+]
 
 
 class NotParallelizable(BaseException):
@@ -16,6 +24,14 @@ class NotParallelizable(BaseException):
 
 class LoopChanged(NotParallelizable):
     """A pass called the denoiser in another way than the passes before it."""
+
+
+class Unforeseeable(NotParallelizable):
+    """The steps of a loop that runs once cannot be foreseen; recorded, it may still be solved."""
+
+
+class StartOver(BaseException):
+    """A loop that runs once had better be recorded: it is put back as it was, and begins anew."""
 
 
 class PassComplete(BaseException):

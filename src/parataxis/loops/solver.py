@@ -18,29 +18,22 @@ networks (:mod:`.runner`), and the networks run only where the solver wants them
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..checks import OutputError, is_finite
-from ..engine.latency import synchronize
+from ..checks import is_finite
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers import as_solver
 from ..solvers.base import Solver
-from ..solvers.sequential import Sequential
 from .answers import Answers
 from .equation import RecordedRecurrence, ReplayedRecurrence
 from .evaluate import StageEvaluator
 from .floor import FloorMeasurement, MeasuredSlopes
-from .layout import OUT_OF_MEMORY
 from .loop import Loop
-from .one_pass import NO_CALL, OnePass
 from .passes import PassRecord, StageRecord
 from .record import StageProgress, probe_stage, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
@@ -50,22 +43,11 @@ from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsIn
 from .stage_plan import CallbackFree, StagePlan
 from .structure import Structure
 
-__all__ = ["LoopSolver", "check_options", "solve_loop"]
+__all__ = ["LoopSolver", "check_options"]
 
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
 REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
-GRADIENTS = (
-    "the loop runs with gradients enabled and its denoiser has parameters that require them, but the result of a "
-    "parallel loop carries none: call it within torch.no_grad(), or solve it by Sequential() if they are wanted."
-)
-FLOOR_WARNING = (
-    "the result may be {floor:.1e} away from the loop's, more than the tolerance of {tolerance:g}: rounding alone, of "
-    "the network's outputs, moves it so far. Run the network in more bits, or pass a larger tolerance. This is said "
-    "once."
-)
-
-
 AS_MANY_ROUNDS = (
     "solving it takes as many rounds as it has steps: the tolerance is too small, or a step makes too much of an error "
     "of the one before."
@@ -87,110 +69,6 @@ def check_options(solver: Solver | str | None, tolerance: Any) -> tuple[Any, flo
     if not (is_finite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be a relative error, finite and at least 0, got {tolerance!r}.")
     return "auto" if isinstance(solver, str) and solver == "auto" else as_solver(solver), float(tolerance)
-
-
-def solve_loop(
-    loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], solver: Solver, tolerance: float, report: Report
-) -> Any:
-    """Run a loop once, in parallel if it can be, and fill in the report."""
-    started = time.perf_counter()
-    report.reset(tolerance)
-    reason = "the solver is Sequential." if isinstance(solver, Sequential) else loop.unsupported()
-    raised = False  # by the loop, on trial outputs
-    # In 16 bits the rounding of a batch moves samples by more than their steps show: recording measures that floor.
-    recorded = reason is not None or loop.ranks is not None or loop.few_bits
-    schedulers = [] if recorded else loop.schedulers(args, kwargs)
-    key = loop.key(args, kwargs)
-    if schedulers and key not in loop.recorded:
-        return _run_once(OnePass(loop, schedulers, solver, tolerance, report), key, args, kwargs)
-    runner = LoopRunner(loop, args, kwargs)
-    if reason is None and runner.world.obstacles:
-        reason = f"it reaches {runner.world.obstacles[0]}, which cannot be put back between its passes."
-    known = reason if reason is not None else loop.known_refusal(runner.key, runner.world.settings)
-    try:
-        if known is not None:
-            reason = known
-        else:
-            with runner.installed():
-                loop_solver = LoopSolver(runner, solver, tolerance, report)
-                value = loop_solver.run()
-            calls = [signature for stage in loop_solver.stages for signature in stage.structure.signatures]
-            _report_seconds(report, runner, calls, started)
-            _warn(loop, report, trainable=runner.trainable)
-            return value
-    except NotParallelizable as signal:
-        reason, raised = str(signal), signal.__cause__ is not None
-        if reason != OUT_OF_MEMORY and runner.merger.calls:  # there may be room, or a call, the next time
-            loop.refuse(runner.key, reason, runner.world.settings())
-    except OutputError as error:  # not finite: what the loop makes of it is its own affair
-        reason = str(error)
-    finally:
-        merger = runner.merger
-        loop.limit = merger.limit
-        report.calls, report.rows, report.peak_rows = merger.calls, merger.rows, merger.peak_rows
-        report.passes = runner.passes
-        runner.close()
-    if runner.passes and not runner.restore(everything=True):
-        reason = f"{reason} The loop has written to large tensors, so the result may differ."
-    expected = isinstance(solver, Sequential) or reason.startswith("the loop has only")
-    warn = partial(warnings.warn, f"the loop runs sequentially: {reason}", RuntimeWarning, stacklevel=3)
-    if not expected and not raised:
-        warn()
-    value = runner.sequential()  # raises what the loop raises by itself
-    if not expected and raised:
-        warn()
-    report.mode, report.reason, report.converged, report.passes = "sequential", reason, True, runner.passes
-    report.error_estimate, report.rounds = 0.0, 0
-    report.sequential_seconds = loop.times.latest
-    report.seconds = time.perf_counter() - started
-    return value
-
-
-def _warn(loop: Loop, report: Report, *, trainable: bool) -> None:
-    """Warn of what the caller may not expect of a call that was solved in parallel."""
-    warned = [GRADIENTS] if trainable else []
-    warned += _floor_warning(loop, report)
-    if not loop.warned_slower and (slower := report.slower()) is not None:
-        loop.warned_slower = True
-        warned.append(slower)
-    for message in warned:
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def _floor_warning(loop: Loop, report: Report) -> list[str]:
-    """Return what is to be said once of a floor above the tolerance."""
-    if ABOVE_FLOOR not in report.reason or loop.warned_floor:
-        return []
-    loop.warned_floor = True
-    return [FLOOR_WARNING.format(floor=report.floor, tolerance=report.tolerance)]
-
-
-def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a loop once; say why if that was by itself."""
-    started = time.perf_counter()
-    loop, report = one_pass.loop, one_pass.report
-    value = one_pass.run(args, kwargs)
-    synchronize(loop.device)
-    report.seconds = time.perf_counter() - started
-    if report.mode == "sequential":
-        loop.times.add_loop(key, report.seconds)
-    measured = loop.times.loops.get(key)
-    report.estimated = measured is None
-    report.sequential_seconds = one_pass.networks.sequential_seconds(report.seconds) if measured is None else measured
-    if one_pass.refused:
-        loop.recorded.add(key)
-    reason = report.reason if report.mode == "sequential" else one_pass.alone
-    warned = [GRADIENTS] if one_pass.networks.trainable else []
-    warned += _floor_warning(loop, report)
-    if reason and reason != NO_CALL and not reason.startswith("the loop has only"):
-        part = "the rest of the loop" if report.mode == "one pass" else "the loop"
-        warned.append(f"{part} runs sequentially: {reason}")
-    elif not loop.warned_slower and (slower := report.slower()) is not None:
-        loop.warned_slower = True
-        warned.append(slower)
-    for message in warned:
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-    return value
 
 
 class LoopSolver:
@@ -402,16 +280,6 @@ def _without_denoiser(loop: Loop, report: Report, passed: PassRecord) -> Any:
         return passed.value
     names = ", ".join(type(module).__name__ for module in loop.denoisers)
     raise NotParallelizable(f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...].")
-
-
-def _report_seconds(report: Report, runner: LoopRunner, calls: Sequence[Any], started: float) -> None:
-    """Say how long the call took, and how long the unmodified loop with these kinds of calls would have taken."""
-    loop = runner.loop
-    synchronize(loop.device)
-    report.seconds = time.perf_counter() - started
-    measured = loop.times.loops.get(runner.key)
-    report.estimated = measured is None
-    report.sequential_seconds = loop.times.estimate(calls, runner.other_seconds) if measured is None else measured
 
 
 def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:

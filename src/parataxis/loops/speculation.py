@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
-from ..arrays import Array, Indices
+from ..arrays import Array, Indices, upload
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
@@ -114,6 +114,8 @@ class Speculation:
         if call not in self.form.solved:
             return self._general_steps().answer_feeder(step, call)
         if step >= self._prepared:
+            if step and not self._is_near(step, call, leaves):  # it would be a round for nothing
+                return None
             self.advance(step + 1)
             self._prepare()
         outputs, distance = self.steps.answer(step, call, leaves, self.share)
@@ -153,6 +155,17 @@ class Speculation:
                 # What a network says to steps that the loop may never make: the loop will find out by itself.
                 raise NotParallelizable(f"solving ahead raised {type(error).__name__}: {error}") from error
             self.accepted = min(self.sampler.steps if run.done else run.accepted for run in self.runs)
+
+    def _is_near(self, step: int, call: int, leaves: Sequence[Any]) -> bool:
+        """Return whether a call has the state of a step that is not accepted yet, as far as it is known."""
+        held = self.states.of(range(step, step + 1))
+        if held is None:
+            return True
+        row_map = self.form.row_maps[call]
+        states = row_map.states(leaves, self.form.dtype)
+        expected = held[0][upload(row_map.sample_of_row, states.device)]
+        distances = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+        return bool(distances.max() <= self.share)  # or not a number
 
     def _prepare(self) -> None:
         """Make ready to answer the steps that have been accepted since."""
@@ -244,9 +257,9 @@ class _AcceptedStates:
         for row, (place, count) in enumerate(zip(places.tolist(), counts.tolist(), strict=True)):
             before = self._counts[place]
             self._counts[place] = before + count
-            if count <= states.shape[1]:
-                for j, state in enumerate(states[row, :count].clone().unbind(), before + 1):
-                    self._states[place][j] = state
+            kept_states = min(count, states.shape[1])
+            for j, state in enumerate(states[row, :kept_states].clone().unbind(), before + 1 + count - kept_states):
+                self._states[place][j] = state
 
     def of(self, steps: range) -> Tensor | None:
         """Return (M, S, dim) the states of steps, or None where they were not all kept."""

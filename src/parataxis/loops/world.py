@@ -220,6 +220,10 @@ class World:
         lost = [tensor for tensor in tensors if not tensor.restore()]
         return not lost
 
+    def is_lost(self) -> bool:
+        """Return whether something has been written that :meth:`restore` cannot put back."""
+        return not all(tensor.is_whole() for tensor in self._tensors)
+
     def settings(self) -> int:
         """Return a number that is another one where a plain value behind the first root is."""
         places = self._places[: self._ends[0]] if self._ends else []
@@ -475,17 +479,20 @@ class _Tensor:
             return False
         return self.written or _version(owner) != self.version or _storage(owner) != self.storage
 
+    def is_whole(self) -> bool:
+        return self.copy is not None or _version(self.owner) == self.version
+
     def restore(self) -> bool:
         owner, memory = self.owner, self.memory
         if memory is None:
-            return _version(owner) == self.version
+            return self.is_whole()
         if owner.is_leaf and owner.requires_grad != self.requires_grad:
             owner.requires_grad_(self.requires_grad)
         if owner.is_leaf and owner.grad is not self.grad:
             owner.grad = self.grad
         if owner.device != memory.device:
             return True
-        whole = self.copy is not None or _version(owner) == self.version
+        whole = self.is_whole()
         if _storage(owner) != self.storage or owner.shape != memory.shape or owner.dtype != memory.dtype:
             owner.data = memory
         # Arrays may share the memory of small tensors, and leave no trace in their version.

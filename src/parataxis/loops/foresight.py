@@ -1,0 +1,193 @@
+"""What is known of the steps that a loop will make, and what has been solved of them ahead of the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._pytree import TreeSpec
+
+from ..solvers.base import Solver
+from .calls import Call, copy_call
+from .chain import Chain
+from .loop import Loop
+from .networks import Networks
+from .observation import ObservedStep, StepForm
+from .report import Report
+from .schedulers import SchedulerStep
+from .signals import NotParallelizable, Unforeseeable
+from .speculation import Speculation
+
+__all__ = ["Foresight"]
+
+MIN_STEPS = 8  # shorter loops run sequentially
+MAX_MISSES = 3  # more than a loop may have without steps between them that went as expected
+STEPS_A_MISS = 8  # steps that went as expected and make up for a miss
+UNFORESEEN = (RuntimeError, ValueError, TypeError, IndexError)  # the loop must not meet what it would not meet alone
+
+
+class Foresight:
+    """The steps to come, as real ones have shown them, and their calls as far as they can be answered ahead.
+
+    Args:
+        loop: The loop.
+        networks: Its denoisers.
+        solver: How the steps are solved.
+        tolerance: Relative error allowed in the result.
+        report: To be filled in.
+
+    Attributes:
+        solved: Whether anything has been solved ahead.
+        rounding: What is no error, whatever the tolerance.
+    """
+
+    def __init__(self, loop: Loop, networks: Networks, solver: Solver, tolerance: float, report: Report) -> None:
+        self.loop, self.networks, self.report = loop, networks, report
+        self.solver, self.tolerance = solver, tolerance
+        self.solved, self.rounding = False, 0.0
+        self._form: StepForm | None = None
+        self._chain: Chain | None = None
+        self._speculation: Speculation | None = None
+        # Calls of the present step that were answered ahead; None where nobody will look at the call again.
+        self._answered: list[tuple[Call | None, list[Any]]] = []
+        self._good_steps = 0
+        self._shown = 0  # accepted steps, when progress was last shown
+
+    @property
+    def count(self) -> int:
+        """Timesteps of the present scheduler; 0 while none has been observed."""
+        return 0 if self._chain is None else self._chain.count
+
+    def learn(self, observed: ObservedStep) -> None:
+        """Take from a real step what it shows.
+
+        Raises:
+            Unforeseeable: If that says nothing of the steps to come.
+            NotParallelizable: If there are too few of them.
+        """
+        step, report = observed.step, self.report
+        assert step is not None
+        with _foreseen():
+            try:
+                form = self._form = observed.form()
+                if self._chain is None or not self._chain.expects(step):
+                    chain = self._chain = Chain.begin(observed)
+                    report.steps, report.samples = report.steps + chain.left, form.shape[0]
+            except NotParallelizable as reason:
+                raise Unforeseeable(str(reason)) from reason
+            if report.steps <= MIN_STEPS:
+                raise NotParallelizable(f"the loop has only {report.steps} steps.")
+            self._chain.generator = step.generator
+            self._chain.take(step, form, form.calls[0])
+
+    def answer(self, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
+        """Return what a call of a denoiser is answered, or None where it must be evaluated for itself.
+
+        Raises:
+            NotParallelizable: If the steps cannot be solved, or go another way too often.
+        """
+        if self._speculation is None:
+            self._speculate(module, spec, leaves)
+        speculation, answered = self._speculation, self._answered
+        if speculation is None:
+            return None
+        place = len(answered)
+        if self.networks.changed():
+            difference: str | None = "the denoiser itself changes"
+        elif place == speculation.width:
+            difference = "the denoiser is called more often in a step"
+        else:
+            difference = speculation.difference(place, module, spec, leaves)
+        if difference is None:
+            needed = speculation.width > 1 or (self._chain is not None and self._chain.remembers)
+            outputs = speculation.answer(place, leaves)
+            self.networks.look()
+            if outputs is not None:
+                answered.append((speculation.taken(place, leaves) if needed else None, outputs))
+                return speculation.tree(place, outputs)
+            difference = "the loop changes the state between the scheduler's steps"
+        self.miss(difference)
+        return None
+
+    def answered_calls(self) -> Sequence[tuple[Call, list[Any]]]:
+        """Return the calls of the present step that were answered ahead, and let go of them."""
+        answered, self._answered = self._answered, []
+        return [(call, outputs) for call, outputs in answered if call is not None]
+
+    def take_step(self, step: SchedulerStep, result: Any) -> bool:
+        """Take a step whose calls were answered ahead; return whether it is the one that was expected."""
+        speculation, chain, answered = self._speculation, self._chain, self._answered
+        self._answered = []
+        if speculation is None or chain is None or not chain.expects(step) or len(answered) != speculation.width:
+            self.miss("the scheduler's steps are others")
+            return False
+        chain.take(step, speculation.form, answered[0][0])
+        speculation.take_step()
+        self._good_steps += 1
+        if speculation.accepted != self._shown:
+            self._shown = speculation.accepted
+            self.loop.on_round(speculation.first + self._shown, chain.count)
+        if not chain.left:
+            speculation.finish(result.prev_sample if hasattr(result, "prev_sample") else result[0])
+            self.discard()
+        return True
+
+    def miss(self, difference: str) -> None:
+        """Throw away what was solved, because the loop has gone another way.
+
+        Raises:
+            Unforeseeable: If it does that too often.
+        """
+        self.discard()
+        self.report.misses += 1
+        self.report.reason = f"solved again because {difference}."
+        if self.report.misses > MAX_MISSES + self._good_steps // STEPS_A_MISS:
+            raise Unforeseeable(f"{difference}.")
+
+    def discard(self) -> None:
+        """Throw away what was solved, and count what it took."""
+        speculation, self._speculation = self._speculation, None
+        if speculation is not None:
+            _count(self.report, speculation)
+            self.rounding = speculation.rounding
+
+    def end(self) -> None:
+        """Let go of everything: the loop goes on by itself."""
+        self.discard()
+        self._form = self._chain = None
+        self._answered = []
+
+    def _speculate(self, module: int, spec: TreeSpec, leaves: list[Any]) -> None:
+        """Begin to solve the steps that are left, at the first call of a step."""
+        form, chain = self._form, self._chain
+        if form is None or chain is None or chain.left < 2:
+            return
+        if self.networks.changed():
+            self.miss("the denoiser itself changes")  # after it was observed
+            return
+        call = copy_call(module, spec, leaves, [], form.calls[0].output)
+        if call.signature() == form.calls[0].signature():
+            merger = self.networks.merger
+            with _foreseen():
+                self._speculation = Speculation(form, chain, call, merger, self.solver, self.tolerance)
+            self.solved, self._shown = True, 0
+
+
+@contextmanager
+def _foreseen() -> Iterator[None]:
+    try:
+        yield
+    except UNFORESEEN as error:
+        raise Unforeseeable(f"its steps cannot be foreseen ({type(error).__name__}: {error}).") from error
+
+
+def _count(report: Report, speculation: Speculation) -> None:
+    """Add what was solved ahead."""
+    runs = speculation.runs
+    report.rounds += max(run.rounds for run in runs)
+    report.evaluations += sum(run.evaluations for run in runs) * report.samples // len(runs)
+    report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
+    report.error_estimate += speculation.error + speculation.distance
+    report.floor = math.hypot(report.floor, speculation.floor())
