@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -193,9 +194,6 @@ def test_unmodified_pipeline_gives_the_sequential_picture(name):
     pipe = made(name)
     expected = call(pipe)
     run = px.parallel(pipe, px.Secant(window=8))
-    if mode != "one pass":
-        with pytest.warns(RuntimeWarning, match="not a combination of the denoiser's outputs in fixed proportions"):
-            assert torch.equal(call(run), expected)
     for _ in range(2):
         assert relative(call(run), expected) <= 1e-2
         assert run.report.mode == mode
@@ -206,9 +204,6 @@ def test_unmodified_pipeline_gives_the_sequential_picture(name):
             assert run.report.real_calls == (2 if name == "control" else 1)
             assert not run.report.misses
     exact = px.parallel(pipe, px.Secant(window=8), tolerance=0)
-    if mode != "one pass":
-        with pytest.warns(RuntimeWarning, match="not a combination"):
-            call(exact)
     assert relative(call(exact), expected) <= 1e-5
 
 
@@ -436,7 +431,7 @@ def test_scheduler_whose_first_step_is_infinite_raises():
     )
     pipe = stable_diffusion(scheduler)
     run = px.parallel(pipe)
-    with pytest.warns(RuntimeWarning, match=r"step 0 of 20 makes NaN or Inf of finite outputs"):
+    with pytest.warns(RuntimeWarning, match=r"call 1 is not finite although every output was"):
         result = picture(run, output_type="latent")
     assert run.report.mode == "sequential"
     assert torch.equal(result.isfinite(), picture(pipe, output_type="latent").isfinite())
@@ -495,8 +490,11 @@ def test_loop_of_a_robot_policy_runs_unchanged(scheduler, steps, most):
 
     run = px.parallel(plan, px.Secant(window=16), denoisers=[net])
     expected = plan(torch.Generator().manual_seed(0))
-    with pytest.warns(RuntimeWarning, match="changes the state between the scheduler's steps"):
+    # That it goes another way shows after eight steps: of a hundred they are few enough to begin anew.
+    alone = pytest.warns(RuntimeWarning, match="changes the state between the scheduler's steps")
+    with alone if steps < 24 else nullcontext():
         assert relative(run(torch.Generator().manual_seed(0)), expected) <= 1e-2
+    assert run.report.rounds <= run.report.steps
     assert relative(run(torch.Generator().manual_seed(0)), expected) <= 1e-2
     assert run.report.mode == "replay"
     assert run.report.rounds <= most, run.report

@@ -181,7 +181,9 @@ class OnePass:
         """Return whether the loop can be put back as it was: early on, and if no callback has run."""
         early = self.steps <= LATEST_START * self.foresight.count
         untold = not self._calls_back or not self.steps
-        return self.runner is not None and early and untold and self.runner.can_restore()
+        if self.runner is None or self.single or not (early and untold):
+            return False
+        return self.runner.can_restore()
 
 
 def _conclude(report: Report, one_pass: OnePass, *, foreseen: bool) -> None:
