@@ -54,6 +54,7 @@ TRACED = [
     "samplers/test_schedules.py",
     "solvers/test_correction.py",
     "solvers/test_error_estimate.py",
+    "solvers/test_error_record.py",
     "solvers/test_picard.py",
     "solvers/test_anderson.py",
     "solvers/test_parareal.py",
