@@ -1,6 +1,6 @@
 """What the ranks of tests/engine/test_distributed.py run.
 
-``python ranks.py CASE FOLDER``, started with torchrun's variables.
+``python ranks.py CASE FOLDER``, started with torchrun's variables, or :func:`run` in a fork.
 
 A case is a function of a mesh; what it returns is saved as FOLDER/RANK.pt.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -248,12 +249,29 @@ def hanging(mesh):
     lost(mesh, lambda: time.sleep(600))
 
 
-def main():
+def plain(mesh):
+    """Draw once."""
+    return {"x": draw(mesh).x}
+
+
+def run(case, folder, rank, size, port):
+    """Be one of so many ranks, in a process that was forked; what it says goes to FOLDER/RANK.txt."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    os.environ.update(shared, RANK=str(rank))
+    with (Path(folder) / f"{rank}.txt").open("w", buffering=1) as sys.stderr:
+        try:
+            main(case, folder)
+        except BaseException:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+
+def main(case, folder):
+    """Run a case on this rank."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
     warnings.filterwarnings("ignore", "running in parallel was slower", RuntimeWarning)  # networks cost nothing
     torch.set_num_threads(1)
-    case, folder = sys.argv[1:]
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     shape, names = ((2, 2), ("time", "tensor")) if case == "tensors" else ((size,), ("time",))
@@ -263,4 +281,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

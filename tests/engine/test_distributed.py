@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import main as torchrun
 
 import parataxis as px
 import ranks
@@ -19,31 +20,40 @@ from parataxis import pipelines
 from parataxis.engine.distributed import fingerprint
 
 SCRIPT = Path(ranks.__file__)
+FORK = multiprocessing.get_context("fork")  # torch takes a rank longer to import than all else
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def started(case, folder, size):
     """Start the ranks of a case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), case, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    port = free_port()
+    processes = [FORK.Process(target=ranks.run, args=(case, folder, rank, size, port)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ended(process, folder, rank, seconds):
+    """Wait for a rank; return its exit code and what it wrote."""
+    process.join(seconds)
+    return process.exitcode, (folder / f"{rank}.txt").read_text()
 
 
 def finished(case, folder, size):
     """Run the ranks of a case and return what each has found."""
-    for process in started(case, folder, size):
-        error = process.communicate(timeout=240)[1]
-        assert process.returncode == 0, error
+    processes = started(case, folder, size)
+    try:
+        for rank, process in enumerate(processes):
+            assert ended(process, folder, rank, 240)[0] == 0, ended(process, folder, rank, 0)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
@@ -140,40 +150,39 @@ def test_rank_that_is_lost_ends_the_others_with_its_name(case, tmp_path):
     """A rank that is lost ends the others with its name."""
     processes = started(case, tmp_path, 3)
     try:
-        errors = {rank: processes[rank].communicate(timeout=120)[1] for rank in (0, 2)}
-        ended = time.monotonic()
-        for rank, error in errors.items():
-            assert processes[rank].returncode == 1
+        for rank in (0, 2):
+            code, error = ended(processes[rank], tmp_path, rank, 120)
+            assert code == 1
             assert "RankError: rank 1 (" in error
             assert "is lost in round 3" in error or "is lost in round 4" in error
         if case == "killed":
-            processes[1].wait(timeout=30)
-        assert time.monotonic() - ended < 30
+            processes[1].join(30)
+            assert processes[1].exitcode == -signal.SIGKILL
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
 
 
-def test_two_agents_of_torchrun_act_as_two_machines(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+def test_two_agents_of_torchrun_act_as_two_machines(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    port = free_port()
     agents = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
-            + ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
-            + [str(SCRIPT), "samples", str(tmp_path)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
+        FORK.Process(
+            target=torchrun,
+            args=(
+                ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+                + ["--master-addr", "127.0.0.1", "--master-port", port, str(SCRIPT), "plain", str(tmp_path)],
+            ),
         )
         for node in range(2)
     ]
     for agent in agents:
-        error = agent.communicate(timeout=240)[1]
-        assert agent.returncode == 0, error
+        agent.start()
+    for agent in agents:
+        agent.join(240)
+        assert agent.exitcode == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first["x"], second["x"])
     assert near(first["x"], ranks.draw(None).x)
