@@ -7,12 +7,14 @@ import itertools
 import math
 import typing
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import parataxis as px
 from parataxis.denoisers import empirical, mixture
+from parataxis.solvers.frame import Frame
 
 DIM = 16
 SCALED = ("euler", "euler_ancestral", "heun")
@@ -136,6 +138,22 @@ def law_exact():
             cls(window=4, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
         ]
     return found
+
+
+# -- a window without a network ---
+
+
+def frame_at(lo, evaluated_until, width=5, steps=20, dim=16):
+    """Return the window of one sample that begins at a step: DDIM, nothing evaluated but what is said."""
+    coefficients = px.samplers.ddim(px.vp(), steps).coefficients
+    problem = SimpleNamespace(
+        steps=steps, dim=dim, coefficients=coefficients, strides=(), rounding=1e-7, tolerance=1e-3
+    )
+    frame = Frame(SimpleNamespace(problem=problem, active=np.ones(1, bool), output_rounding=1e-7), width)
+    frame.seat_frame(np.zeros(1, np.int64))
+    frame.lo[:], frame.evaluated_until[:] = lo, evaluated_until
+    frame.look()
+    return frame
 
 
 # -- problems made to hurt -----------------------------------------------------------------------------------------
