@@ -164,8 +164,8 @@ def forecasts() -> str:
     head = ["network", "sampler", "steps", "loop, ms", "best window", "rounds of trained networks"]
     text = (
         "For large networks with random weights only the cost of calls means anything. Here it is combined with the\n"
-        "rounds that the trained, shipped models need for a relative error of 1e-2 in the same window; *planned* is what\n"
-        "`px.plan` expects from the same curve, with the range of eight cases in ten.\n\n"
+        "rounds that the trained, shipped models need for a relative error of 1e-2 in the same window; *planned* is\n"
+        "what `px.plan` expects from the same curve, with the range of eight cases in ten.\n\n"
     )
     return f"{text}{where(rows)}.\n\n" + table([*head, "speed-up in the network", "planned"], lines)
 

@@ -220,8 +220,8 @@ class _AcceleratedTensors(WindowTensors):
         self.corrections = self.all[first : first + m * length].view(m, length, dim)[:, :-1].transpose(0, 1)
         self.corrections_transposed = self.corrections.mT
         kinds = [f"{kind}{age}" for kind in ("correction", "new") for age in range(1, m)]
-        self.kept = {kind: self.flat[kind][:-1] for kind in kinds}
-        self.older = [self.kept[f"new{age}"].view(self.step.shape) for age in range(1, m)]
+        self.former = {kind: self.flat[kind][:-1] for kind in kinds}
+        self.older = [self.former[f"new{age}"].view(self.step.shape) for age in range(1, m)]
         if m > 1:
             self.correction_products = self.pieces["corrections"].view(-1, m, m)
 
@@ -264,7 +264,7 @@ class _AcceleratedTensors(WindowTensors):
     def _shift(self, source: str, target: str) -> None:
         """Move states lo + 1 .. lo + W with their windows into the place of older ones."""
         index = self.pack.tensors["shift_history"]
-        torch.index_select(self.flat[source], 0, index, out=self.kept[target])
+        torch.index_select(self.flat[source], 0, index, out=self.former[target])
 
 
 class _Accelerated(Window):
