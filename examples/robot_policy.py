@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import parataxis as px
 
-HORIZON, TRAIN_STEPS = 16, 500
+HORIZON, TRAIN_STEPS = 16, 300
 OPTIONS = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True, "prediction_type": "epsilon"}
 
 
@@ -120,7 +120,7 @@ def parallel_loop(
 
 torch.manual_seed(0)
 network = train(torch.Generator().manual_seed(1))
-_, observation = demonstrations(8, torch.Generator().manual_seed(2))
+_, observation = demonstrations(4, torch.Generator().manual_seed(2))
 for scheduler, steps in [(DDPMScheduler(100, **OPTIONS), 100), (DDIMScheduler(100, **OPTIONS), 16)]:
     scheduler.set_timesteps(steps)
     plain = plain_loop(network, scheduler, observation, torch.Generator().manual_seed(3))

@@ -31,14 +31,20 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
+def written():
+    """Return what was written here and when; files may be looked at."""
+    found = {path: path.lstat() for path in Path().rglob("*")}
+    return {path: (of.st_ino, of.st_size, of.st_mode, of.st_mtime_ns) for path, of in found.items()}
+
+
 def refused(arguments, message, capsys):
     """Check that a command is refused in one line, and leaves every file as it was."""
-    before = {path: path.lstat() for path in Path().rglob("*")}
+    before = written()
     assert main([*DRAW, *arguments]) == 2
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.count("\n") == 1
-    assert {path: path.lstat() for path in Path().rglob("*")} == before
+    assert written() == before
 
 
 def test_place_that_is_no_file_is_refused(capsys):

@@ -23,8 +23,7 @@ def identify(value):
     return repr(value) if not isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("points", [10, 25, 100])
+@pytest.mark.parametrize(("points", "dtype"), [(10, torch.float64), (25, torch.float64), (100, torch.float32)], ids=str)
 @pytest.mark.parametrize(("solver", "name"), WIDE, ids=identify)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_with_tolerance_zero_the_result_is_sequential_in_at_most_n_rounds(problem, solver, name, points, dtype):
@@ -93,9 +92,8 @@ def test_window_one_is_the_sequential_loop_to_the_bit(solver, name):
 FACTOR, ROUNDING = 1.0, 1e-12
 
 
-@pytest.mark.parametrize("points", [25, 100])
+@pytest.mark.parametrize(("problem", "points"), [*((problem, 25) for problem in PROBLEMS), ("power law", 100)])
 @pytest.mark.parametrize(("solver", "name"), WIDE, ids=identify)
-@pytest.mark.parametrize("problem", PROBLEMS)
 def test_error_falls_with_the_tolerance_and_stays_below_its_estimate(problem, solver, name, points):
     """The error falls with the tolerance and stays below its estimate."""
     expected = problems.reference(problem, name, points, count=4)
