@@ -216,7 +216,7 @@ def main() -> None:
     begun = time.monotonic()
     reference: dict[Any, Tensor] = {}
     with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         for _, chosen, name, steps, width, label, solver, tolerance in tqdm(
