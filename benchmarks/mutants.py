@@ -21,7 +21,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -56,6 +58,7 @@ TRACED = [
     "solvers/test_error_estimate.py",
     "solvers/test_error_record.py",
     "solvers/test_picard.py",
+    "solvers/test_secant.py",
     "solvers/test_anderson.py",
     "solvers/test_parareal.py",
     "solvers/test_speculative.py",
@@ -320,12 +323,12 @@ class Cases:
 
 
 class Tests(NamedTuple):
-    """Some tests, and how long they may take."""
+    """Some tests, and how long they may take: seconds of the processor, as other work may slow the machine down."""
 
     files: Sequence[str]
     chosen: Sequence[str] | None = None
     cases: int = MORE_CASES
-    seconds: float = 900.0
+    seconds: int = 600
 
 
 def run_tests(tests: Tests, cases: Cases, folder: str) -> int:
@@ -341,13 +344,18 @@ def run_tests(tests: Tests, cases: Cases, folder: str) -> int:
         return int(pytest.main([*stop, "-q", "-p", "no:cacheprovider", *tests.files], plugins=[cases]))
 
 
-def in_fork(work: Callable[[Any], None], seconds: float) -> Any:
+def in_fork(work: Callable[[Any], None], seconds: int) -> Any:
     """Return what ``work`` sends, ``"timeout"``, or None if its process ended without a word."""
     fork = multiprocessing.get_context("fork")
     results = fork.SimpleQueue()
-    process = fork.Process(target=work, args=(results,))
+
+    def limited(results: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        work(results)
+
+    process = fork.Process(target=limited, args=(results,))
     process.start()
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 10 * seconds  # it may also wait for something that does not come
     # Read while it works: a long answer does not fit into the pipe.
     while process.is_alive() and results.empty() and time.monotonic() < end:
         process.join(0.05)
@@ -355,7 +363,7 @@ def in_fork(work: Callable[[Any], None], seconds: float) -> Any:
     if answer == "timeout":
         process.kill()
     process.join()
-    return answer
+    return "timeout" if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) else answer
 
 
 def first_failure(folder: Path, tests: Tests) -> str:
@@ -421,7 +429,7 @@ class Executed:
             }
             results.put({"seconds": cases.seconds, "lines": lines})
 
-        known = in_fork(work, 7200.0)
+        known = in_fork(work, 1800)
         if not isinstance(known, dict):
             sys.exit(f"the tests could not be traced: {known}.")
         KEPT.parent.mkdir(exist_ok=True)
@@ -469,8 +477,8 @@ def mutate(mutation: Mutation, executed: Executed, *, quick: bool) -> dict[str, 
     file, began = place(mutation.line), time.monotonic()
     names = executed.tests(file, mutation.line)
     estimate = sum(executed.seconds[name] for name in names)
-    # Slower than ten times what they take else: it does not end.
-    stages = [Tests(sorted({name.split("::")[0] for name in names}), names, CASES, 10 * estimate + 120)]
+    # Slower than three times what they take else: it does not end.
+    stages = [Tests(sorted({name.split("::")[0] for name in names}), names, CASES, int(3 * estimate) + 30)]
     if not quick:
         stages.append(Tests([f"tests/{name}" for name in FILES[mutation.suite].split()]))
     with tempfile.TemporaryDirectory() as folder:

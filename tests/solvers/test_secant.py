@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import parataxis as px
+import problems
 from problems import frame_at
 
 GAUSSIAN, BEFORE, MEASURED = 0.6, 0.7, 0.8  # growth of each kind of slope
@@ -70,3 +72,23 @@ def test_growth_stays_in_its_bounds():
     largest = 1.3 * frame_at(14, 19).rms_ratio[0, 2]
     bounds = growth(change=-1e3)[2], growth(change=1e3)[2]  # which is which depends on the sign of the output's weight
     assert sorted(bounds) == pytest.approx([0.0, largest], abs=1e-9)
+
+
+def test_outputs_that_were_repaired_are_named_to_a_method():
+    """In the round in which the network returned NaN for a guess, and in no other."""
+    rounds = []
+
+    class Watching(px.Secant):
+        def slopes(self, window, measured):
+            rounds.append(None if measured.finite is None else measured.finite.tolist())
+            return super().slopes(window, measured)
+
+    def network(x, t):
+        outputs = 0.3 * torch.tanh(x)
+        if not rounds:
+            outputs[3] = torch.nan
+        return outputs
+
+    px.sample(network, problems.noise(1), px.samplers.ddim(steps=12), Watching(window=6))
+    assert rounds[0] == [[True, True, True, False, True, True]]
+    assert not any(rounds[1:])
