@@ -113,10 +113,10 @@ def policy(out: Path, count: int | None = None) -> dict[str, Any]:
     return figures(POLICY, sampler, plan, loop, chosen)
 
 
-def digits(out: Path) -> dict[str, Any]:
-    """Draw a digit; write ``rounds.png``."""
+def digits(out: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Draw a digit in so many steps; write ``rounds.png``."""
     model = models.load("digits")
-    sampler, network, label = model.sampler("ddim", STEPS), model.denoiser(GUIDANCE), torch.tensor([3])
+    sampler, network, label = model.sampler("ddim", steps), model.denoiser(GUIDANCE), torch.tensor([3])
     noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0))
     estimates: list[Tensor] = []
 
@@ -161,8 +161,8 @@ def plans_side_by_side(loop: Tensor, chosen: Tensor, out: Path) -> None:
     for index, axes in enumerate(figure.subplots(1, len(loop), sharey=True, squeeze=False)[0]):
         for entry in range(loop.shape[-1]):
             color = f"C{entry}"
-            axes.plot(loop[index, :, entry], color=color, linewidth=1, label=names[entry])
-            axes.plot(chosen[index, :, entry], ".", color=color, markersize=4)
+            axes.plot(loop[index, :, entry].numpy(), color=color, linewidth=1, label=names[entry])
+            axes.plot(chosen[index, :, entry].numpy(), ".", color=color, markersize=4)
         axes.set_title(f"plan {index + 1}", fontsize=9)
         axes.set_xlabel("time step", fontsize=8)
     figure.axes[0].set_ylabel("action, of [-1, 1]", fontsize=8)
@@ -182,12 +182,12 @@ def rounds_strip(rounds: Sequence[Tensor], sequential: Sequence[tuple[int, Tenso
         axes.set_xticks([])
         axes.set_yticks([])
     for axes, (number, image) in zip(grid[0], enumerate(rounds, 1), strict=False):
-        axes.imshow(image.squeeze(), cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(image.squeeze().numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_title(str(number), fontsize=8)
     for axes in grid[0][len(rounds) :]:
         axes.set_visible(False)
     for axes, (call, image) in zip(grid[1], sequential, strict=True):
-        axes.imshow(image.squeeze(), cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(image.squeeze().numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.set_title(str(call), fontsize=8)
     grid[0][0].set_ylabel("rounds", fontsize=8)
     grid[1][0].set_ylabel("loop's calls", fontsize=8)
@@ -199,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--plans", type=int, help="only the first ones of the episode")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the digit (default: %(default)s)")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {"policy": policy(out, arguments.plans)}
     print(sentence(f"policy {POLICY}", "a plan", found["policy"]), flush=True)
-    found["digits"] = digits(out)
+    found["digits"] = digits(out, arguments.steps)
     print(sentence("digits", "a sample", found["digits"]))
     (out / "sample.json").write_text(json.dumps(found, indent=2) + "\n")
     print(f"wrote {out / 'sample.json'}, {out / 'policy.png'}, {out / 'rounds.png'}")
