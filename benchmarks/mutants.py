@@ -486,11 +486,13 @@ def mutate(mutation: Mutation, executed: Executed, *, quick: bool) -> dict[str, 
         by = ""
         for tests in stages:
             by = first_failure(Path(folder), tests) if tests.files else ""
+            if not by:
+                continue
             # What does not end is compared with the same tests on the package as it is.
-            if by and not (passes_unbroken(by) if "::" in by else not first_failure(PACKAGE.parent, tests)):
-                sys.exit(f"{by} fails on the package as it is: mend that first.")
-            if by:
-                break
+            unbroken = first_failure(PACKAGE.parent, tests) if "::" not in by else "" if passes_unbroken(by) else by
+            if unbroken:
+                sys.exit(f"{unbroken} fails on the package as it is: mend that first.")
+            break
     return {
         "mutation": mutation.name,
         "file": str(file.relative_to(PACKAGE)),
