@@ -506,3 +506,64 @@ def test_parameters_written_through_data_are_noticed(solver):
     with pytest.warns(RuntimeWarning, match="sequentially: the loop changes its denoiser .*scale"):
         result = px.parallel(loop, solver, denoisers=[net])(x)
     assert torch.equal(result, loop(x))
+
+
+class Guide(torch.nn.Module):
+    """Its output goes into the network's arguments, as that of a ControlNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Net(DIM)
+
+    def forward(self, x, t):
+        return (self.inner(x, t),)
+
+
+class Guided(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Net(DIM)
+
+    def forward(self, x, t, residual):
+        return self.inner(x + 0.3 * residual, t)
+
+
+def handed_on(residual, i):
+    return residual
+
+
+def halved_later(residual, i):
+    return residual / 2 if i >= 6 else residual
+
+
+def halved_later_in_place(residual, i):
+    return residual.mul_(0.5) if i >= 6 else residual
+
+
+def looked_at(residual, i):
+    assert torch.isfinite(residual).all()
+    return residual
+
+
+@pytest.mark.parametrize("edit", [1.0, 0.9])
+@pytest.mark.parametrize("hand_on", [handed_on, halved_later, halved_later_in_place, looked_at])
+def test_output_that_goes_into_another_network_is_there_for_whoever_uses_it(hand_on, edit):
+    """Its content is not evaluated until somebody looks: when the loop changes it, or goes another way."""
+    guide, net, steps = Guide(), Guided(), SCHEDULERS["ddim"]()
+
+    def loop(generator):
+        steps.set_timesteps(16)
+        x = torch.randn(2, DIM, generator=generator)
+        for i, t in enumerate(steps.timesteps):
+            residual = hand_on(guide(x, t)[0], i)
+            x = steps.step(net(x, t, residual), t, x).prev_sample * edit
+        return x
+
+    expected = loop(seeded())
+    run = parallel(loop, px.Secant(window=8), denoisers=[guide, net])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that the rest of it runs by itself
+        assert relative(run(seeded()), expected) <= max(1e-5, run.report.error_estimate) <= 1e-2
+    assert run.report.rounds <= run.report.steps
+    if hand_on is handed_on and edit == 1:
+        assert (run.report.mode, run.report.real_calls) == ("one pass", 2)

@@ -39,6 +39,7 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
     calls, other = recordings[0].calls, recordings[1].calls
     row_maps = check_calls(calls, other)
     feeding = {feeder for call in calls for feeder, _ in call.feeds.values()}
+    _check_feeders(calls, row_maps)
     calls_of_step = _steps(calls, other, row_maps, feeding)
     row_maps = _with_samples(calls, other, row_maps, calls_of_step)
     samples = int(row_maps[calls_of_step[0][0]].sample_of_row.max()) + 1
@@ -87,6 +88,18 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
         slopes=np.zeros(cut),
     )
     return structure, fit_recurrence(structure, recordings, first)
+
+
+def _check_feeders(calls: Sequence[Call], row_maps: Sequence[RowMap]) -> None:
+    """Raise where a call feeds another one whose states lie in other rows."""
+    for call, row_map in zip(calls, row_maps, strict=True):
+        for feeder, _ in call.feeds.values():
+            before = row_maps[feeder]
+            if before.rows != row_map.rows or sum(p.size for p in before.slices) != sum(p.size for p in row_map.slices):
+                raise NotParallelizable(
+                    f"one denoiser feeds another with other rows: {before.rows} rows go into {row_map.rows}, as where "
+                    "frames are the rows of a ControlNet."
+                )
 
 
 def _state_leaf(calls: Sequence[Call], row_maps: Sequence[RowMap], call: int) -> Tensor:

@@ -94,7 +94,7 @@ def plan_loop(loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any], toleran
         reason = str(signal)
     finally:
         if runner.passes:
-            runner.restore(everything=True)
+            runner.beginning.restore(everything=True)
         runner.close()
     raise ValueError(f"the loop cannot be solved in parallel: {reason}")
 

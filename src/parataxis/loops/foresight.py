@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils._pytree import TreeSpec
 
 from ..solvers.base import Solver
-from .calls import Call, copy_call
+from .calls import Call, copy_call, copy_leaves, flatten_output
 from .chain import Chain
+from .deferred import deferred
 from .loop import Loop
 from .networks import Networks
 from .observation import ObservedStep, StepForm
@@ -99,10 +101,14 @@ class Foresight:
         elif place == speculation.width:
             difference = "the denoiser is called more often in a step"
         else:
-            difference = speculation.difference(place, module, spec, leaves)
+            difference = speculation.difference(place, module, spec, leaves, [outputs for _, outputs in answered])
         if difference is None:
             needed = speculation.width > 1 or (self._chain is not None and self._chain.remembers)
-            outputs = speculation.answer(place, leaves)
+            outputs: list[Any] | None
+            if speculation.only_feeds(place):
+                outputs = self._deferred(speculation.taken(place, leaves))
+            else:
+                outputs = speculation.answer(place, leaves)
             self.networks.look()
             if outputs is not None:
                 answered.append((speculation.taken(place, leaves) if needed else None, outputs))
@@ -111,10 +117,22 @@ class Foresight:
         self.miss(difference)
         return None
 
-    def answered_calls(self) -> Sequence[tuple[Call, list[Any]]]:
-        """Return the calls of the present step that were answered ahead, and let go of them."""
+    def _deferred(self, call: Call) -> list[Any]:
+        """Return the outputs of a call that only goes into another one's arguments."""
+
+        def evaluate() -> list[Any]:
+            args, kwargs = call.arguments(copy_leaves(call.leaves))
+            with torch.no_grad(), call.context():
+                outputs = flatten_output(self.networks.real(call.module, args, kwargs))[0]
+            self.networks.look()
+            return outputs
+
+        return deferred(call.output.leaves, evaluate)
+
+    def begun_step(self) -> ObservedStep:
+        """Return the present step with its calls that were answered ahead, and let go of them."""
         answered, self._answered = self._answered, []
-        return [(call, outputs) for call, outputs in answered if call is not None]
+        return ObservedStep.of([(call, outputs) for call, outputs in answered if call is not None])
 
     def take_step(self, step: SchedulerStep, result: Any) -> bool:
         """Take a step whose calls were answered ahead; return whether it is the one that was expected."""

@@ -89,11 +89,6 @@ class GeneralSteps:
             return None, distance
         return self.known.answer(step * len(self.form.calls) + call, step, states, slopes), distance
 
-    def answer_feeder(self, step: int, call: int) -> list[Any]:
-        """Return output leaves for a call that only goes into another call's arguments, which is not evaluated now."""
-        leaves = self.structure.outputs[step * len(self.form.calls) + call].leaves
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
     def forget(self, step: int) -> None:
         """Let go of a step."""
         self._ready.pop(step, None)

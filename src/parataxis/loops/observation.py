@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .calls import Call
+from .deferred import DeferredOutput
 from .rows import RowMap, StateSlice
 from .schedulers import SchedulerStep, unwatched_copy
 from .signals import NotParallelizable
@@ -37,17 +38,20 @@ class ObservedStep:
         outputs: Output leaves of each.
         step: What the scheduler was called with.
         before: A copy of the scheduler before it.
+        ahead: Whether some of its calls have been answered by a round of a solve.
     """
 
     calls: list[Call] = field(default_factory=list)
     outputs: list[list[Any]] = field(default_factory=list)
     step: SchedulerStep | None = None
     before: Any = None
+    ahead: bool = False
 
     @classmethod
     def of(cls, answered: Sequence[tuple[Call, list[Any]]]) -> ObservedStep:
         """Return a step of which these calls have been answered already."""
-        return cls([call for call, _ in answered], [outputs for _, outputs in answered])
+        ahead = any(not isinstance(leaf, DeferredOutput) for _, outputs in answered for leaf in outputs)
+        return cls([call for call, _ in answered], [outputs for _, outputs in answered], ahead=ahead)
 
     def take(self, step: SchedulerStep) -> None:
         """Take the scheduler's call, which is about to run."""

@@ -22,13 +22,13 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from ..solvers.base import Solver
+from .beginning import Beginning
 from .calls import copy_call, flatten_arguments
 from .foresight import Foresight
 from .loop import Loop
 from .networks import Networks
 from .observation import ObservedStep
 from .report import ABOVE_FLOOR, Report
-from .runner import LoopRunner
 from .schedulers import SchedulerStep, watch
 from .signals import NotParallelizable, StartOver, Unforeseeable
 
@@ -51,7 +51,7 @@ class OnePass:
         solver: How the steps are solved.
         tolerance: Relative error allowed in the result.
         report: To be filled in.
-        runner: Can put the loop back as it was before; without one it is never ended.
+        beginning: To which the loop can be put back; without it the loop is never ended.
 
     Attributes:
         networks: The denoisers.
@@ -69,14 +69,15 @@ class OnePass:
         solver: Solver,
         tolerance: float,
         report: Report,
-        runner: LoopRunner | None = None,
+        beginning: Beginning | None = None,
     ) -> None:
-        self.loop, self.schedulers, self.report, self.runner = loop, schedulers, report, runner
-        self.networks = Networks(loop, None if runner is None else runner.world)
+        self.loop, self.schedulers, self.report, self.beginning = loop, schedulers, report, beginning
+        self.networks = Networks(loop, None if beginning is None else beginning.world)
         self.foresight = Foresight(loop, self.networks, solver, tolerance, report)
         self.alone, self.refused, self.steps = "", False, 0
         self.single = getattr(solver, "window", None) == 1
         self._observed: ObservedStep | None = ObservedStep()  # the real step that is going on
+        self._ahead = False  # whether a round has answered a part of the step in which the loop goes alone
         self._start_over: StartOver | None = None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,10 +86,10 @@ class OnePass:
         Raises:
             StartOver: If it is to be recorded.
         """
-        report, networks, runner = self.report, self.networks, self.runner
+        report, networks, beginning = self.report, self.networks, self.beginning
         # A loop may leave a callback out of a pass, but one that has run cannot be undone.
         self._calls_back = self.loop.calls_back(kwargs)
-        watched = nullcontext() if runner is None else runner.watched()
+        watched = nullcontext() if beginning is None else beginning.watched()
         try:
             with networks.installed(self._called), watch(self.schedulers, self._stepped), watched:
                 value = self.loop.run(args, kwargs, False)
@@ -106,7 +107,7 @@ class OnePass:
 
     def _called(self, module: int, args: Any, kwargs: Any) -> Any:
         """Answer a call of a denoiser."""
-        with nullcontext() if self.runner is None else self.runner.unwatched():
+        with nullcontext() if self.beginning is None else self.beginning.unwatched():
             return self._answer(module, args, kwargs)
 
     def _answer(self, module: int, args: Any, kwargs: Any) -> Any:
@@ -128,7 +129,7 @@ class OnePass:
     def _observe(self, module: int, spec: TreeSpec, leaves: list[Any], args: Any, kwargs: Any) -> Any:
         """Evaluate a call for itself, as a part of a real step."""
         if self._observed is None:
-            self._observed = ObservedStep.of(self.foresight.answered_calls())
+            self._observed = self.foresight.begun_step()
         calls = self._observed.calls
         if len(calls) >= (FEW_CALLS if self._can_start_over() else MAX_CALLS):
             raise Unforeseeable(NO_STEP)
@@ -147,7 +148,9 @@ class OnePass:
             observed.take(step)
         result = run()
         if self.alone or observed is not None:
-            self.report.rounds += 1
+            # A round that has answered a part of the step is counted already.
+            self.report.rounds += not (self._ahead if observed is None else observed.ahead)
+            self._ahead = False
             self.report.evaluations += len(step.sample) if step.sample.ndim else 1
         if not self.alone:
             self._learn(observed, step, result)
@@ -174,6 +177,7 @@ class OnePass:
             if self._can_start_over():
                 self._start_over = StartOver(str(reason))
                 raise self._start_over from None
+        self._ahead = self.foresight.begun_step().ahead
         self.alone, self._observed = str(reason), None
         self.foresight.end()
 
@@ -181,9 +185,9 @@ class OnePass:
         """Return whether the loop can be put back as it was: early on, and if no callback has run."""
         early = self.steps <= LATEST_START * self.foresight.count
         untold = not self._calls_back or not self.steps
-        if self.runner is None or self.single or not (early and untold):
+        if self.beginning is None or self.single or not (early and untold):
             return False
-        return self.runner.can_restore()
+        return self.beginning.can_restore()
 
 
 def _conclude(report: Report, one_pass: OnePass, *, foreseen: bool) -> None:

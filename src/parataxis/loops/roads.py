@@ -50,13 +50,14 @@ def solve_loop(
     runner = None if schedulers and key in loop.foreseen else LoopRunner(loop, args, kwargs)
     try:
         if schedulers and key not in loop.recorded:
-            return _run_once(OnePass(loop, schedulers, solver, tolerance, report, runner), key, args, kwargs)
+            beginning = None if runner is None else runner.beginning
+            return _run_once(OnePass(loop, schedulers, solver, tolerance, report, beginning), key, args, kwargs)
         assert runner is not None
         return _record(runner, solver, report, reason, started)
     except StartOver:
         assert runner is not None
         loop.recorded.add(key)
-        runner.restore(everything=True)
+        runner.beginning.restore(everything=True)
         return _record(runner, solver, report, None, started)
     finally:
         if runner is not None:
@@ -82,8 +83,8 @@ def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[s
     if reason == NO_CALL or reason.startswith("the loop has only"):
         reason = ""
     part = "the rest of the loop" if report.mode == "one pass" else "the loop"
-    told = [f"{part} runs sequentially: {reason}"] if reason else []
-    _warn(loop, report, trainable=one_pass.networks.trainable, more=told)
+    because = [f"{part} runs sequentially: {reason}"] if reason else []
+    _warn(loop, report, trainable=one_pass.networks.trainable, more=because)
     return value
 
 
@@ -119,7 +120,7 @@ def _record(runner: LoopRunner, solver: Solver, report: Report, reason: str | No
         report.calls, report.rows = report.calls + merger.calls, report.rows + merger.rows
         report.peak_rows, passes = max(report.peak_rows, merger.peak_rows), report.passes
         report.passes = passes + runner.passes
-    if runner.passes and not runner.restore(everything=True):
+    if runner.passes and not runner.beginning.restore(everything=True):
         reason = f"{reason} The loop has written to large tensors, so the result may differ."
     return _run_alone(runner, solver, report, reason, started, passes, raised=raised)
 

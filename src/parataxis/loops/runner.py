@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..engine.latency import timed
 from .answers import Answers
+from .beginning import Beginning
 from .calls import Call, Output, autocast_of, copy_leaves, equal, flatten_output
 from .loop import Loop
 from .memo import ModuleMemo
@@ -57,6 +58,7 @@ class LoopRunner:
         held_by_modules: What these modules held when each was run last.
         other_seconds: Seconds of other modules that the loop calls, which run once for all passes.
         spool: Keeps states and outputs of all passes.
+        beginning: To which the loop is put back before every pass.
     """
 
     def __init__(self, loop: Loop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,7 +78,7 @@ class LoopRunner:
         self._autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
         self.world = World(loop.roots(args, kwargs), ignore=Stub)
         self._random = RandomState(self.world.random)
-        self._random.worlds.append(self.world)
+        self.beginning = Beginning(self.world, self._random)
         self._switch = StubSwitch()
         self._originals: list[OriginalCall] = []
         self.modules_inside: set[int] = set()  # that the loop calls between its steps, and that are a part of it
@@ -122,7 +124,7 @@ class LoopRunner:
             most_calls: The pass ends behind so many recorded calls; None for :data:`MOST_CALLS`, and an error there.
         """
         self.passes += 1
-        self.restore()
+        self.beginning.restore()
         # A pass that cannot get farther than the ones before meets no generator that they have not.
         watched = self.passes == 1 or callbacks or accept is not None or not plans or plans[-1].answers.records_calls
         outer, current = self._pass, _Pass(self, plans, seed, callbacks, accept, at_stage)
@@ -151,26 +153,6 @@ class LoopRunner:
             return self.run(plans, seed=seed, callbacks=callbacks, accept=accept, most_calls=most_calls)
         current.record.complete, current.record.value = not current.record.calls, value
         return current.record
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Watch a run of the loop that is no pass, so that it can be put back behind it as it was."""
-        with self._random:
-            yield
-
-    def unwatched(self) -> AbstractContextManager[None]:
-        """Let nothing be watched for a while."""
-        return self._random.paused()
-
-    def can_restore(self) -> bool:
-        """Return whether everything that the loop reaches can be put back as it was."""
-        return not self.world.obstacles and not self.world.is_lost()
-
-    def restore(self, *, everything: bool = False) -> bool:
-        """Put back what the loop reaches, and the random state; return whether nothing was lost."""
-        whole = self.world.restore(everything=everything)
-        self._random.restore()
-        return whole
 
     def sequential(self) -> Any:
         """Run the unmodified loop, from the state at the beginning."""

@@ -25,6 +25,7 @@ from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
 from .calls import Call, CallKind, RecordedCalls
 from .chain import Chain
+from .deferred import DeferredOutput
 from .equal_steps import EqualSteps, are_equal
 from .general_steps import GeneralSteps
 from .merger import Merger
@@ -91,7 +92,9 @@ class Speculation:
         """The solver's estimate of the relative error of the sample accepted so far."""
         return max(run.error for run in self.runs)
 
-    def difference(self, call: int, module: int, spec: TreeSpec, leaves: Sequence[Any]) -> str | None:
+    def difference(
+        self, call: int, module: int, spec: TreeSpec, leaves: Sequence[Any], answered: Sequence[Sequence[Any]]
+    ) -> str | None:
         """Return what of a call is not as it was expected, except the state; None if nothing is.
 
         Args:
@@ -99,9 +102,14 @@ class Speculation:
             module: Which denoiser is called.
             spec: Form of its arguments.
             leaves: Their leaves.
+            answered: Output leaves of the calls of this step so far.
         """
         if self.answered == self.sampler.steps:
             return "the loop goes on behind the scheduler's last step"
+        for leaf, (feeder, output) in self.form.calls[call].feeds.items():
+            value = leaves[leaf]
+            if value is not answered[feeder][output] or not isinstance(value, DeferredOutput) or value.fill is None:
+                return "the output of one denoiser is changed before it goes to another"
         return self._expected[call].difference(self.first + self.answered, module, spec, leaves)
 
     def taken(self, call: int, leaves: Sequence[Any]) -> Call:
@@ -111,8 +119,6 @@ class Speculation:
     def answer(self, call: int, leaves: Sequence[Any]) -> list[Any] | None:
         """Return the output leaves of a call of the present step, or None if its state is not the accepted one."""
         step = self.answered
-        if call not in self.form.solved:
-            return self._general_steps().answer_feeder(step, call)
         if step >= self._prepared:
             if step and not self._is_near(step, call, leaves):  # it would be a round for nothing
                 return None
@@ -122,6 +128,10 @@ class Speculation:
         if outputs is not None:
             self.distance = distance
         return outputs
+
+    def only_feeds(self, call: int) -> bool:
+        """Return whether the outputs of a call of a step only go into another one's arguments."""
+        return call not in self.form.solved
 
     def tree(self, call: int, outputs: list[Any]) -> Any:
         """Return output leaves in the form in which a call of a step returns them."""
@@ -173,10 +183,6 @@ class Speculation:
         held = self.states.of(steps)
         self.steps.prepare(steps, torch.stack([self.steps.inputs(i) for i in steps]) if held is None else held)
         self._prepared = self.accepted
-
-    def _general_steps(self) -> GeneralSteps:
-        assert isinstance(self.steps, GeneralSteps)
-        return self.steps
 
     def _begin(self, *, joint: bool) -> None:
         """Begin to solve."""
