@@ -143,15 +143,15 @@ def law_exact():
 # -- a window without a network ---
 
 
-def frame_at(lo, evaluated_until, width=5, steps=20, dim=16):
+def frame_at(lo, evaluated_until, width=5, steps=20, dim=16, strides=(), rounds=0):
     """Return the window of one sample that begins at a step: DDIM, nothing evaluated but what is said."""
     coefficients = px.samplers.ddim(px.vp(), steps).coefficients
     problem = SimpleNamespace(
-        steps=steps, dim=dim, coefficients=coefficients, strides=(), rounding=1e-7, tolerance=1e-3
+        steps=steps, dim=dim, coefficients=coefficients, strides=strides, rounding=1e-7, tolerance=1e-3
     )
     frame = Frame(SimpleNamespace(problem=problem, active=np.ones(1, bool), output_rounding=1e-7), width)
     frame.seat_frame(np.zeros(1, np.int64))
-    frame.lo[:], frame.evaluated_until[:] = lo, evaluated_until
+    frame.lo[:], frame.evaluated_until[:], frame.rounds[:] = lo, evaluated_until, rounds
     frame.look()
     return frame
 

@@ -61,7 +61,7 @@ def test_place_that_is_no_file_is_refused(capsys):
 
 def test_command_goes_on_from_its_checkpoint(capsys):
     """Ctrl-C in the middle writes it; the same command ends with the picture of one that was not interrupted."""
-    calls, command = [], ["sample", "--steps", "12", "--count", "2", "--window", "4", "--json"]
+    calls, command = [], ["sample", "--steps", "8", "--count", "1", "--window", "3", "--json"]
 
     def press(module, inputs):
         if type(module).__name__.startswith("UNet2D") and "Block" not in type(module).__name__:
