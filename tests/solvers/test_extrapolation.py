@@ -29,3 +29,47 @@ def test_entering_states_follow_from_outputs_on_a_line(name):
     rows[extrapolation.HI], rows[extrapolation.LATE] = x[hi], outputs[late]
     rows[extrapolation.EARLY] = outputs[max(lo, late - WIDTH // 2)]
     assert factors @ rows == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+
+
+def test_copies_keep_the_size_that_is_expected_of_their_state():
+    """The last state, in the proportion of expected sizes."""
+    local = px.samplers.euler(px.karras(), STEPS).coefficients  # whose states shrink by orders of magnitude
+    tables, hi = Tables.of(local, WIDTH), 9
+    factors = extrapolation.copied(tables, np.array([hi]), COUNT, extrapolation.HISTORY)[0]
+    rms = tables.rms[hi : hi + 1 + COUNT]
+    assert factors[:, extrapolation.HI] == pytest.approx(rms[1:] / rms[0])
+    assert factors[:, extrapolation.HI + 1 :] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+def test_frozen_prediction_of_a_point_leads_to_the_states_of_that_point(name):
+    """Data that are one point have one prediction everywhere, so freezing it is no approximation."""
+    local = px.SAMPLERS[name](steps=STEPS).coefficients
+    lags, hi, point = local.lags, 10, 0.7
+    x, outputs = np.full(STEPS + 1, 1.3), np.zeros(STEPS)
+    for i in range(STEPS):
+        # The output whose data prediction is the point.
+        outputs[i] = (point - local.x0_from_input[i] * x[i]) / local.x0_from_output[i]
+        terms = [local.output_weight[i, lag] * outputs[i - lag] for lag in range(min(i, lags) + 1)]
+        x[i + 1] = local.state_weight[i] * x[i] + sum(terms)
+    tail = extrapolation.HISTORY + lags
+    factors = extrapolation.frozen(Tables.of(local, WIDTH), np.array([hi]), COUNT, tail)[0]
+    rows = np.zeros(tail)
+    rows[extrapolation.POINT] = rows[extrapolation.LAST_X] = x[hi - 1]
+    rows[extrapolation.LATE] = outputs[hi - 1]
+    rows[extrapolation.HISTORY : extrapolation.HISTORY + lags] = outputs[hi - 1 - lags : hi - 1]
+    assert factors @ rows == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+
+
+def test_outputs_between_nodes_are_on_lines_of_the_data_prediction():
+    """In log(alpha / sigma): a prediction that is linear there is found again without an error."""
+    local, width = px.samplers.ddim(steps=STEPS).coefficients, 11
+    steps = 3 + np.arange(width)[None]
+    nodes = (np.arange(width) % 4 == 0)[None] | (np.arange(width) == width - 1)
+    place = np.log(local.alpha[:-1] / local.sigma[:-1])[steps[0]]
+    x, prediction = np.linspace(1.0, 2.0, width), 0.3 + 0.2 * place
+    p, q = local.x0_from_input[steps[0]], local.x0_from_output[steps[0]]
+    outputs = (prediction - p * x) / q
+    tables, inside = Tables.of(local, width), np.ones((1, width), bool)
+    by_output, by_state = extrapolation.between_nodes(nodes, inside, steps, local, tables)
+    assert by_output[0] @ np.where(nodes[0], outputs, 0.0) + by_state[0] @ x == pytest.approx(outputs)

@@ -24,6 +24,15 @@ def ticks(steps, count=1, name="ddim", tolerance=1e-2, seed=0, **options):
     return px.sample(network, noise, sampler, solver, tolerance=tolerance, generator=problems.generators(count))
 
 
+@pytest.mark.parametrize(("steps", "blocks"), [(1, 1), (3, 3), (12, 6), (50, 12), (300, 30)])
+def test_default_blocks_are_the_root_of_three_times_the_steps(steps, blocks):
+    """So two iterations take the fewest rounds; each block has as many steps as the others, to within one."""
+    bounds = px.Parareal().bounds(steps)
+    assert len(bounds) == blocks + 1
+    assert (bounds[0], bounds[-1]) == (0, steps)
+    assert max(np.diff(bounds)) - min(np.diff(bounds)) <= 1
+
+
 @pytest.mark.parametrize(
     ("steps", "blocks", "iterations", "expected"),
     [(25, 5, 1, 9), (25, 5, 3, 17), (100, 10, 1, 19), (100, 10, 3, 37), (961, 31, 1, 61), (961, 31, 3, 121)],

@@ -33,7 +33,7 @@ def test_estimate_is_the_data_prediction_at_the_farthest_step():
         assert estimate == pytest.approx(point, abs=1e-6)
 
 
-@pytest.mark.parametrize("inner", [px.Secant(), px.Picard(rule="paradigms", threshold=1e3)], ids=["secant", "paradigms"])
+@pytest.mark.parametrize("inner", [px.Secant(), px.Picard(rule="paradigms", threshold=1e3)], ids=["secant", "picard"])
 def test_rounds_on_some_steps_accept_one_state(inner):
     """Outputs between them are interpolated, however well that seems to fit; only the first state is exact."""
     solver = px.CoarseToFine(inner, strides=(4, 4, 2))
