@@ -33,7 +33,7 @@ def test_entering_states_follow_from_outputs_on_a_line(name):
 
 def test_copies_keep_the_size_that_is_expected_of_their_state():
     """The last state, in the proportion of expected sizes."""
-    local = px.samplers.euler(px.karras(), STEPS).coefficients  # whose states shrink by orders of magnitude
+    local = px.samplers.flow_euler(steps=STEPS).coefficients  # halfway between noise and data states are smallest
     tables, hi = Tables.of(local, WIDTH), 9
     factors = extrapolation.copied(tables, np.array([hi]), COUNT, extrapolation.HISTORY)[0]
     rms = tables.rms[hi : hi + 1 + COUNT]
@@ -41,24 +41,24 @@ def test_copies_keep_the_size_that_is_expected_of_their_state():
     assert factors[:, extrapolation.HI + 1 :] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
-def test_frozen_prediction_of_a_point_leads_to_the_states_of_that_point(name):
-    """Data that are one point have one prediction everywhere, so freezing it is no approximation."""
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_entering_states_follow_from_a_frozen_prediction(name):
+    """Outputs move with the state by the slope that freezes the prediction of the last step; its noise is added."""
     local = px.SAMPLERS[name](steps=STEPS).coefficients
-    lags, hi, point = local.lags, 10, 0.7
-    x, outputs = np.full(STEPS + 1, 1.3), np.zeros(STEPS)
-    for i in range(STEPS):
-        # The output whose data prediction is the point.
-        outputs[i] = (point - local.x0_from_input[i] * x[i]) / local.x0_from_output[i]
-        terms = [local.output_weight[i, lag] * outputs[i - lag] for lag in range(min(i, lags) + 1)]
-        x[i + 1] = local.state_weight[i] * x[i] + sum(terms)
-    tail = extrapolation.HISTORY + lags
-    factors = extrapolation.frozen(Tables.of(local, WIDTH), np.array([hi]), COUNT, tail)[0]
-    rows = np.zeros(tail)
-    rows[extrapolation.POINT] = rows[extrapolation.LAST_X] = x[hi - 1]
-    rows[extrapolation.LATE] = outputs[hi - 1]
-    rows[extrapolation.HISTORY : extrapolation.HISTORY + lags] = outputs[hi - 1 - lags : hi - 1]
-    assert factors @ rows == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+    lags, hi, random = local.lags, 10, np.random.default_rng(0)
+    tables = Tables.of(local, WIDTH)
+    rows = random.standard_normal(extrapolation.HISTORY + lags + (COUNT + 1 if local.stochastic else 0))
+    noise = rows[extrapolation.HISTORY + lags :] if local.stochastic else np.zeros(COUNT + 1)
+    outputs = list(rows[extrapolation.HISTORY : extrapolation.HISTORY + lags])  # of the steps before, in their order
+    states, x = [], rows[extrapolation.POINT]
+    for c in range(COUNT + 1):
+        slope = tables.frozen[hi - 1]
+        outputs.append(rows[extrapolation.LATE] + slope * (x - rows[extrapolation.LAST_X]))
+        terms = [local.output_weight[hi - 1 + c, lag] * outputs[-1 - lag] for lag in range(lags + 1)]
+        x = local.state_weight[hi - 1 + c] * x + sum(terms) + noise[c]
+        states.append(x)
+    factors = extrapolation.frozen(tables, np.array([hi]), COUNT, len(rows))[0]
+    assert factors @ rows == pytest.approx(np.array(states[1:]))
 
 
 def test_outputs_between_nodes_are_on_lines_of_the_data_prediction():
