@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import figures
 import galaxies
 import parataxis as px
 from parataxis import models
@@ -339,33 +338,6 @@ def guesses(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def equal_error(rows: Sequence[Row]) -> str:
-    """Return the table of rounds beside ParaDiGMS (``rounds.csv``), where both reach the same median error."""
-    cells = {cell for cell in grouped(rows, "network", "sampler", "steps", "window") if cell[3] != "all"}
-    theirs = [
-        row
-        for row in figures.rounds()
-        if row["solver"] == "paradigms" and (row["model"], row["sampler"], row["steps"], row["width"]) in cells
-    ]
-    measured = {(row["model"], row["sampler"], row["steps"], row["width"]) for row in theirs}
-    ours = [
-        {
-            **{name: row[name] for name in ("sampler", "steps", "rounds", "evaluations")},
-            "model": row["network"],
-            "width": row["window"],
-            "solver": "secant",
-            "options": "",
-            "target": row["scale"],
-            "relative_error": max(row["error"], 1e-9),
-        }
-        for row in rows
-        if row["guess"] == "none" and (row["network"], row["sampler"], row["steps"], row["window"]) in measured
-    ]
-    table = figures.equal_error([*theirs, *ours])
-    ratios = [float(line.split("| x ")[1].split()[0]) for line in table.splitlines() if "| x " in line]
-    return f"{table}\n\nrounds over theirs, median of {len(ratios)} cells: {np.median(ratios):.2f}" if ratios else "-"
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the estimate against the true error, a panel for each window."""
     import matplotlib as mpl
@@ -419,7 +391,6 @@ def main() -> None:
     sections: dict[str, Callable[[Sequence[Row]], str]] = {
         "Errors, and what runs said of them": honesty,
         "The price of certainty": certainty,
-        "Rounds beside ParaDiGMS at equal error": equal_error,
         "Full width, with a guess from moments": guesses,
     }
     text = "\n\n".join(f"## {title}\n\n{table(rows)}" for title, table in sections.items())
