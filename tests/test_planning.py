@@ -395,8 +395,8 @@ def test_sleeping_network_takes_as_long_as_planned():
         solves.append(px.sample(sleeping, noise, sampler, solver).seconds)
     assert all(plan.solver == solver for plan in plans)
     # Whatever else the machine does makes a solve longer: the shortest is the least disturbed.
-    assert min(solves) == pytest.approx(statistics.median(plan.seconds for plan in plans), rel=0.15), (plans, solves)
-    assert statistics.median(plan.latency.batch_headroom for plan in plans) == pytest.approx(8, rel=0.15)
+    assert min(solves) == pytest.approx(statistics.median(plan.seconds for plan in plans), rel=0.3), (plans, solves)
+    assert statistics.median(plan.latency.batch_headroom for plan in plans) == pytest.approx(8, rel=0.3)
 
 
 def test_loop_of_a_second_is_planned_by_trial(costing):

