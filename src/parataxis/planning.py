@@ -397,7 +397,7 @@ def try_candidates(
 
     There a plan by trial costs little, and a forecast is worth least: what a round costs besides the network counts,
     and a busy machine disturbs short timings most. The loop and the candidates that are expected to be fastest are run
-    in turn. The forecasts of the others are corrected by what these took more or less than forecast.
+    in turn. The forecasts of others of their kinds are corrected by what these took more or less than forecast.
 
     Where equal runs on a CPU differ by much, they compare by their processor time, which other work does not lengthen,
     and the seconds are that times what a second of it took on average.
@@ -423,8 +423,9 @@ def try_candidates(
 
     taken: dict[Solver, list[_Trial]] = {candidates[-1].solver: []}
     corrected = list(candidates)
+    # First the best of every kind, as what a round costs is measured for each kind, and may have been disturbed.
+    fastest = list({type(one.solver): one for one in sorted(corrected[:-1], key=_expected, reverse=True)}.values())
     while True:
-        fastest = sorted(corrected[:-1], key=_expected)[:TRIED_AT_ONCE]
         new = [candidate.solver for candidate in fastest if candidate.solver not in taken]
         if not new:
             return corrected
@@ -433,17 +434,26 @@ def try_candidates(
             for solver, trials in taken.items():
                 trials.append(run(solver))
         results = _by_processor_time(taken) if noise.device.type == "cpu" and _noisy(taken) else taken
-        ratio = statistics.median(
-            statistics.median(trial.seconds for trial in results[candidate.solver]) / candidate.seconds.median
-            for candidate in candidates[:-1]
-            if candidate.solver in taken
-        )
-        corrected = [
-            _as_tried(candidate, results[candidate.solver])
-            if candidate.solver in taken
-            else candidate._replace(seconds=Range(*(ratio * seconds for seconds in candidate.seconds)))
+        loop = results[candidates[-1].solver]
+        tried = {
+            candidate.solver: _as_tried(candidate, results[candidate.solver], loop)
             for candidate in candidates
+            if candidate.solver in taken
+        }
+        corrected = [
+            tried.get(candidate.solver) or _corrected(candidate, candidates, tried) for candidate in candidates
         ]
+        fastest = sorted(corrected[:-1], key=_expected)[:TRIED_AT_ONCE]
+
+
+def _corrected(candidate: Candidate, candidates: Sequence[Candidate], tried: dict[Solver, Candidate]) -> Candidate:
+    """Return a candidate as forecast, corrected by what others of its kind took more or less than forecast."""
+    ratio = statistics.median(
+        tried[other.solver].seconds.median / other.seconds.median
+        for other in candidates
+        if other.solver in tried and type(other.solver) is type(candidate.solver)
+    )
+    return candidate._replace(seconds=Range(*(ratio * seconds for seconds in candidate.seconds)))
 
 
 class _Trial(NamedTuple):
@@ -479,8 +489,16 @@ def _by_processor_time(taken: dict[Solver, list[_Trial]]) -> dict[Solver, list[_
     }
 
 
-def _as_tried(candidate: Candidate, trials: Sequence[_Trial]) -> Candidate:
+def _as_tried(candidate: Candidate, trials: Sequence[_Trial], loop: Sequence[_Trial]) -> Candidate:
+    """Return a candidate as it was measured.
+
+    Each run is compared with the loop's run of the same turn: a machine that was busy with other things when a
+    candidate was tried was busy for the loop, too. Who came later was tried in the last turns.
+    """
     seconds, _, rounds = np.array(trials).T
+    beside = np.array([trial.seconds for trial in loop])
+    if trials is not loop:
+        seconds = seconds / beside[-len(seconds) :] * np.median(beside)
     low, middle, high = (float(value) for value in np.quantile(seconds, [0.1, 0.5, 0.9]))
     counts = float(np.median(rounds))
     return candidate._replace(rounds=Range(counts, counts, counts), seconds=Range(low, middle, high))
