@@ -160,6 +160,14 @@ def test_interrupting_returns_the_last_estimate():
     assert bool(torch.isfinite(result.x).all())
 
 
+def test_guess_begins_with_the_noise_of_the_call():
+    """Whatever stands in its first state: the loop begins with the noise."""
+    network, noise, sampler = setting(2, 12, "ddim")
+    guess = torch.full((2, sampler.steps + 1, problems.DIM), 5.0, dtype=noise.dtype)
+    result = px.sample(network, noise, sampler, px.Secant(), guess=guess, tolerance=1e-8)
+    assert problems.relative(result.x, px.sample(network, noise, sampler, px.Sequential()).x) <= 1e-7
+
+
 def test_trajectory_is_a_guess_that_saves_rounds():
     """A trajectory is a guess that saves rounds."""
     for name in px.SAMPLERS:

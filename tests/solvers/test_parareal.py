@@ -24,6 +24,20 @@ def ticks(steps, count=1, name="ddim", tolerance=1e-2, seed=0, **options):
     return px.sample(network, noise, sampler, solver, tolerance=tolerance, generator=problems.generators(count))
 
 
+def test_without_the_pipeline_blocks_wait_for_the_sweep():
+    """A coarse step is taken in the round in which its state is known; the other steps come behind all of these."""
+    options = {"limit": 3, "width": None, "lagged": False, "guessed": False}
+    first = {
+        pipelined: [
+            tick.steps.tolist()
+            for tick in itertools.islice(BlockSchedule([0, 4, 8, 12], pipelined=pipelined, **options).ticks(), 4)
+        ]
+        for pipelined in (False, True)
+    }
+    assert first[False] == [[0], [1, 4], [2, 8], [3, 5, 9]]
+    assert first[True] == [[0], [1, 4], [2, 5, 8], [3, 6, 9]]
+
+
 @pytest.mark.parametrize(("steps", "blocks"), [(1, 1), (3, 3), (12, 6), (50, 12), (300, 30)])
 def test_default_blocks_are_the_root_of_three_times_the_steps(steps, blocks):
     """So two iterations take the fewest rounds; each block has as many steps as the others, to within one."""

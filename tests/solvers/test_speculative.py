@@ -40,6 +40,22 @@ def test_much_noise_and_many_steps_need_far_fewer_rounds(solver):
     assert result.evaluations <= 4 * 200 * (2 if solver.window else 5)
 
 
+def test_acceptance_is_drawn_from_the_generator_of_its_sample():
+    """The same noise and other generators give other samples; the same generator gives the same one."""
+    sampler, network = problems.sampler("ddpm", 25), problems.network("power law", "ddpm")
+    times, samples = sampler.network_times(torch.float64), []
+    for seed in (0, 1, 2, 2):
+        recurrence = sampler.recurrence(problems.noise(1), problems.generators(1))
+        generator = [torch.Generator().manual_seed(seed)]
+        runs = px.start(sampler, recurrence, px.Speculative(window=8, proposal="fresh"), generator=generator)
+        for _ in px.drive(runs, lambda rows: network(rows.x, times[rows.step])):
+            pass
+        samples.append(runs[0].solution.x)
+    assert not torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[1], samples[2])
+    assert torch.equal(samples[2], samples[3])
+
+
 def test_latest_proposals_need_fewer_rounds_than_fresh_ones():
     latest, fresh = (
         sum(one.rounds for one in problems.solve("power law", "ddpm", 200, px.Speculative(proposal=kind), count=8))
