@@ -1,158 +1,60 @@
-r"""Planning: whether many steps side by side are faster here, and by which solver.
+"""Planning: whether many steps side by side are faster here, and by which solver.
 
 A call of the network with n rows takes tau(n) seconds, as measured. A solver that needs R rounds for N steps, evaluates
 n_k steps in round k and takes c seconds a round besides the network, needs
 
     seconds = sum_{k<R} (tau(n_k) + c),     speed-up = N tau(B) / seconds
 
-for B samples. Forecasts of R and n_k are good enough to choose by: windowed solvers were run on the shipped models and
-on exact mixtures (``benchmarks/curves.py``), and their rounds follow, with a window of W steps,
-
-    ln R = c0 + c1 x + c2 x^2 + c3 t + c4 x t + c5 n,   x = ln(W/N), t = log10(100 tolerance), n = ln(N/100)
-    n_k = min(W, N - accepted_k),   accepted_k = N (k/R)^g
+for B samples. R and n_k are forecast (:mod:`.rounds_curve`); what takes well under a second is tried
+(:mod:`.trials`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from . import plots
-from .calibration import Calibration
-from .calibration import calibrate as calibration_of
-from .checks import check_tolerance, check_whole
-from .engine.executor import Executor, Network, check_inputs, select_condition
-from .engine.latency import LEAST_BUSY, NOISY, Latency, format_seconds, latency, seconds_of, timed, timings_agree
-from .engine.rows import EvalBatch, OutputError
-from .engine.run import drive, start
-from .engine.solution import Solution
-from .html import preformatted
-from .samplers.coefficients import Coefficients
-from .samplers.from_scheduler import as_sampler
-from .samplers.recurrence import Recurrence
-from .samplers.sampler import Sampler
-from .solvers import SOLVERS
-from .solvers.base import Solver
-from .solvers.sequential import Sequential
-from .solvers.window import check_window
+from .. import plots
+from ..calibration import Calibration
+from ..calibration import calibrate as calibration_of
+from ..checks import check_tolerance, check_whole
+from ..engine.executor import Executor, Network, check_inputs, select_condition
+from ..engine.latency import Latency, format_seconds, latency, seconds_of, timings_agree
+from ..engine.rows import EvalBatch, OutputError
+from ..engine.run import drive, start
+from ..engine.solution import Solution
+from ..html import preformatted
+from ..samplers.coefficients import Coefficients
+from ..samplers.from_scheduler import as_sampler
+from ..samplers.recurrence import Recurrence
+from ..samplers.sampler import Sampler
+from ..solvers import SOLVERS
+from ..solvers.base import Solver
+from ..solvers.sequential import Sequential
+from ..solvers.window import check_window
+from .candidates import Candidate, Range, choose, expected_seconds
+from .rounds_curve import RoundsCurve, fitted, kind_of
+from .trials import try_candidates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Candidate", "Plan", "Range", "RoundsCurve", "plan"]
+__all__ = ["PLAN_CLASSES", "Plan", "plan"]
 
 Array = NDArray[np.float64]
 LONGEST_TRIAL = 0.9  # seconds of a loop beside which trial solves count for nothing
-TRIED_AT_ONCE = 2  # candidates that are tried side by side
-FEWEST_TRIALS, MOST_TRIALS = 3, 5  # runs of each; more where equal runs differ by more than NOISY
-TIE = 0.98  # candidates whose seconds differ by less are equally fast
-LEAST_GAIN = 0.95  # seconds over the loop's that are worth another solver
 CALIBRATION_SEED = 2**40  # of noise that nobody chooses by a seed
-CURVES = Path(__file__).parent / "rounds_curve.json"
-
-
-class Range(NamedTuple):
-    """An estimate, and where eight of ten cases lie."""
-
-    low: float
-    median: float
-    high: float
-
-    def text(self, form: Callable[[float], str]) -> str:
-        """Return the estimate, and in brackets its range where it has one."""
-        estimate, low, high = form(self.median), form(self.low), form(self.high)
-        return estimate if low == high else f"{estimate} ({low} to {high})"
-
-
-def features(steps: ArrayLike, window: ArrayLike, tolerance: ArrayLike) -> Array:
-    """Return (.., 6) the terms 1, x, x^2, t, x t, n of the logarithm of the rounds; see the module."""
-    x = np.log(np.divide(window, steps))
-    t = np.log10(np.maximum(tolerance, 1e-9)) + 2
-    return np.stack([np.ones_like(x), x, x**2, t, x * t, np.log(np.divide(steps, 100))], -1)
-
-
-@dataclass(frozen=True)
-class RoundsCurve:
-    """The rounds that a windowed solver takes for one kind of sampler, as fitted by ``benchmarks/curves.py``.
-
-    Attributes:
-        coefficients: (6,) of :func:`features`.
-        spread: Standard deviation of ln R among the samples of one network.
-        between: Standard deviation of ln R among networks.
-        acceptance: g, by which steps are accepted faster towards the end.
-    """
-
-    coefficients: tuple[float, ...]
-    spread: float
-    between: float
-    acceptance: float
-
-    @classmethod
-    def load(cls, solver: Solver, local: Coefficients) -> RoundsCurve:
-        """Return the curve of a solver with default options for samplers whose steps add noise, or do not.
-
-        Raises:
-            ValueError: For other solvers or options.
-        """
-        kind = _kind(local)
-        known = {name: curves[kind] for name, curves in _fitted()["curves"].items() if kind in curves}
-        curve = known.get(type(solver).__name__)
-        options = [field for field in fields(solver) if field.name != "window"]  # type: ignore[arg-type]
-        if curve is None or any(getattr(solver, field.name) != field.default for field in options):
-            raise ValueError(
-                f"there is no forecast for {solver!r}: plan with {', '.join(known)} and their default options, or "
-                "sample with this solver without a plan."
-            )
-        return cls(**{**curve, "coefficients": tuple(curve["coefficients"])})
-
-    def rounds(self, steps: int, window: int, tolerance: float) -> float:
-        """Return the rounds of the median case."""
-        expected = math.exp(features(steps, window, tolerance) @ np.array(self.coefficients))
-        return min(max(expected, steps / window), float(steps))
-
-    def widths(self, rounds: Array, steps: int, window: int) -> Array:
-        """Return (largest of rounds, samples) the steps evaluated in every round, of samples with these rounds."""
-        k = np.arange(int(rounds.max()))[:, None]
-        accepted = steps * np.minimum(k / rounds, 1.0) ** self.acceptance
-        return np.where(k < rounds, np.clip(np.ceil(steps - accepted), 1, window), 0.0)
-
-
-@cache
-def _fitted() -> Any:
-    return json.loads(CURVES.read_text())
-
-
-def _kind(local: Coefficients) -> str:
-    return "sde" if local.noise_std.any() else "ode"
-
-
-class Candidate(NamedTuple):
-    """What a solver is expected to take.
-
-    Attributes:
-        solver: With its window.
-        rounds: Of the batch: of its slowest sample.
-        seconds: Of the whole solve.
-        overhead: Seconds of a round besides the network, measured.
-    """
-
-    solver: Solver
-    rounds: Range
-    seconds: Range
-    overhead: float
 
 
 @dataclass(frozen=True)
@@ -319,14 +221,14 @@ def plan(
             execute = Executor(network, max_rows=known.limit, buckets=buckets)
             candidates = try_candidates(candidates, sampler, noise, tolerance, execute)
             loop = candidates[-1].seconds.median
-    chosen = _choose(candidates, loop)
+    chosen = choose(candidates, loop)
     calibration = None
     if calibrate and not isinstance(chosen.solver, Sequential):
         calibration = _calibrate(denoise, noise, sampler, chosen.solver, tolerance, condition, calibrate, max_rows)
     return Plan(
         solver=chosen.solver,
         reason=setting.reason(candidates, known, loop),
-        candidates=tuple(sorted(candidates, key=_expected)),
+        candidates=tuple(sorted(candidates, key=expected_seconds)),
         loop_seconds=loop,
         latency=known,
         steps=sampler.steps,
@@ -388,136 +290,6 @@ def _measure_overheads(
         if type(solver) not in overheads:
             overheads[type(solver)] = _overhead(solver, sampler, states, call, scale)
     return overheads
-
-
-def try_candidates(
-    candidates: Sequence[Candidate], sampler: Sampler, noise: Tensor, tolerance: float, execute: Executor
-) -> list[Candidate]:
-    """Return the candidates, the best of them as they were measured: for loops that take well under a second.
-
-    There a plan by trial costs little, and a forecast is worth least: what a round costs besides the network counts,
-    and a busy machine disturbs short timings most. The loop and the candidates that are expected to be fastest are run
-    in turn. The forecasts of others of their kinds are corrected by what these took more or less than forecast.
-
-    Where equal runs on a CPU differ by much, they compare by their processor time, which other work does not lengthen,
-    and the seconds are that times what a second of it took on average.
-
-    Args:
-        candidates: As forecast; the last one is sequential.
-        sampler: The equation.
-        noise: (B, *shape) the samples that are drawn.
-        tolerance: Relative error allowed.
-        execute: The network.
-    """
-    generator = torch.Generator(noise.device).manual_seed(0)
-    recurrence = sampler.recurrence(noise.to(torch.promote_types(noise.dtype, torch.float32)), generator, noise.dtype)
-
-    def run(solver: Solver) -> _Trial:
-        def solve() -> int:
-            runs = start(sampler, recurrence, solver, tolerance=tolerance, dtype=noise.dtype)
-            return max(drive(runs, execute))
-
-        processor = time.process_time()
-        rounds, seconds = timed(solve, noise.device)
-        return _Trial(seconds, time.process_time() - processor, rounds)
-
-    taken: dict[Solver, list[_Trial]] = {candidates[-1].solver: []}
-    corrected = list(candidates)
-    # First the best of every kind, as what a round costs is measured for each kind, and may have been disturbed.
-    fastest = list({type(one.solver): one for one in sorted(corrected[:-1], key=_expected, reverse=True)}.values())
-    while True:
-        new = [candidate.solver for candidate in fastest if candidate.solver not in taken]
-        if not new:
-            return corrected
-        taken |= {solver: [] for solver in new}
-        while not _tried_enough(taken):
-            for solver, trials in taken.items():
-                trials.append(run(solver))
-        results = _by_processor_time(taken) if noise.device.type == "cpu" and _noisy(taken) else taken
-        loop = results[candidates[-1].solver]
-        tried = {
-            candidate.solver: _as_tried(candidate, results[candidate.solver], loop)
-            for candidate in candidates
-            if candidate.solver in taken
-        }
-        corrected = [
-            tried.get(candidate.solver) or _corrected(candidate, candidates, tried) for candidate in candidates
-        ]
-        fastest = sorted(corrected[:-1], key=_expected)[:TRIED_AT_ONCE]
-
-
-def _corrected(candidate: Candidate, candidates: Sequence[Candidate], tried: dict[Solver, Candidate]) -> Candidate:
-    """Return a candidate as forecast, corrected by what others of its kind took more or less than forecast."""
-    ratio = statistics.median(
-        tried[other.solver].seconds.median / other.seconds.median
-        for other in candidates
-        if other.solver in tried and type(other.solver) is type(candidate.solver)
-    )
-    return candidate._replace(seconds=Range(*(ratio * seconds for seconds in candidate.seconds)))
-
-
-class _Trial(NamedTuple):
-    """One run: its seconds, those of the processor, and its rounds."""
-
-    seconds: float
-    processor: float
-    rounds: int
-
-
-def _tried_enough(taken: dict[Solver, list[_Trial]]) -> bool:
-    """Return whether every candidate was run often enough: more often where equal runs differ."""
-    fewest = min(len(trials) for trials in taken.values())
-    return fewest >= FEWEST_TRIALS and (fewest >= MOST_TRIALS or not _noisy(taken))
-
-
-def _noisy(taken: dict[Solver, list[_Trial]]) -> bool:
-    """Return whether equal runs differ by much."""
-    quartiles = [np.quantile([trial.seconds for trial in trials], [0.25, 0.5, 0.75]) for trials in taken.values()]
-    return any(high - low > NOISY * middle for low, middle, high in quartiles)
-
-
-def _by_processor_time(taken: dict[Solver, list[_Trial]]) -> dict[Solver, list[_Trial]]:
-    """Return the trials with the seconds that they would have taken had other work slowed them all alike."""
-    every_run = [trial for trials in taken.values() for trial in trials]
-    busiest = max(trial.processor / max(trial.seconds, 1e-9) for trial in every_run)
-    if busiest < LEAST_BUSY:  # the network runs elsewhere, or waits
-        return taken
-    slower = sum(trial.seconds for trial in every_run) / sum(trial.processor for trial in every_run)
-    return {
-        solver: [trial._replace(seconds=slower * trial.processor) for trial in trials]
-        for solver, trials in taken.items()
-    }
-
-
-def _as_tried(candidate: Candidate, trials: Sequence[_Trial], loop: Sequence[_Trial]) -> Candidate:
-    """Return a candidate as it was measured.
-
-    Each run is compared with the loop's run of the same turn: a machine that was busy with other things when a
-    candidate was tried was busy for the loop, too. Who came later was tried in the last turns.
-    """
-    seconds, _, rounds = np.array(trials).T
-    beside = np.array([trial.seconds for trial in loop])
-    if trials is not loop:
-        seconds = seconds / beside[-len(seconds) :] * np.median(beside)
-    low, middle, high = (float(value) for value in np.quantile(seconds, [0.1, 0.5, 0.9]))
-    counts = float(np.median(rounds))
-    return candidate._replace(rounds=Range(counts, counts, counts), seconds=Range(low, middle, high))
-
-
-def _choose(candidates: Sequence[Candidate], loop: float) -> Candidate:
-    """Return the fastest candidate, or the loop unless one beats it.
-
-    Of those that are as fast, to a fiftieth, it is the narrowest: what timings do not tell apart is decided by the
-    number of evaluations, and so decided alike every time.
-    """
-    best = min(candidate.seconds.median for candidate in candidates[:-1])
-    if best >= LEAST_GAIN * loop:
-        return candidates[-1]
-    fast = [candidate for candidate in candidates[:-1] if candidate.seconds.median <= best / TIE]
-    fast = [candidate for candidate in fast if candidate.seconds.median < loop]
-    return min(
-        fast, key=lambda candidate: (getattr(candidate.solver, "window", None) or math.inf, _expected(candidate))
-    )
 
 
 PLAN_CLASSES = (Plan, Candidate, Range, Latency)  # that a plan is made of, besides solvers
@@ -595,8 +367,8 @@ class _Setting:
 
     def reason(self, candidates: Sequence[Candidate], known: Latency, loop: float) -> str:
         """Return what decides between the loop and the best of the other candidates; the last one is sequential."""
-        chosen, steps = _choose(candidates, loop), self.sampler.steps
-        best = min(candidates[:-1], key=_expected) if chosen is candidates[-1] else chosen
+        chosen, steps = choose(candidates, loop), self.sampler.steps
+        best = min(candidates[:-1], key=expected_seconds) if chosen is candidates[-1] else chosen
         samples_rows = self.rows(self.samples)
         call = float(known.seconds(samples_rows))
         fewest = min(candidate.rounds.median for candidate in candidates)
@@ -619,8 +391,8 @@ def _solvers(sampler: Sampler, solvers: Sequence[Solver] | None) -> Sequence[Sol
     """Return the solvers to choose from: by default all that there are forecasts for."""
     if solvers is not None:
         return solvers
-    local, curves = sampler.coefficients, _fitted()["curves"]
-    with_forecast = [cls() for cls in SOLVERS.values() if _kind(local) in curves.get(cls.__name__, {})]
+    local, curves = sampler.coefficients, fitted()["curves"]
+    with_forecast = [cls() for cls in SOLVERS.values() if kind_of(local) in curves.get(cls.__name__, {})]
     return [solver for solver in with_forecast if solver.unsupported(local) is None]
 
 
@@ -630,10 +402,6 @@ def _examples(noise: Tensor, sampler: Sampler) -> tuple[EvalBatch, EvalBatch]:
     step, sample = (torch.arange(count, device="cpu") % size for size in (sampler.steps, count))
     example = EvalBatch(noise * sampler.start_scale, step, sample)
     return example, EvalBatch(*(field[:1] for field in example))
-
-
-def _expected(candidate: Candidate) -> float:
-    return candidate.seconds.median
 
 
 def _windowed(solver: Any, window: int, steps: int) -> Solver:
@@ -671,7 +439,7 @@ def _shifts(
     shifts = []
     for solution in measured:
         problem, steps = solution.problem, solution.steps
-        comparable = type(solution.solver) is type(solver) and _kind(problem.coefficients) == _kind(local)
+        comparable = type(solution.solver) is type(solver) and kind_of(problem.coefficients) == kind_of(local)
         if comparable and solution.converged and not problem.guessed:
             window = min(getattr(solution.solver, "window", None) or steps, steps)
             shifts.append(math.log(solution.rounds / curve.rounds(steps, window, problem.tolerance)))
@@ -694,7 +462,7 @@ def _description(sampler: Sampler, noise: Tensor, tolerance: float, devices: int
     where = str(noise.device) if devices == 1 else f"{devices} x {noise.device.type}"
     samples = "1 sample" if len(noise) == 1 else f"{len(noise)} samples"
     text = f"{sampler.name}, N = {sampler.steps}, {samples}, tolerance {tolerance:g}, {where}"
-    (fewest, largest), (finest, coarsest) = _fitted()["steps"], _fitted()["tolerance"]
+    (fewest, largest), (finest, coarsest) = fitted()["steps"], fitted()["tolerance"]
     if not (fewest <= sampler.steps <= largest and finest <= tolerance <= coarsest):
         text += (
             f"; rounds were measured for N from {fewest} to {largest} and tolerances from {finest:g} to {coarsest:g}"
