@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import parataxis as px
 from parataxis import samplers
+from parataxis.engine.checkpoint import Interruptions
 
 SOLVERS = {
     **{name: kind() for name, kind in {**px.SOLVERS, **px.EXACT_IN_DISTRIBUTION}.items()},
@@ -197,6 +198,21 @@ def test_sample_goes_on_where_it_was_interrupted(tmp_path):
         draw(denoise, path, rows_per_round=4)
     with pytest.raises(ValueError, match="a checkpoint is of one solver"):
         px.sample(denoise, torch.randn(1, 6), samplers.ddim(steps=24), "auto", checkpoint=path)
+
+
+def test_signal_between_two_calls_of_the_network_waits_for_the_next():
+    """There a solver is in the midst of its round; the call is not made any more, and a last signal is not lost."""
+    before, reached = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), Interruptions() as interruptions:
+        signal.raise_signal(signal.SIGINT)
+        reached.append("solver")
+        interruptions.during(reached.append)("network")
+    assert reached == ["solver"]
+    with pytest.raises(KeyboardInterrupt), Interruptions():
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("the last round")
+    assert reached == ["solver", "the last round"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 TERMINATED = """
