@@ -55,6 +55,9 @@ TRACED = [
     "samplers/test_samplers.py",
     "samplers/test_schedules.py",
     "solvers/test_correction.py",
+    "solvers/test_extrapolation.py",
+    "solvers/test_frame.py",
+    "solvers/test_window.py",
     "solvers/test_error_estimate.py",
     "solvers/test_error_record.py",
     "solvers/test_picard.py",
@@ -71,8 +74,10 @@ TRACED = [
     "loops/test_solver.py",
     "loops/test_merger.py",
     "test_files.py",
+    "test_stopping.py",
     "test_stream.py",
     "test_sample.py",
+    "cli/test_problem.py",
     "cli/test_sample.py",
 ]
 CASES, MORE_CASES = 3, 12  # of each parametrized test

@@ -178,10 +178,34 @@ def test_published_stop_test_takes_the_published_ticks():
         assert best <= most
 
 
+def test_published_stop_test_compares_the_mean_change_with_its_threshold():
+    """The first sample that moved by no more is the last."""
+    samples = [ticks(49, blocks=7, rule="none", iterations=p).x for p in range(1, 6)]
+    moved = [float((after - before).abs().mean()) for before, after in itertools.pairwise(samples)]
+    for p, (before, change) in enumerate(itertools.pairwise(moved), 1):
+        assert change < 0.5 * before
+        result = ticks(49, blocks=7, rule="srds", threshold=0.5 * before)
+        torch.testing.assert_close(result.x, samples[p + 1])
+
+
 def test_noise_of_the_block_makes_the_coarse_step_good_for_stochastic_samplers():
     """The noise of the block makes the coarse step good for stochastic samplers."""
     result = ticks(100, 4, name="ddpm", blocks=10)
-    assert np.mean([one.rounds for one in result]) <= 55
+    assert np.mean([one.rounds for one in result]) <= 42
+
+
+def test_sample_that_stands_still_is_as_certain_as_the_boundaries_before_it():
+    """The network ends at the same point from wherever it comes; the states on the way are still changing."""
+    point, cut = torch.linspace(-1, 1, problems.DIM, dtype=torch.float64), 100
+
+    def network(x, t):
+        alpha, sigma = (torch.from_numpy(values)[:, None] for values in px.vp().alpha_sigma(t.numpy()))
+        return torch.where(t[:, None] < cut, (x - alpha * point) / sigma, torch.tanh(x))
+
+    for solution in px.sample(network, problems.noise(2), px.samplers.ddim(steps=48), px.Parareal(blocks=8)):
+        assert solution.x == pytest.approx(point, abs=1e-2)
+        assert solution.converged
+        assert 1e-9 < solution.error_estimate <= 1e-2
 
 
 def test_guess_replaces_the_first_sweep():
