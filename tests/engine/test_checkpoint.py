@@ -47,6 +47,7 @@ def same(first, second):
     return torch.equal(first.x, second.x) and trajectories and first.history == second.history
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4, of its own pickles
 @pytest.mark.parametrize("name", SOLVERS)
 def test_run_goes_on_from_its_state_to_the_same_bits(name):
     """The state after any round leads to the same sample, in as many rounds."""
@@ -88,7 +89,7 @@ def test_solve_of_100_steps_stopped_after_every_round_goes_on_in_another_process
     assert len(paths) > 20
     here = str(sys.modules[__name__].__file__).rsplit("/", 1)[0]
     subprocess.run([sys.executable, "-c", RESUME, here, *map(str, paths)], check=True)
-    for x, rounds in torch.load(f"{paths[0]}.pt"):
+    for x, rounds in torch.load(f"{paths[0]}.pt", weights_only=True):
         assert torch.equal(x, runs[0].solution.x)
         assert rounds == runs[0].rounds
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Problem", "Wanted", "with_problem"]
 
 SEEDS = 2**62
-NOISE_SEED = 2**32  # of the noise that samplers add: beyond any seed of the first noise that people choose
+# Of the noise that samplers add: far from the seeds of the first noise that people choose. Within 32 bits, as torch's
+# generators on the CPU look at no others.
+NOISE_SEED = 2**31
 STATES = 8  # copies of a state that a solve holds at least: noise, states, outputs, their last ones, corrections
 TABLES = 24  # numbers of every step that sampler and solver hold at least: coefficients, schedule, tables
 

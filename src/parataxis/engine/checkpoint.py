@@ -63,8 +63,8 @@ def run_state(run: Run) -> dict[str, Tensor]:
     if not run.done:
         assert batch.memory is not None
         for name, value in batch.memory.state(place).items():
-            # torch.tensor copies: the solver goes on in its about memory.
-            state[f"memory.{name}"] = value.clone() if isinstance(value, Tensor) else torch.tensor(value)
+            # Copies: the solver goes on in its own memory. Older versions of torch warn at scalars of numpy.
+            state[f"memory.{name}"] = value.clone() if isinstance(value, Tensor) else torch.tensor(np.array(value))
     return state
 
 
