@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "first_minute"]  # see below
 
 
-@pytest.mark.filterwarnings("ignore:the rest of the loop runs sequentially")  # a first call, whose entries are pinned
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_example_runs(path, capsys, monkeypatch, tmp_path):
     """An example runs."""

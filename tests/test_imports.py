@@ -87,6 +87,7 @@ LOOPS = [
     "output_slopes",
     "general_steps",
     "equal_steps",
+    "pins",
     "speculation",
     "foresight",
     "one_pass",

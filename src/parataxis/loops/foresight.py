@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from ..solvers.base import Solver
@@ -17,6 +18,7 @@ from .deferred import deferred
 from .loop import Loop
 from .networks import Networks
 from .observation import ObservedStep, StepForm
+from .pins import Pins
 from .report import Report
 from .schedulers import SchedulerStep
 from .signals import NotParallelizable, Unforeseeable
@@ -52,6 +54,7 @@ class Foresight:
         self._form: StepForm | None = None
         self._chain: Chain | None = None
         self._speculation: Speculation | None = None
+        self._returned: Tensor | None = None  # what the scheduler has made of the latest real step
         # Calls of the present step that were answered ahead; None where nobody will look at the call again.
         self._answered: list[tuple[Call | None, list[Any]]] = []
         self._good_steps = 0
@@ -62,8 +65,8 @@ class Foresight:
         """Timesteps of the present scheduler; 0 while none has been observed."""
         return 0 if self._chain is None else self._chain.count
 
-    def learn(self, observed: ObservedStep) -> None:
-        """Take from a real step what it shows.
+    def learn(self, observed: ObservedStep, result: Any) -> None:
+        """Take from a real step, and from what the scheduler has returned, what they show.
 
         Raises:
             Unforeseeable: If that says nothing of the steps to come.
@@ -83,6 +86,7 @@ class Foresight:
                 raise NotParallelizable(f"the loop has only {report.steps} steps.")
             self._chain.generator = step.generator
             self._chain.take(step, form, form.calls[0])
+            self._returned = _state(result).clone()  # the loop may write into it
 
     def answer(self, module: int, spec: TreeSpec, leaves: list[Any]) -> Any:
         """Return what a call of a denoiser is answered, or None where it must be evaluated for itself.
@@ -148,7 +152,7 @@ class Foresight:
             self._shown = speculation.accepted
             self.loop.on_round(speculation.first + self._shown, chain.count)
         if not chain.left:
-            speculation.finish(result.prev_sample if hasattr(result, "prev_sample") else result[0])
+            speculation.finish(_state(result))
             self.discard()
         return True
 
@@ -174,7 +178,7 @@ class Foresight:
     def end(self) -> None:
         """Let go of everything: the loop goes on by itself."""
         self.discard()
-        self._form = self._chain = None
+        self._form = self._chain = self._returned = None
         self._answered = []
 
     def _speculate(self, module: int, spec: TreeSpec, leaves: list[Any]) -> None:
@@ -187,9 +191,11 @@ class Foresight:
             return
         call = copy_call(module, spec, leaves, [], form.calls[0].output)
         if call.signature() == form.calls[0].signature():
-            merger = self.networks.merger
+            merger, returned, self._returned = self.networks.merger, self._returned, None
             with _foreseen():
-                self._speculation = Speculation(form, chain, call, merger, self.solver, self.tolerance)
+                entered = form.inputs(call).view(form.shape)
+                pins = None if returned is None else Pins.between(returned, entered)
+                self._speculation = Speculation(form, chain, call, merger, self.solver, self.tolerance, pins)
             self.solved, self._shown = True, 0
 
 
@@ -199,6 +205,12 @@ def _foreseen() -> Iterator[None]:
         yield
     except UNFORESEEN as error:
         raise Unforeseeable(f"its steps cannot be foreseen ({type(error).__name__}: {error}).") from error
+
+
+def _state(result: Any) -> Tensor:
+    """Return the state behind a step, of what a scheduler's ``step`` returns."""
+    state: Tensor = result.prev_sample if hasattr(result, "prev_sample") else result[0]
+    return state
 
 
 def _count(report: Report, speculation: Speculation) -> None:

@@ -163,7 +163,7 @@ class OnePass:
             if observed is not None:
                 self._observed = ObservedStep() if self.single else None
                 with torch.no_grad():
-                    self.foresight.learn(observed)
+                    self.foresight.learn(observed, result)
             elif not self.foresight.take_step(step, result):
                 self._observed = ObservedStep()
         except NotParallelizable as reason:

@@ -11,7 +11,7 @@ loop goes the way of the accepted states by its own arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from ..arrays import Array, Indices, upload
+from ..engine.rows import EvalBatch
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
@@ -30,6 +31,7 @@ from .equal_steps import EqualSteps, are_equal
 from .general_steps import GeneralSteps
 from .merger import Merger
 from .observation import StepForm
+from .pins import Pins
 from .signals import NotParallelizable, RowsInteract
 from .step_arguments import ExpectedCall, argument_tables
 
@@ -49,6 +51,7 @@ class Speculation:
         merger: Makes the network calls.
         solver: How the steps are solved.
         tolerance: Relative error allowed in all: to the solver, and to the loop's way beside the accepted states.
+        pins: Entries that the loop sets before every call, or None.
 
     Attributes:
         first: Number of the next step in the scheduler's timesteps.
@@ -58,7 +61,14 @@ class Speculation:
     """
 
     def __init__(
-        self, form: StepForm, chain: Chain, call: Call, merger: Merger, solver: Solver, tolerance: float
+        self,
+        form: StepForm,
+        chain: Chain,
+        call: Call,
+        merger: Merger,
+        solver: Solver,
+        tolerance: float,
+        pins: Pins | None = None,
     ) -> None:
         self.form, self.first, self.merger = form, chain.step, merger
         self.solver, self.tolerance = solver, SOLVERS_SHARE * tolerance
@@ -69,6 +79,7 @@ class Speculation:
         self._rounds: Iterator[int] = iter(())
         self.states: _AcceptedStates
         self.sampler, self._recurrence = chain.recurrence(form.inputs(call).view(form.shape))
+        self.pins = pins if Pins.can_hold(self.sampler) else None
         self._expected = [
             ExpectedCall(now, row_map, argument_tables(before, now, chain.times, chain.step, {row_map.slices[0].leaf}))
             for before, now, row_map in zip(form.calls, [call, *form.calls[1:]], form.row_maps, strict=True)
@@ -147,6 +158,8 @@ class Speculation:
         """Compare the scheduler's last state with the one that was solved for."""
         solution = torch.stack([run.solution.x for run in self.runs]).view(self.form.shape[0], -1)
         last = state.detach().to(solution.dtype).flatten(1)[: len(solution)]
+        if self.pins is not None:  # the loop sets them after this
+            solution, last = self.pins.put(solution), self.pins.put(last)
         distances = (last - solution).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
         self.distance = float(distances.max())
 
@@ -168,7 +181,7 @@ class Speculation:
 
     def _is_near(self, step: int, call: int, leaves: Sequence[Any]) -> bool:
         """Return whether a call has the state of a step that is not accepted yet, as far as it is known."""
-        held = self.states.of(range(step, step + 1))
+        held = self._held(range(step, step + 1))
         if held is None:
             return True
         row_map = self.form.row_maps[call]
@@ -177,10 +190,15 @@ class Speculation:
         distances = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
         return bool(distances.max() <= self.share)  # or not a number
 
+    def _held(self, steps: range) -> Tensor | None:
+        """Return (M, S, dim) the accepted states of steps as the loop will have them, or None if they are not known."""
+        held = self.states.of(steps)
+        return held if held is None or self.pins is None else self.pins.put(held)
+
     def _prepare(self) -> None:
         """Make ready to answer the steps that have been accepted since."""
         steps = range(self._prepared, self.accepted)
-        held = self.states.of(steps)
+        held = self._held(steps)
         self.steps.prepare(steps, torch.stack([self.steps.inputs(i) for i in steps]) if held is None else held)
         self._prepared = self.accepted
 
@@ -210,7 +228,10 @@ class Speculation:
             generator=torch.Generator("cpu").manual_seed(0),  # what the solver itself draws: not the loop's numbers
         )
         self.runs[0].group.batch.on_accept = self.states.take
-        self._rounds = drive(self.runs, self.steps.evaluate)
+        evaluate: Callable[[EvalBatch], Tensor] = self.steps.evaluate
+        if self.pins is not None:
+            evaluate = self.pins.around(evaluate, self.sampler, joint=joint)
+        self._rounds = drive(self.runs, evaluate)
 
 
 class _PredictedCalls(RecordedCalls):
