@@ -63,9 +63,13 @@ def run_state(run: Run) -> dict[str, Tensor]:
     if not run.done:
         assert batch.memory is not None
         for name, value in batch.memory.state(place).items():
-            # Copies: the solver goes on in its own memory. Older versions of torch warn at scalars of numpy.
-            state[f"memory.{name}"] = value.clone() if isinstance(value, Tensor) else torch.tensor(np.array(value))
+            state[f"memory.{name}"] = _tensor(value).clone()  # the solver goes on in its own memory
     return state
+
+
+def _tensor(value: Any) -> Tensor:
+    # Through an array: torch 2.4 warns at numpy's scalars.
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
 def restore_run(run: Run, state: dict[str, Tensor]) -> None:
@@ -259,7 +263,7 @@ def _check_state(state: dict[str, Tensor], about: dict[str, Any], run: Run) -> N
     if about["reason"]:
         like["final"] = batch.start[run.place]
     else:
-        like |= {f"memory.{name}": torch.as_tensor(value) for name, value in batch.memory.state(run.place).items()}
+        like |= {f"memory.{name}": _tensor(value) for name, value in batch.memory.state(run.place).items()}
     if batch.trajectory is not None:
         like["trajectory"] = batch.trajectory[run.place]
     if "noise" in state and batch.noise is not None:
