@@ -27,6 +27,7 @@ import zlib
 from functools import cache
 
 import diffusers
+import pytest
 import torch
 from diffusers import callbacks
 from torch import nn
@@ -230,7 +231,8 @@ def flow(shift=3.0, **config):
 
 def words():
     """Return a tokenizer of eight letters and CLIP's text encoder for it."""
-    import transformers  # here, as no version of it goes with the oldest versions that are supported
+    # Here, as no version of it goes with the oldest versions that are supported.
+    transformers = pytest.importorskip("transformers")
 
     letters = "abcdefgh"
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

@@ -158,8 +158,9 @@ class Call:
     @cached_property
     def _plain(self) -> tuple[int, tuple[str, ...]] | None:
         """How many positional arguments there are, and the names of the others, where each of them is a leaf."""
-        count, names = self.spec.child(0).num_children, tuple(self.spec.child(1).context)
-        return (count, names) if self.spec == _plain_spec(count, names) else None
+        places = list(range(self.spec.num_leaves))
+        args, kwargs = tree_unflatten(places, self.spec)
+        return (len(args), tuple(kwargs)) if [*args, *kwargs.values()] == places else None
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         """Return (args, kwargs) with these leaves, in new containers."""
