@@ -39,7 +39,8 @@ release: $(READY)
 	rm -rf dist && $(BIN)/python -m build && $(BIN)/twine check --strict dist/*
 
 # The oldest supported versions and the newest ones, each in an environment of its own.
-VERSIONED := tests/samplers tests/solvers tests/engine tests/test_sample.py tests/test_stream.py tests/test_files.py
+VERSIONED := tests/samplers tests/solvers tests/engine tests/loops/test_function.py tests/loops/test_one_pass.py \
+	tests/loops/test_solver.py tests/test_sample.py tests/test_stream.py tests/test_files.py
 oldest newest: .ci/oldest.txt pyproject.toml
 	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(if $(filter oldest,$@),--constraint .ci/oldest.txt) \

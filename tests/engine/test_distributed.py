@@ -87,6 +87,7 @@ def test_three_ranks_have_identical_bits_and_the_result_of_one_process(tmp_path)
 
 def test_pipeline_on_three_ranks_has_identical_bits(tmp_path):
     """A pipeline on three ranks has identical bits and the result of one process."""
+    pytest.importorskip("transformers")  # which the pipeline needs, and the oldest versions do not have
     found = finished("pipeline", tmp_path, 3)
     pipe, call = zoo.make("stable_diffusion_3")
     pipelines.enable(pipe, px.Secant(window=6), tolerance=1e-4)

@@ -49,6 +49,8 @@ MOST_OBJECTS = 200_000  # looked at
 HIDDEN = frozenset({"_compiled_call_impl", "__builtins__"})  # where stubs are put
 MISSING = object()
 CODE = (types.FunctionType, classmethod, staticmethod, property, types.GetSetDescriptorType, types.MemberDescriptorType)
+# Of a module's buffers the type is one of its own from torch 2.5 on.
+TENSORS = (Tensor, nn.Parameter, getattr(nn.parameter, "Buffer", nn.Parameter))
 RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -578,7 +580,7 @@ def _version(tensor: Tensor) -> int:
 
 def _storage(tensor: Any) -> int | None:
     """Return the address of a tensor's memory, or None where it has none that can be kept."""
-    if type(tensor) not in (Tensor, nn.Parameter, nn.parameter.Buffer) or tensor.layout != torch.strided:
+    if type(tensor) not in TENSORS or tensor.layout != torch.strided:
         return None
     if tensor.is_meta or tensor.is_quantized or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
