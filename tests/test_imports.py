@@ -85,6 +85,7 @@ LOOPS = [
     "step_batch",
     "evaluated_rounds",
     "output_slopes",
+    "ready_steps",
     "general_steps",
     "equal_steps",
     "pins",

@@ -183,3 +183,28 @@ def test_network_that_changes_between_calls_gets_another_layout():
     with pytest.warns(RuntimeWarning, match="changes its outputs"):
         result = run(net, 1, 0)
     assert torch.equal(result, loop(plain, "ddim")(net, 1, 0))
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_large_states_are_made_ready_one_by_one(writes):
+    """Nothing of them is copied that need not be; a network may write into its input."""
+
+    class Large(torch.nn.Module):
+        def forward(self, x, t):
+            if writes:
+                return x.mul_(0.5).add_(0.1 * torch.tanh(x * torch.as_tensor(t).view(-1, 1) / 1000))
+            return 0.5 * x + 0.1 * torch.tanh(0.5 * x * torch.as_tensor(t).view(-1, 1) / 1000)
+
+    net, steps = Large(), DDIMScheduler(clip_sample=False)
+
+    def loop(x):
+        steps.set_timesteps(16)
+        for t in steps.timesteps:
+            x = steps.step(net(x.clone(), t), t, x).prev_sample
+        return x
+
+    x = torch.randn(1, 1 << 18, generator=torch.Generator().manual_seed(0))
+    run = px.parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(x), loop(x)) <= run.report.error_estimate <= 1e-2
+    assert run.report.mode == "one pass"
+    assert run.report.rounds < 16

@@ -1,8 +1,7 @@
 """Steps of one call each that differ in nothing but the state and the time: evaluated and answered without detours.
 
-A round is one batch that is made in one go. When its steps are accepted, all their answers are made ready together, so
-what is left for each call of the loop is to compare its state x with the accepted one u, and to move the output along
-its slope: f + e (x - u), three operations on tensors.
+A round is one batch that is made in one go. When its steps are accepted, all their answers are made ready together
+(:mod:`.ready_steps`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, read, upload
+from ..arrays import Array, Indices, upload
 from ..engine.executor import out_of_memory
 from ..engine.rows import EvalBatch
 from ..samplers.sampler import Sampler
@@ -23,15 +22,13 @@ from .calls import RecordedCalls, copy_leaves, equal
 from .evaluated_rounds import EvaluatedRounds
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import OutputSlopes, carried_rounding
+from .ready_steps import ReadySteps
 from .rows import has_rows
 from .signals import NotParallelizable
 from .step_arguments import ExpectedCall
-from .step_batch import StepBatch, copied
+from .step_batch import StepBatch
 
 __all__ = ["EqualSteps", "are_equal"]
-
-SMALLEST = 1e-30  # norm of a state
 
 
 class EqualSteps:
@@ -70,21 +67,13 @@ class EqualSteps:
         self._kind = recorded.kinds[0]
         self._batch = StepBatch(call, self._kind, form.calls[0], first, sampler.steps)
         self._groups = self._batch.groups
-        order = row_map.guidance_index * samples + row_map.sample_of_row  # of (G, S) in a call's rows
-        self._order = None if (order == np.arange(row_map.rows)).all() else order
-        outputs, place = form.outputs[0], row_map.slices[0]
+        outputs = form.outputs[0]
         self._batched = [o for o, leaf in enumerate(outputs) if has_rows(leaf, row_map.rows)]
-        self._answers_whole = outputs[place.output][0].numel() == place.size
-        self._output_dtype = outputs[place.output].dtype
-        self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
+        self._ready = ReadySteps(form, call, sampler, self._batched)
         self._layout: Layout | None = None  # until it is needed
-        self._unchecked = True
-        self._sizes = [0.0] * samples  # of the latest states
-        self._output_norms: list[Tensor] = []  # of accepted steps, (M, S) each
+        self._unchecked = self._writes = True  # the network into its input, as far as anybody knows
         self._slopes = np.zeros((sampler.steps, samples))  # d
         self._evaluated = EvaluatedRounds((sampler.steps, samples), self._batched)
-        # Of accepted steps: outputs, their slopes, accepted states, and norms of those (S,).
-        self._ready: dict[int, tuple[list[Any], Tensor, Tensor, list[float]]] = {}
 
     # -- evaluate -------------------------------------------------------------------------------------------------
 
@@ -92,6 +81,7 @@ class EqualSteps:
         """Evaluate rows of steps, in the same shape."""
         states = batch.x.reshape(len(batch.x), -1)
         steps, samples = batch.step.numpy(), batch.sample.numpy()
+        self._evaluated.supersede(steps, samples)
         row_limit = None if self.merger.limit is None else max(1, self.merger.limit // self._groups)
         rows, parts = len(states), []
         first = 0
@@ -113,20 +103,24 @@ class EqualSteps:
         form, row_map, count = self.form, self._row_map, states.shape[0]
         if self._layout is None:
             self._layout = self.merger.layout_of(self.recorded, self._kind)
-        check = self._unchecked
+        check, batch = self._unchecked, states
         if check:
-            states = torch.cat([states, form.inputs(form.calls[0])[:1]])
+            batch = torch.cat([states, form.inputs(form.calls[0])[:1]])
             steps, samples = np.append(steps, self.sampler.steps), np.append(samples, 0)
-        leaves = self._batch.leaves(states, steps, samples, self._layout)
-        groups, rows = self._groups, states.shape[0]
+        leaves = self._batch.leaves(batch, steps, samples, self._layout, copy=self._writes and not check)
+        groups, rows, version = self._groups, batch.shape[0], _version(batch)
         outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * rows))
+        if check:
+            self._writes = version is None or _version(batch) != version
+        elif not self._writes and _version(batch) != version:
+            raise NotParallelizable("the denoiser writes into its input at some calls only.")
         answers = row_map.answers(outputs, form.dtype).reshape(groups, rows, -1)
         for o in self._batched:
             outputs[o] = outputs[o].unflatten(0, (groups, rows))
         if check:
             if not self._check(answers[:, count], self._layout):
-                return self._evaluate(states[:count], steps[:count], samples[:count])
-            answers, states, steps, samples = answers[:, :count], states[:count], steps[:count], samples[:count]
+                return self._evaluate(states, steps[:count], samples[:count])
+            answers, steps, samples = answers[:, :count], steps[:count], samples[:count]
         if groups == 1:
             combined = answers[0] if form.weights[0] == 1 else answers[0] * float(form.weights[0])
         else:
@@ -167,35 +161,7 @@ class EqualSteps:
 
     def prepare(self, steps: range, states: Tensor) -> None:
         """Make ready to answer accepted steps at states (M, S, dim): all that belongs to them stays as it is now."""
-        row_map, form = self._row_map, self.form
-        place, count = row_map.slices[0], len(steps)
-        inputs, combined, outputs = self._evaluated.of(steps)
-        if self._order is not None:
-            index = upload(self._order, inputs.device)
-            outputs = [leaf.index_select(1, index) if o in self._batched else leaf for o, leaf in enumerate(outputs)]
-        chosen = slice(steps.start, steps.stop)
-        slopes = self._output_slopes(chosen, inputs, combined, self._slopes[chosen])
-        sizes = torch.linalg.vector_norm(states, dim=2).tolist()
-        self._output_norms.append(torch.linalg.vector_norm(combined, dim=2))
-        moved = states - inputs
-        if self._samples > 1:
-            index = upload(row_map.sample_of_row, states.device)
-            moved, slopes, states = (values.index_select(1, index) for values in (moved, slopes, states))
-        output = outputs[place.output]
-        if self._answers_whole:
-            rows = output.reshape(count, row_map.rows, -1).to(form.dtype)  # any strides
-            outputs[place.output] = torch.addcmul(rows, slopes, moved).reshape(output.shape)
-        else:
-            part = output[(slice(None), *place.answer)]
-            part += (slopes * moved).reshape(count, -1, *part.shape[2:])
-        box = [stop - begin for begin, stop in place.box]
-        states = states.reshape(count, -1, *box)
-        slopes = slopes.reshape(count, slopes.shape[1], *(box if slopes.shape[2] > 1 else [1] * len(box)))
-        leaves = [
-            leaf.unbind() if o in self._batched else [copied(leaf) for _ in steps] for o, leaf in enumerate(outputs)
-        ]
-        for j, (step, slope, state) in enumerate(zip(steps, slopes.unbind(), states.unbind(), strict=True)):
-            self._ready[step] = [values[j] for values in leaves], slope, state, sizes[j]
+        self._ready.prepare(steps, states, self._evaluated.of(steps), self._slopes[steps.start : steps.stop])
         self._evaluated.forget_before(steps.stop)
 
     def answer(self, step: int, call: int, leaves: Sequence[Any], share: float) -> tuple[list[Any] | None, float]:
@@ -203,37 +169,15 @@ class EqualSteps:
 
         None if that is further than ``share``.
         """
-        outputs, slope, state, sizes = self._ready[step]
-        self._sizes = sizes
-        place = self._row_map.slices[0]
-        state_rows = leaves[place.leaf]
-        if not self.call.whole:
-            state_rows = state_rows[place.state]
-        moved = state_rows - state
-        distance = float(torch.linalg.vector_norm(moved)) / (min(sizes) or SMALLEST)
-        if not distance <= share and moved.shape[0] > 1:  # of all rows together; each of them may be near
-            norms = torch.linalg.vector_norm(moved.flatten(1), dim=1).tolist()
-            distance = max(
-                norm / (sizes[s] or SMALLEST) for norm, s in zip(norms, self._row_map.sample_of_row, strict=True)
-            )
-        if not distance <= share:  # or not a number
-            return None, distance
-        output = outputs[place.output]
-        if self._answers_whole:
-            outputs[place.output] = torch.addcmul(output, slope, moved).to(self._output_dtype)
-        else:
-            output[place.answer] += slope * moved
-        return outputs, distance
+        return self._ready.answer(step, leaves, share)
 
     def floor(self, steps: int) -> float:
         """Return what the rounding of the outputs of the first steps does to the states behind them, relative."""
-        norms = read(torch.cat(self._output_norms))[:steps]
-        sizes = np.array(self._sizes).clip(min=SMALLEST)
-        return float((carried_rounding(self.sampler, self._slopes, self.rounding * norms) / sizes).max())
+        return self._ready.floor(steps, self._slopes, self.rounding)
 
     def forget(self, step: int) -> None:
         """Let go of a step."""
-        self._ready.pop(step, None)
+        self._ready.forget(step)
 
 
 def are_equal(form: StepForm, call: ExpectedCall, recorded: RecordedCalls) -> bool:
@@ -243,6 +187,11 @@ def are_equal(form: StepForm, call: ExpectedCall, recorded: RecordedCalls) -> bo
         return False
     others = [i for i in range(len(before.leaves)) if i != row_map.slices[0].leaf and i not in call.tables]
     return len(recorded.repeated_kinds) == 1 and all(equal(before.leaves[i], call.call.leaves[i]) for i in others)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often something has written into a tensor; None if that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _relative(error: Tensor, value: Tensor) -> float:

@@ -49,6 +49,11 @@ class EvaluatedRounds:
         self._round_of[steps, samples], self._row_in_round[steps, samples] = self._count, np.arange(len(steps))
         self._count += 1
 
+    def supersede(self, steps: Indices, samples: Indices) -> None:
+        """Let go of what these rows of steps and samples have given: they are about to be evaluated again."""
+        self._round_of[steps, samples] = -1
+        self._forget()
+
     def of(self, steps: range) -> tuple[Tensor, Tensor, list[Any]]:
         """Return inputs and combined outputs (M, S, dim) of steps, and their output leaves (M, G S, ...).
 
@@ -79,7 +84,10 @@ class EvaluatedRounds:
 
     def forget_before(self, step: int) -> None:
         """Let go of rounds that no later step waits for."""
-        waiting = self._round_of[step:]
-        oldest = waiting[waiting >= 0].min(initial=self._count)
-        for number in [number for number in self._rounds if number < oldest]:
+        self._round_of[:step] = -1
+        self._forget()
+
+    def _forget(self) -> None:
+        waiting = set(np.unique(self._round_of).tolist())
+        for number in [number for number in self._rounds if number not in waiting]:
             del self._rounds[number]

@@ -27,6 +27,7 @@ __all__ = ["ObservedStep", "StepForm"]
 
 Array = NDArray[np.float64]
 ELEMENTS = 4096  # of the least-squares problem
+WHOLE = 1e-6  # of the largest weight: how near one must be to a whole number to be that
 
 
 @dataclass(eq=False)
@@ -213,6 +214,8 @@ def _weights(step: ObservedStep, row_maps: Sequence[RowMap], solved: Sequence[in
     solution = np.linalg.lstsq(matrix / scale, right, rcond=1e-9)[0]
     residual = float(np.sqrt(np.mean((matrix / scale @ solution - right) ** 2)))
     weights = np.asarray(solution / scale)
+    whole = np.round(weights)  # as most are: an output by itself, guidance by a whole number
+    weights = np.where(np.abs(weights - whole) <= WHOLE * np.abs(weights).max(initial=0.0), whole, weights)
     size = float(np.abs(solution).max(initial=0.0)) + float(np.sqrt(np.mean(right**2)))
     eps = max(torch.finfo(target.dtype).eps, *(torch.finfo(_answer(step, row_maps, c).dtype).eps for c in solved))
     if not residual <= 8 * eps * size:  # or not a number

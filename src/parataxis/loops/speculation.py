@@ -11,6 +11,7 @@ loop goes the way of the accepted states by its own arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,7 @@ from .step_arguments import ExpectedCall, argument_tables
 __all__ = ["Speculation"]
 
 SOLVERS_SHARE = 0.9  # of the tolerance; the rest is for the loop's way beside the accepted states
+TOGETHER = 1 << 18  # elements of states that are made ready to be answered at a time: their copies take memory
 ROUNDING = 32  # ulps by which the loop's state may differ from the accepted one, whatever the tolerance
 
 
@@ -150,7 +152,6 @@ class Speculation:
 
     def take_step(self) -> None:
         """Go on to the next step: all calls of the present one have been answered."""
-        self.states.forget(self.answered)
         self.steps.forget(self.answered)
         self.answered += 1
 
@@ -197,9 +198,13 @@ class Speculation:
 
     def _prepare(self) -> None:
         """Make ready to answer the steps that have been accepted since."""
-        steps = range(self._prepared, self.accepted)
-        held = self._held(steps)
-        self.steps.prepare(steps, torch.stack([self.steps.inputs(i) for i in steps]) if held is None else held)
+        together = max(1, TOGETHER // math.prod(self.form.shape))
+        for first in range(self._prepared, self.accepted, together):
+            steps = range(first, min(first + together, self.accepted))
+            held = self._held(steps)
+            self.steps.prepare(steps, torch.stack([self.steps.inputs(i) for i in steps]) if held is None else held)
+            for step in steps:
+                self.states.forget(step)
         self._prepared = self.accepted
 
     def _begin(self, *, joint: bool) -> None:
@@ -285,8 +290,8 @@ class _AcceptedStates:
             before = self._counts[place]
             self._counts[place] = before + count
             kept_states = min(count, states.shape[1])
-            for j, state in enumerate(states[row, :kept_states].clone().unbind(), before + 1 + count - kept_states):
-                self._states[place][j] = state
+            for j, state in enumerate(states[row, :kept_states].unbind(), before + 1 + count - kept_states):
+                self._states[place][j] = state.clone()  # each by itself: the last one stays longer
 
     def of(self, steps: range) -> Tensor | None:
         """Return (M, S, dim) the states of steps, or None where they were not all kept."""

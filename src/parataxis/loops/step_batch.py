@@ -39,18 +39,20 @@ class StepBatch:
         self.row_of = np.stack([call.row_map.rows_of(s) for s in range(samples)], 1)
         self._columns: dict[int, Tensor] = {}  # of leaves that change with the step
 
-    def leaves(self, states: Tensor, steps: Indices, samples: Indices, layout: Layout) -> list[Any]:
-        """Return the arguments of the batch: all first rows of the states, then all second ones."""
+    def leaves(self, states: Tensor, steps: Indices, samples: Indices, layout: Layout, *, copy: bool) -> list[Any]:
+        """Return the arguments of the batch: all first rows of the states, then all second ones.
+
+        With ``copy``, the network may write into its input without writing into the states.
+        """
         call, row_map = self.call, self.call.row_map
         place, groups, count = row_map.slices[0], self.groups, states.shape[0]
         steps, rows = (steps, self.row_of[0, samples]) if groups == 1 else self._by_group(steps, samples)
         leaves: list[Any] = []
         for i, (role, leaf) in enumerate(zip(self.kind.roles, call.call.leaves, strict=True)):
             if role is Role.STATE and call.whole:
-                rows_of_all = (
-                    states.repeat(groups, 1) if groups > 1 else states
-                )  # a copy: the network may write into it
-                leaves.append(rows_of_all.to(leaf.dtype, copy=groups == 1).view(groups * count, *leaf.shape[1:]))
+                rows_of_all = states.repeat(groups, 1) if groups > 1 else states
+                rows_of_all = rows_of_all.to(leaf.dtype, copy=copy and groups == 1)
+                leaves.append(rows_of_all.view(groups * count, *leaf.shape[1:]))
             elif role is Role.PER_ROW and i in call.tables:
                 values = self._column(i, states).flatten(0, 1)
                 leaves.append(values.index_select(0, upload(steps * row_map.rows + rows, leaf.device)))
