@@ -52,6 +52,9 @@ class MeasuredSlopes:
             chosen = [keys[row] for row, is_far in zip(rows, far, strict=True) if is_far]
             for (step, sample), slope in zip(chosen, products[far] / moved[far], strict=True):
                 self.slopes[step, sample] = slope
+        # Steps before those that are evaluated now are accepted, and are not evaluated again.
+        first = {sample: min(steps[samples == sample].tolist()) for sample in set(samples.tolist())}
+        self._latest = {key: pair for key, pair in self._latest.items() if key[0] >= first.get(key[1], 0)}
         for row, key in enumerate(keys):
             self._latest[key] = inputs[row], outputs[row]
 
