@@ -44,7 +44,7 @@ VERSIONED := tests/samplers tests/solvers tests/engine tests/loops/test_function
 oldest newest: .ci/oldest.txt pyproject.toml
 	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(if $(filter oldest,$@),--constraint .ci/oldest.txt) \
-		--editable '.[models]' pytest hypothesis
+		--editable '.[models]' pytest hypothesis scipy
 	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q $(VERSIONED)
 	.venv-$@/bin/python .ci/versions $@ $(VERSIONED)
 
