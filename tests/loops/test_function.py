@@ -150,6 +150,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own forward mode uses it
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusal_is_remembered(name):
     """The second call of a loop that was refused calls its network no more often than the loop does."""
