@@ -81,35 +81,3 @@ def test_states_that_shrink_on_the_way_keep_their_recurrence():
     assert (run() - loop()).norm() <= 1e-2 * loop().norm()
     assert "recurrence" in str(run.report)
     assert run.report.rounds < 40
-
-
-def test_second_order_steps_with_noise_between_them_are_linear():
-    """States of the first steps are a thousand times larger than the last ones, as in EDM's stochastic sampler."""
-
-    class Single(Net):
-        def forward(self, x, t):
-            return super().forward(x.float(), t)
-
-    net, steps = Single().eval(), 18
-
-    def loop(x):
-        x = 80 * x
-        grid = (80 ** (1 / 7) + torch.arange(steps) / (steps - 1) * (0.02 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-        for i, (now, after) in enumerate(pairwise(grid.double().tolist())):
-            raised = 1.3 * now
-            moved = x + (raised**2 - now**2) ** 0.5 * torch.randn(x.shape, dtype=x.dtype)
-            slope = (moved - net(moved / (1 + raised), torch.full((2,), 2.0 * i)).double()) / raised
-            x = moved + (after - raised) * slope
-            second = (x - net(x / (1 + after), torch.full((2,), 2.0 * i + 1)).double()) / after
-            x = moved + (after - raised) * (slope + second) / 2
-        return x
-
-    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).double()
-    torch.manual_seed(0)
-    expected = loop(x)
-    torch.manual_seed(0)
-    fast = px.parallel(loop, px.Secant(window=8), denoisers=[net])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*slower.*")
-        torch.testing.assert_close(fast(x), expected, rtol=1e-2, atol=1e-2)
-    assert fast.report.mode == "recurrence"

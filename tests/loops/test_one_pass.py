@@ -567,3 +567,21 @@ def test_output_that_goes_into_another_network_is_there_for_whoever_uses_it(hand
     assert run.report.rounds <= run.report.steps
     if hand_on is handed_on and edit == 1:
         assert (run.report.mode, run.report.real_calls) == ("one pass", 2)
+
+
+def test_output_as_long_as_its_input_answers_the_state_where_it_stands():
+    """Tokens of a condition stand before the state, and the network returns as many: theirs are dropped."""
+    net, steps = Transposed().requires_grad_(False), SCHEDULERS["ddim"]()
+    tokens = torch.randn(1, 2, 3, generator=seeded(1))
+
+    def loop(generator):
+        steps.set_timesteps(16)
+        x = torch.randn(1, 8, 3, generator=generator)
+        for t in steps.timesteps:
+            output = net(torch.cat([tokens, x], 1), t.expand(1))
+            x = steps.step(output[:, 2:], t, x).prev_sample
+        return x
+
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(seeded()), loop(seeded())) <= 1e-2
+    assert (run.report.mode, run.report.misses, run.report.real_calls) == ("one pass", 0, 1)

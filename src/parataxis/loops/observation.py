@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .calls import Call
 from .deferred import DeferredOutput
-from .rows import RowMap, StateSlice
+from .rows import Box, RowMap, StateSlice, answered_box
 from .schedulers import SchedulerStep, unwatched_copy
 from .signals import NotParallelizable
 
@@ -128,24 +128,26 @@ def _row_map(call: Call, outputs: Sequence[Any], state: Tensor) -> RowMap:
             samples = _samples_of_rows(rows, state)
             if samples is None:
                 continue
-            answers = [
-                o
-                for o, output in enumerate(outputs)
-                if isinstance(output, Tensor)
-                and output.is_floating_point()
-                and output.ndim == leaf.ndim
-                and len(output) == len(leaf)
-                and all(a >= b - first for a, (first, b) in zip(output.shape[1:], box, strict=True))
-            ]
-            if not answers:
-                # Only an argument of other calls (the residuals of a ControlNet): any leaf will do.
-                answers = [o for o, output in enumerate(outputs) if isinstance(output, Tensor)][:1]
-            if answers:
-                return RowMap((StateSlice(i, box, answers[0]),), len(leaf), True, samples)
+            answer = _answer(leaf, box, outputs)
+            if answer is not None:
+                return RowMap((StateSlice(i, box, *answer),), len(leaf), True, samples)
     raise NotParallelizable(
         f"no argument of the denoiser is the scheduler's sample, of shape {tuple(state.shape)}: the loop changes its "
         "shape or its values in between."
     )
+
+
+def _answer(leaf: Tensor, box: Box, outputs: Sequence[Any]) -> tuple[int, Box | None] | None:
+    """Return the output leaf that answers a part of an argument, and which part of it; None if there is none."""
+    tensors = [o for o, output in enumerate(outputs) if isinstance(output, Tensor)]
+    for o in tensors:
+        output = outputs[o]
+        if output.is_floating_point() and output.ndim == leaf.ndim and len(output) == len(leaf):
+            answered = answered_box(box, leaf.shape[1:], output.shape[1:])
+            if answered is not None:
+                return o, answered
+    # Only an argument of other calls (the residuals of a ControlNet): any leaf will do.
+    return (tensors[0], None) if tensors else None
 
 
 def _boxes(shape: tuple[int, ...], state: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
@@ -217,7 +219,7 @@ def _weights(step: ObservedStep, row_maps: Sequence[RowMap], solved: Sequence[in
     whole = np.round(weights)  # as most are: an output by itself, guidance by a whole number
     weights = np.where(np.abs(weights - whole) <= WHOLE * np.abs(weights).max(initial=0.0), whole, weights)
     size = float(np.abs(solution).max(initial=0.0)) + float(np.sqrt(np.mean(right**2)))
-    eps = max(torch.finfo(target.dtype).eps, *(torch.finfo(_answer(step, row_maps, c).dtype).eps for c in solved))
+    eps = max(torch.finfo(target.dtype).eps, *(torch.finfo(_answering(step, row_maps, c).dtype).eps for c in solved))
     if not residual <= 8 * eps * size:  # or not a number
         raise NotParallelizable(
             "what the scheduler is given is not a combination of the denoiser's outputs in fixed proportions: the loop "
@@ -228,7 +230,7 @@ def _weights(step: ObservedStep, row_maps: Sequence[RowMap], solved: Sequence[in
     return weights
 
 
-def _answer(step: ObservedStep, row_maps: Sequence[RowMap], call: int) -> Tensor:
+def _answering(step: ObservedStep, row_maps: Sequence[RowMap], call: int) -> Tensor:
     answer: Tensor = step.outputs[call][row_maps[call].slices[0].output]
     return answer
 

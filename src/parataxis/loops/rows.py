@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arrays import upload
 
-__all__ = ["RowIndex", "RowMap", "RowRequest", "StateSlice", "answered_box", "has_rows", "row_index"]
+__all__ = ["Box", "RowIndex", "RowMap", "RowRequest", "StateSlice", "answered_box", "has_rows", "row_index"]
 
 RowIndex = NDArray[np.int64]
 Box = tuple[tuple[int, int], ...]  # (first, last + 1) for every dimension behind the rows
