@@ -1080,7 +1080,7 @@ def variants(name, broken=False):
     pipe, call = PIPELINES[name]()
     takes = inspect.signature(type(pipe).__call__).parameters
     config = pipe.scheduler.config
-    is_flow = SUITS[name][0].startswith("flow")
+    is_flow = any(label.startswith("flow") for label in SUITS[name])
     found = [("plain", options())]
     found += [(label, scheduler(label)) for label in SUITS[name] if set(SCHEDULERS[label][2]) <= set(takes)]
     three = prompts(3)
@@ -1111,7 +1111,7 @@ def variants(name, broken=False):
         ]
         if hasattr(type(pipe), "interrupt"):
             found.append(("callback interrupts", options(callback_on_step_end=interrupting)))
-        if "prompt_embeds" in pipe._callback_tensor_inputs:
+        if "prompt_embeds" in getattr(pipe, "_callback_tensor_inputs", ()):
             told = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
             found.append(("callback changes prompt", options(callback_on_step_end=forgetting, **told)))
     elif "callback" in takes:
@@ -1132,7 +1132,7 @@ def make(name, label="plain", dtype=torch.float32):
 
 def denoisers(pipe):
     """Return the networks that the loop calls, by the name of the component."""
-    names = ("unet", "transformer", "transformer_2")
+    names = ("unet", "transformer", "transformer_2", "prior", "prior_prior")
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 
@@ -1243,5 +1243,9 @@ def distance(x, y):
     return float(((x - y).norm(dim=1) / y.norm(dim=1)).max())
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+if __name__ != "__main__":
+    import zoo_staged  # noqa: F401  # they add their pipelines to PIPELINES
+else:
+    import zoo
+
+    zoo.main(sys.argv[1:])
