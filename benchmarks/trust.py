@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ENVIRONMENTS = "oldest", "newest"
 # Why a survivor stays, where that is known: by its name.
-REASONS: dict[str, str] = {}
+REASONS = {
+    "window of one keeps slopes": "changes nothing: the first state of a window depends on no slope",
+    "first sample may be the last": "changes nothing: a first sample has none before it, so its error is infinite",
+    "a failed sample stays active": "changes nothing: the end of its run takes it out in the same round",
+    "network may write into the state": "shows on a GPU only where outputs are graphs; on a CPU rows are gathered anew",
+    "places are not used again": "costs memory only, which the soak measures",
+}
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -72,6 +78,23 @@ def mutations() -> str:
             for line in survivors
         ]
     return "\n".join(lines)
+
+
+def verification() -> str:
+    """Return the section on networks and loops that are wrong in a known way."""
+    tests = (ROOT / "tests" / "test_verification.py").read_text()
+    networks = len(re.findall(r'^    "[^"]+": \(', tests.split("FAULTS = {")[1].split("\n}")[0], re.MULTILINE))
+    loops = len(re.findall(r'^        \("[^"]+", ', tests.split("TWICE, PARALLEL")[1].split("def ")[0], re.MULTILINE))
+    return "\n".join(
+        [
+            "## Networks and loops that are wrong",
+            "",
+            f"{networks} networks that break a law of parallel sampling in a known way (random numbers, caches, rows",
+            "that mix, the time of another row, NaN, wrong shapes ..), three that take the condition of another row, and",
+            f"{loops} loops: `px.verify` and `parataxis verify` name the law that each of them breaks, and no other",
+            "(`tests/test_verification.py`).",
+        ]
+    )
 
 
 def properties() -> str:
@@ -138,7 +161,7 @@ def main() -> None:
         "# What was broken on purpose\n\nFaults, bad input and mutations, and what became of them. Written by "
         "`make trust` from the tables in\n`benchmarks/results`."
     )
-    page = "\n\n".join([head, faults(), properties(), mutations(), soak(), versions()])
+    page = "\n\n".join([head, faults(), verification(), properties(), mutations(), soak(), versions()])
     (ROOT / "docs" / "trust.md").write_text(page + "\n")
 
 

@@ -56,6 +56,21 @@ def test_acceptance_is_drawn_from_the_generator_of_its_sample():
     assert torch.equal(samples[2], samples[3])
 
 
+def test_block_that_is_rejected_draws_new_noise():
+    """What was seen of the noise has been decided on: used again, the law would be another. The caller's stays."""
+    sampler, network = problems.sampler("ddpm", 25), problems.network("power law", "ddpm")
+    times = sampler.network_times(torch.float64)
+    recurrence = sampler.recurrence(problems.noise(1), problems.generators(1))
+    before = recurrence.noise.clone()
+    solver = px.Speculative(window=8, verification="block")
+    runs = px.start(sampler, recurrence, solver, generator=[torch.Generator().manual_seed(0)])
+    for _ in px.drive(runs, lambda rows: network(rows.x, times[rows.step])):
+        pass
+    noise = runs[0].state_dict()["noise"]
+    assert bool((noise != before[0].flatten(1)).any())
+    assert torch.equal(recurrence.noise, before)
+
+
 def test_latest_proposals_need_fewer_rounds_than_fresh_ones():
     latest, fresh = (
         sum(one.rounds for one in problems.solve("power law", "ddpm", 200, px.Speculative(proposal=kind), count=8))
