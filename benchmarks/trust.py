@@ -20,7 +20,6 @@ REASONS = {
     "window of one keeps slopes": "changes nothing: the first state of a window depends on no slope",
     "first sample may be the last": "changes nothing: a first sample has none before it, so its error is infinite",
     "a failed sample stays active": "changes nothing: the end of its run takes it out in the same round",
-    "network may write into the state": "shows on a GPU only where outputs are graphs; on a CPU rows are gathered anew",
     "places are not used again": "costs memory only, which the soak measures",
 }
 
@@ -90,7 +89,7 @@ def verification() -> str:
             "## Networks and loops that are wrong",
             "",
             f"{networks} networks that break a law of parallel sampling in a known way (random numbers, caches, rows",
-            "that mix, the time of another row, NaN, wrong shapes ..), three that take the condition of another row, and",
+            "that mix, the time of another row, NaN, wrong shapes ..), three that take another row's condition, and",
             f"{loops} loops: `px.verify` and `parataxis verify` name the law that each of them breaks, and no other",
             "(`tests/test_verification.py`).",
         ]

@@ -41,3 +41,19 @@ def test_rounds_on_some_steps_accept_one_state(inner):
     rounds = px.sample(lambda x, t: 0.1 * x, problems.noise(1), sampler, solver, tolerance=0.1)[0].history
     assert [entry.accepted for entry in rounds[:5]] == [0, 1, 2, 3, 4]
     assert [entry.width for entry in rounds[:4]] == [7, 7, 12, 21]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_network_may_write_into_its_input(count):
+    """The states are not what it is called with."""
+
+    def network(x, t):
+        outputs = 0.3 * torch.tanh(x)
+        x.zero_()
+        return outputs
+
+    noise, sampler = problems.noise(count), px.samplers.ddim(steps=20)
+    for solver in (px.Secant(window=4), px.Secant(), px.Sequential()):
+        result = px.sample(network, noise, sampler, solver, tolerance=1e-6)
+        expected = px.sample(lambda x, t: 0.3 * torch.tanh(x), noise, sampler, solver, tolerance=1e-6)
+        assert torch.equal(result.x, expected.x)

@@ -40,9 +40,12 @@ class RowCheck:
         """Evaluate the rows."""
         count = rows.x.shape[0]
         if self._first is None or self._difference is not None or count >= self._largest or not self._has_room(count):
-            outputs = self._evaluate(rows)
+            first = None
             if self._first is None and count > 1 and bool((rows.step != rows.step[0]).any()):
+                # Before the call: the network may write into its input.
                 first = EvalBatch(rows.x[:1].clone(), rows.step[:1], rows.sample[:1])
+            outputs = self._evaluate(rows)
+            if first is not None:
                 self._first = first, outputs[:2].clone()
             self._largest = max(self._largest, count)
             return outputs
