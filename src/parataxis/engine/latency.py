@@ -211,9 +211,9 @@ def _average(taken: Sequence[Sequence[Timing]]) -> tuple[list[float], float]:
     seen in all of them together.
     """
     share = max(call.processor / max(call.seconds, 1e-9) for calls in taken for call in calls)
-    if share >= LEAST_BUSY:
-        undisturbed = [median(call.processor for call in calls) for calls in taken]
-    else:
+    undisturbed = [median(call.processor for call in calls) for calls in taken]
+    # A clock of the processor may tick too coarsely for calls of microseconds, and then shows 0.
+    if share < LEAST_BUSY or min(undisturbed) <= 0:
         undisturbed = [float(np.quantile([call.seconds for call in calls], 0.25)) for calls in taken]
     total = sum(call.seconds for calls in taken for call in calls)
     slower = total / sum(len(calls) * seconds for calls, seconds in zip(taken, undisturbed, strict=True))
