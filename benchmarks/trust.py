@@ -20,6 +20,7 @@ REASONS = {
     "window of one keeps slopes": "changes nothing: the first state of a window depends on no slope",
     "first sample may be the last": "changes nothing: a first sample has none before it, so its error is infinite",
     "a failed sample stays active": "changes nothing: the end of its run takes it out in the same round",
+    "third pass proves nothing": "noticed later, by a replay: its end is compared with what was solved",
     "places are not used again": "costs memory only: a place for every sample of a stream",
 }
 
