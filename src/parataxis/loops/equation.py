@@ -19,8 +19,8 @@ from .record import StageProgress
 
 __all__ = ["RecordedRecurrence", "ReplayedRecurrence"]
 
-MAX_MISFIT = 0.9  # part of the change of a state that the coefficients of its step may leave unexplained
-UNKNOWN_MISFIT = 0.5  # where it was not measured: a loop that is linear elsewhere only
+MAX_UNEXPLAINED = 0.9  # part of the change of a state that the coefficients of its step may leave unexplained
+UNMEASURED_SHARE = 0.5  # that, where it was not measured: a loop that is linear elsewhere only
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,11 @@ class ReplayedRecurrence(Recurrence):
     """A loop without a recurrence: one pass of its Python says which trajectory follows.
 
     Attributes:
-        misfit: (N,) what part of a change of each state the coefficients do not explain.
+        unexplained: (N,) what part of a change of each state the coefficients do not explain.
     """
 
     replays = True
-    misfit: Array | None = None
+    unexplained: Array | None = None
     progress: StageProgress | None = None
     run: weakref.ref[Callable[[int, int], StageRecord]] | None = None
 
@@ -66,19 +66,19 @@ class ReplayedRecurrence(Recurrence):
                 garbage collector comes.
         """
         structure = progress.structure
-        misfit = np.full(structure.steps, 0.0 if structure.linear else UNKNOWN_MISFIT)
-        if structure.misfit is not None:
-            misfit[: len(structure.misfit)] = structure.misfit
+        unexplained = np.full(structure.steps, 0.0 if structure.linear else UNMEASURED_SHARE)
+        if structure.unexplained is not None:
+            unexplained[: len(structure.unexplained)] = structure.unexplained
         # The coefficients only turn slopes into growth and back. Where they explain nothing (a state that is rolled), a
         # slope stands for the growth: divided by them it would be arbitrarily large.
-        explains = misfit <= MAX_MISFIT
+        explains = unexplained <= MAX_UNEXPLAINED
         coefficients = Coefficients(
             np.where(explains, structure.coefficients.state_weight, 0.0),
             np.where(explains, structure.coefficients.output_weight.sum(1), 1.0)[:, None],
             np.zeros(structure.steps),
         )
         start = structure.as_runs(progress.start)
-        return cls(coefficients, start, None, misfit, progress, weakref.WeakMethod(run))
+        return cls(coefficients, start, None, unexplained, progress, weakref.WeakMethod(run))
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes for the next pass."""

@@ -113,7 +113,7 @@ def fit_slopes(structure: Structure, first: StageRecord, second: StageRecord) ->
     fitted = _fit_steps(states, outputs, len(states[0]) - 1, np.inf)
     assert fitted is not None
     weights, coefficients = fitted
-    structure.misfit = _misfit(states, outputs, weights, coefficients)
+    structure.unexplained = _unexplained(states, outputs, weights, coefficients)
     coefficients.state_weight[0] = structure.coefficients.state_weight[0]
     structure.set_coefficients(coefficients)
 
@@ -126,7 +126,7 @@ def _rounding(structure: Structure) -> float:
     return max(float(torch.finfo(dtype).eps) for dtype in (structure.network_dtype, *wide))
 
 
-def _misfit(
+def _unexplained(
     states: Sequence[Sequence[Array]],
     outputs: Sequence[Sequence[Array]],
     weights: Sequence[Array],

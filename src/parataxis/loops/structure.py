@@ -60,7 +60,7 @@ class Structure:
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
         settings: Of the loop, see :meth:`.world.World.settings`.
-        misfit: Where there is no recurrence, what part of a change of each state the coefficients do not explain.
+        unexplained: Where there is no recurrence, what part of a change of each state the coefficients do not explain.
     """
 
     signatures: list[Any]
@@ -82,7 +82,7 @@ class Structure:
     floor: float = 0.0
     precision: float = 0.0
     joint_samples: bool = False
-    misfit: Array | None = None
+    unexplained: Array | None = None
     settings: int = 0
 
     @property

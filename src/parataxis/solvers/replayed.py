@@ -24,10 +24,10 @@ class Replays(Protocol):
     """A recurrence with ``replays = True``.
 
     Attributes:
-        misfit: (N,) what part of a change of each state is not what its coefficients make of the one before.
+        unexplained: (N,) what part of a change of each state is not what its coefficients make of the one before.
     """
 
-    misfit: Array | None
+    unexplained: Array | None
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes with which outputs move; the last of a sample holds for all later steps."""
@@ -78,10 +78,10 @@ class ReplayedWindow(Window):
             2, *growth.shape
         )
         changes, residuals = np.sqrt(changes), np.sqrt(residuals)
-        if loop.misfit is not None:
+        if loop.unexplained is not None:
             # A loop that is no scalar recurrence may make more of a change than its coefficients say.
-            misfit = np.append(loop.misfit, 0.0)[np.minimum(self.steps, len(loop.misfit))]
-            residuals = np.maximum(residuals, misfit * changes)
+            unexplained = np.append(loop.unexplained, 0.0)[np.minimum(self.steps, len(loop.unexplained))]
+            residuals = np.maximum(residuals, unexplained * changes)
         self.take_norms(changes, residuals, None if measured is None else measured.finite)
 
     @property
