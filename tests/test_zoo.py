@@ -7,8 +7,11 @@ import torch
 
 import zoo
 
-# Some of diffusers' schedulers hand tensors to numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+# Some of diffusers' schedulers hand tensors to numpy 2, and some of its pipelines use what it will remove.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.(FluxPosEmbed|callback_steps). is deprecated:FutureWarning"),
+]
 
 
 @pytest.mark.parametrize("name", zoo.PIPELINES)
@@ -18,7 +21,7 @@ def test_pipeline_gives_the_same_bits_twice_and_its_networks_matter(name):
     same, calls = zoo.watched(name, "plain", 1.0)
     assert torch.equal(x, same)
     assert calls >= 8
-    assert 0.1 < x.std() < 20
+    assert 0.1 < x.std() < 200  # of latents that no data has scaled
     moved, _ = zoo.watched(name, "plain", 1.001)
     assert 0.1 < 1e3 * zoo.change(moved, x) < 10
 
