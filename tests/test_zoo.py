@@ -21,7 +21,8 @@ def test_pipeline_gives_the_same_bits_twice_and_its_networks_matter(name):
     same, calls = zoo.watched(name, "plain", 1.0)
     assert torch.equal(x, same)
     assert calls >= 8
-    assert 0.1 < x.std() < 200  # of latents that no data has scaled
+    # The prior of Stable Cascade draws latents that nothing has scaled.
+    assert 0.1 < x.std() < (200 if name == "stable_cascade_prior" else 20)
     moved, _ = zoo.watched(name, "plain", 1.001)
     assert 0.1 < 1e3 * zoo.change(moved, x) < 10
 

@@ -616,19 +616,20 @@ def stable_diffusion_3():
     return pipe, prompt() | pooled() | size()
 
 
+FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+}  # also of what controls it, and of Chroma
+
+
 def flux_like(cls, channels=16, *, guidance=True):
     """Return a pipeline with Flux's parts, whose network sees this many channels and draws 16."""
     net = diffusers.FluxTransformer2DModel(
-        in_channels=channels,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=guidance,
-        axes_dims_rope=(2, 2, 4),
+        in_channels=channels, out_channels=16, pooled_projection_dim=8, guidance_embeds=guidance, **FLUX
     )
     pipe = cls(flow(use_dynamic_shifting=True), kl(shift_factor=0.1), None, None, None, None, net)
     told = {key: value for key, value in (prompt() | pooled()).items() if not key.startswith("negative")}
@@ -782,22 +783,22 @@ def ltx_image_to_video():
     return diffusers.LTXImageToVideoPipeline(*ltx_parts()), prompt() | masks() | call
 
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}  # also of SkyReels
+
+
 def wan_like(cls, *, experts=1, **config):
     """Return a pipeline with Wan's parts."""
-    nets = [
-        diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-        )
-        for _ in range(experts)
-    ]
+    nets = [diffusers.WanTransformer3DModel(**WAN) for _ in range(experts)]
     parts = dict(zip(("transformer", "transformer_2"), nets, strict=False))
     pipe = cls(
         tokenizer=None,

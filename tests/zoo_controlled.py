@@ -207,15 +207,7 @@ def sana_controlnet():
 def flux_controlnet():
     pipe, call = zoo.flux_like(diffusers.FluxPipeline)
     guide = diffusers.FluxControlNetModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=[2, 2, 4],
+        in_channels=16, pooled_projection_dim=8, guidance_embeds=True, **zoo.FLUX | {"axes_dims_rope": [2, 2, 4]}
     )
     pipe = diffusers.FluxControlNetPipeline(pipe.scheduler, pipe.vae, None, None, None, None, pipe.transformer, guide)
     return pipe, call | {"control_image": picture()}
@@ -246,13 +238,8 @@ def qwen_image_controlnet():
 @pipeline(16, 16, schedulers=("flow Euler",))
 def chroma():
     net = diffusers.ChromaTransformer2DModel(
+        **zoo.FLUX,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(2, 2, 4),
         approximator_num_channels=8,
         approximator_hidden_dim=16,
         approximator_layers=1,

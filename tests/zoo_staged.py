@@ -262,17 +262,7 @@ def skyreels():
 
 def skyreels_like(cls):
     """Return a pipeline with the parts of SkyReels V2."""
-    net = diffusers.SkyReelsV2Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    net = diffusers.SkyReelsV2Transformer3DModel(**zoo.WAN)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
