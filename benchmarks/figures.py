@@ -127,6 +127,7 @@ def equal_error(rows: list[Row]) -> str:
         figures = (np.log(middle(group, "relative_error")), middle(group, "rounds"), middle(group, "evaluations"))
         curves[key[:4]][key[4]].append(figures)
     lines = ["| model | sampler | N | width | error | ParaDiGMS | secant | rounds | evaluations |", "|---" * 9 + "|"]
+    ratios = []
     for key in sorted(curves, key=lambda key: (*key[:3], int(key[3]))):
         if len(curves[key]) < 2:
             continue
@@ -139,9 +140,9 @@ def equal_error(rows: list[Row]) -> str:
             [np.interp(where, curve[0], curve[i]) for i in (1, 2)]
             for where, curve in zip(at, (theirs, ours), strict=True)
         )
+        ratios.append(own_r / r)
         cells = [*key, f"{np.exp(at[0]):.0e}", f"{r:.1f}, {e / key[2]:.2f}", f"{own_r:.1f}, {own_e / key[2]:.2f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"x {own_r / r:.2f}", f"x {own_e / e:.2f}"])) + " |")
-    ratios = [float(line.split("| x ")[1].split()[0]) for line in lines[2:]]
     return "\n".join([*lines, "", f"Rounds over theirs, median of {len(ratios)} cells: {np.median(ratios):.2f}."])
 
 

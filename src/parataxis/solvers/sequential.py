@@ -191,7 +191,9 @@ def _loop(batch: Batch) -> Queries:
         loop.adopt()
         # All places as they were made once, while all are being solved: as elsewhere here, small things count.
         everyone = bool(batch.active.all())
-        places, widths = (loop.everyone, loop.ones) if everyone else (np.flatnonzero(batch.active), batch.active + 0)
+        places, widths = (
+            (loop.everyone, loop.ones) if everyone else (np.flatnonzero(batch.active), batch.active.astype(np.int64))
+        )
         states = loop.u.clone() if everyone else loop.u[upload(places, loop.u.device)]
         answer = yield Query(states, loop.step[places], places, widths)
         if answer.sample is not None and not len(answer.sample):  # samples have ended or have been added
