@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _LEAF: TreeSpec = tree_flatten(0)[1]
+PLAIN = (Tensor, int, float, str, type(None))  # leaves of any tree
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -113,7 +114,7 @@ class Output:
 def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
     """Return the leaves and the tree of (args, kwargs); plain arguments, of which most calls are made, are fast."""
     leaves = [*args, *kwargs.values()]
-    if all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves):
+    if all(isinstance(leaf, PLAIN) for leaf in leaves):
         return leaves, _plain_spec(len(args), tuple(kwargs))
     return tree_flatten((args, kwargs))
 
@@ -260,10 +261,14 @@ class RecordedCalls:
         return _kinds(self.calls, self.row_maps)
 
     @cached_property
+    def feeding(self) -> set[int]:
+        """The calls whose outputs are arguments of others."""
+        return {feeder for call in self.calls for feeder, _ in call.feeds.values()}
+
+    @cached_property
     def repeated_kinds(self) -> list[CallKind]:
         """The kinds of more than one call, without calls that only feed other calls."""
-        feeding = {feeder for call in self.calls for feeder, _ in call.feeds.values()}
-        kinds = {id(kind): kind for call, kind in self.kinds.items() if call not in feeding}
+        kinds = {id(kind): kind for call, kind in self.kinds.items() if call not in self.feeding}
         return [kind for kind in kinds.values() if len(kind.members) > 1]
 
     def form(self, request: RowRequest) -> list[Any]:

@@ -88,6 +88,6 @@ class EvaluatedRounds:
         self._forget()
 
     def _forget(self) -> None:
-        waiting = set(np.unique(self._round_of).tolist())
-        for number in [number for number in self._rounds if number not in waiting]:
+        waiting = np.bincount(self._round_of.ravel() + 1, minlength=self._count + 1)
+        for number in [number for number in self._rounds if not waiting[number + 1]]:
             del self._rounds[number]

@@ -95,15 +95,18 @@ def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array) -> Array:
     local, steps = sampler.coefficients, len(rounding)
     if sampler.transform is not None:
         rounding = rounding * np.abs(sampler.transform.x0_from_output)[:steps, None]
-    rms = local.rms if local.rms is not None else np.ones(local.steps + 1)
+    weights = np.abs(local.output_weight[:steps])
+    entering = weights[:, :1] * rounding
+    for lag in range(1, min(local.lags, steps - 1) + 1):
+        entering[lag:] += weights[lag:, lag, None] * rounding[:-lag]
+    still = np.abs(local.state_weight[:steps, None])
+    usual = np.ones_like(still) if local.rms is None else (local.rms[1 : steps + 1] / local.rms[:steps])[:, None]
+    # Of several outputs a slope does not say what the earlier ones carry on.
+    growth = np.full_like(rounding, np.inf)
+    if not local.lags:
+        growth = np.abs(local.state_weight[:steps, None] + local.output_weight[:steps, 0, None] * slopes[:steps])
+    squares = np.clip(growth, np.minimum(still, usual), np.maximum(still, usual)) ** 2
     variance = np.zeros(rounding.shape[1])
-    for i in range(steps):
-        entering = np.zeros_like(variance)
-        for lag in range(min(local.lags, i) + 1):
-            entering += np.abs(local.output_weight[i, lag]) * rounding[i - lag]
-        still, usual = abs(local.state_weight[i]), rms[i + 1] / rms[i]
-        growth = np.abs(local.state_weight[i] + local.output_weight[i, 0] * slopes[i])
-        if local.lags:  # what earlier outputs carry on is not in it
-            growth[:] = np.inf
-        variance = growth.clip(min(still, usual), max(still, usual)) ** 2 * variance + entering**2
-    return np.sqrt(variance)
+    for square, added in zip(squares, entering**2, strict=True):
+        variance = square * variance + added
+    return np.asarray(np.sqrt(variance))

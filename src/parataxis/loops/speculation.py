@@ -40,6 +40,7 @@ __all__ = ["Speculation"]
 
 SOLVERS_SHARE = 0.9  # of the tolerance; the rest is for the loop's way beside the accepted states
 TOGETHER = 1 << 18  # elements of states that are made ready to be answered at a time: their copies take memory
+SMALLEST = 1e-30  # norm of a state
 ROUNDING = 32  # ulps by which the loop's state may differ from the accepted one, whatever the tolerance
 
 
@@ -161,7 +162,7 @@ class Speculation:
         last = state.detach().to(solution.dtype).flatten(1)[: len(solution)]
         if self.pins is not None:  # the loop sets them after this
             solution, last = self.pins.put(solution), self.pins.put(last)
-        distances = (last - solution).norm(dim=1) / last.norm(dim=1).clamp(min=1e-30)
+        distances = (last - solution).norm(dim=1) / last.norm(dim=1).clamp(min=SMALLEST)
         self.distance = float(distances.max())
 
     def floor(self) -> float:
@@ -185,11 +186,15 @@ class Speculation:
         held = self._held(range(step, step + 1))
         if held is None:
             return True
-        row_map = self.form.row_maps[call]
+        row_map, expected = self.form.row_maps[call], held[0]
         states = row_map.states(leaves, self.form.dtype)
-        expected = held[0][upload(row_map.sample_of_row, states.device)]
-        distances = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-        return bool(distances.max() <= self.share)  # or not a number
+        if len(states) > 1:
+            expected = expected.index_select(0, upload(row_map.sample_of_row, states.device))
+        distances, sizes = (rows.norm(dim=1).tolist() for rows in (states - expected, expected))
+        # A distance that is not a number is not near.
+        return all(
+            distance <= self.share * max(size, SMALLEST) for distance, size in zip(distances, sizes, strict=True)
+        )
 
     def _held(self, steps: range) -> Tensor | None:
         """Return (M, S, dim) the accepted states of steps as the loop will have them, or None if they are not known."""
@@ -239,14 +244,35 @@ class Speculation:
         self._rounds = drive(self.runs, evaluate)
 
 
+class _CallsAhead(Sequence[Call]):
+    """The calls of steps, each made when it is asked for: the steps that are solved by their form need few of them."""
+
+    def __init__(self, expected: Sequence[ExpectedCall], steps: range) -> None:
+        self._expected, self._steps = expected, steps
+        self._made: dict[int, Call] = {}
+
+    def __len__(self) -> int:
+        return len(self._expected) * len(self._steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number not in self._made:
+            step, call = divmod(number, len(self._expected))
+            self._made[number] = self._expected[call].at(self._steps[step], number - call)
+        return self._made[number]
+
+
 class _PredictedCalls(RecordedCalls):
     """The calls of all steps to come: the same at every step, except in arguments that are known."""
 
     def __init__(self, expected: Sequence[ExpectedCall], steps: range) -> None:
         width = len(expected)
-        calls = [call.at(step, width * (step - steps.start)) for step in steps for call in expected]
-        row_maps = [call.row_map for call in expected]
+        calls, row_maps = _CallsAhead(expected, steps), [call.row_map for call in expected]
         super().__init__(calls, row_maps * len(steps))
+        feeding = {feeder for call in expected for feeder, _ in call.call.feeds.values()}
+        self.__dict__["feeding"] = {c for c in range(len(calls)) if c % width in feeding} if feeding else set()
         # Two steps as far apart as possible show which arguments differ; all others are like them.
         last = len(calls) - width
         ends = RecordedCalls([*calls[:width], *calls[last:]], row_maps * 2)
@@ -298,7 +324,7 @@ class _AcceptedStates:
         rows = [states[step] for step in steps for states in self._states if step in states]
         if len(rows) < len(steps) * len(self._states):
             return None
-        return torch.stack(rows).view(len(steps), self.samples, -1)
+        return (torch.stack(rows) if len(rows) > 1 else rows[0]).view(len(steps), self.samples, -1)
 
     def forget(self, step: int) -> None:
         """Let go of a step."""
