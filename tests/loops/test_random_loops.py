@@ -72,14 +72,11 @@ def test_multistep_methods_of_high_order_are_linear(order):
 
 
 @pytest.mark.filterwarnings("ignore:(running in parallel was slower|the result may be)")
-@pytest.mark.parametrize(
-    ("seed", "solver"), [(297, px.Picard(window=8)), (198, px.Secant(window=8)), (15, px.Picard())]
-)
+@pytest.mark.parametrize(("seed", "solver"), [(198, px.Secant(window=8)), (15, px.Picard())])
 def test_floor_is_what_rounding_makes_of_the_loop_by_its_network(seed, solver):
     """The solver's own slopes need not say what the network makes of a change, least of all those of Picard.
 
-    Seed 297 is a method of seven steps that makes 2e-2 of the rounding of its outputs: its result was off by 9e-2, said
-    to be within 5e-4. The floor of seed 198 was said to be 12.
+    The floor of seed 198 was said to be 12, for 1e-6.
     """
     networks, loop = random_loops.make(random_loops.draw(seed))
     expected, moved = seeded(loop), []
@@ -98,3 +95,15 @@ def test_floor_is_what_rounding_makes_of_the_loop_by_its_network(seed, solver):
     error = relative(seeded(run), expected)
     assert min(moved) / 10 <= run.report.floor <= 10 * max(moved)
     assert error <= run.report.error_estimate or not run.report.converged
+
+
+@pytest.mark.filterwarnings("ignore:running in parallel was slower")
+@pytest.mark.parametrize("solver", [px.Secant(window=8), px.Picard(window=8), px.Picard()])
+def test_loop_that_is_not_stable_is_said_to_be(solver):
+    """A method of seven steps makes 2e-2 of the rounding of its outputs: a result was off by 9e-2, said to be 5e-4."""
+    networks, loop = random_loops.make(random_loops.draw(297))
+    run, expected = parallel(loop, solver, tolerance=TOLERANCE, denoisers=networks), seeded(loop)
+    with pytest.warns(RuntimeWarning, match="errors of its outputs grow"):
+        result = seeded(run)
+    assert torch.equal(result, expected)
+    assert run.report.mode == "sequential"

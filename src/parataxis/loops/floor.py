@@ -7,8 +7,6 @@ not what the network makes of a change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -63,23 +61,26 @@ class MeasuredSlopes:
         self._latest.clear()
 
 
-@dataclass(eq=False)
 class FloorMeasurement:
     """Two passes, the first one with noise: the distance of their last states is the floor.
 
-    Attributes:
-        noise: That the next pass adds to its outputs, relative to them.
+    Args:
+        rounding: Of outputs, relative to them: the size of the noise.
         slopes: (N, S) that have been measured, with which both answer.
-        noisy: (S, dim) the last state of the pass with noise.
     """
 
-    noise: float
-    slopes: Array
-    noisy: Tensor | None = None
+    def __init__(self, rounding: float, slopes: Array) -> None:
+        self.rounding, self.slopes = rounding, slopes
+        self._noisy: Tensor | None = None  # (S, dim) the last state of the pass with noise
+
+    @property
+    def noise(self) -> float:
+        """That the next pass adds to its outputs, relative to them."""
+        return self.rounding if self._noisy is None else 0.0
 
     def take(self, last_state: Tensor) -> float | None:
         """Take the last state of a pass; return the floor, or None after the pass with noise."""
-        if self.noisy is None:
-            self.noise, self.noisy = 0.0, last_state
+        if self._noisy is None:
+            self._noisy = last_state
             return None
-        return largest_relative_distance(self.noisy, last_state)
+        return largest_relative_distance(self._noisy, last_state)

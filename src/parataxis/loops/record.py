@@ -87,7 +87,8 @@ class StageProgress:
             return False
         floor = self.floor.take(record.last_state)
         if floor is not None:
-            self.structure.floor, self.floor = floor, None
+            self.structure.floor, self.structure.amplification = floor, floor / self.floor.rounding
+            self.floor = None
         return True
 
     def plan(self, last_step: int | None = None, first_step: int = 0) -> StagePlan:

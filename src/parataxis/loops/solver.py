@@ -48,6 +48,13 @@ __all__ = ["LoopSolver", "check_options"]
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
 REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
+# Of errors of outputs, on their way to the result. Loops have some 10 at most, but for multistep methods of high order,
+# which are not stable: there an error grows along directions that no scalar slope shows, and far beyond its estimate.
+MAX_AMPLIFICATION = 40
+AMPLIFIES = (
+    "errors of its outputs grow {:.0f} times on their way to the result, as in a multistep method of high order that "
+    "is not stable, so no estimate of the error would hold: choose a lower order, or smaller steps."
+)
 AS_MANY_ROUNDS = (
     "solving it takes as many rounds as it has steps: the tolerance is too small, or a step makes too much of an error "
     "of the one before."
@@ -147,8 +154,11 @@ class LoopSolver:
         progress = self.stages[-1] if self.stages else None
         if solving and self.refinement.replay_each_round:
             return Phase.REPLAY  # the rounds were passes, which left nothing of this one
-        if self.measured_floor:
-            return Phase.REPLAY  # this pass was for the floor
+        if self.measured_floor:  # this pass was for the floor
+            amplification = 0.0 if progress is None or self.runner.merger.single else progress.structure.amplification
+            if amplification > MAX_AMPLIFICATION:
+                raise NotParallelizable(AMPLIFIES.format(amplification))
+            return Phase.REPLAY
         if progress is not None and not progress.accepted:
             return Phase.REFINE
         return Phase.DONE if passed.complete else Phase.RECORD

@@ -57,6 +57,7 @@ class Structure:
         slopes: (N,) of outputs with which states keep their size.
         final_scale: How much larger that tensor is than a state: a decoder's input has been scaled for it.
         floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
+        amplification: The floor over the rounding of outputs.
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
         settings: Of the loop, see :meth:`.world.World.settings`.
@@ -80,6 +81,7 @@ class Structure:
     slopes: Array
     final_scale: float = 1.0
     floor: float = 0.0
+    amplification: float = 0.0
     precision: float = 0.0
     joint_samples: bool = False
     unexplained: Array | None = None
