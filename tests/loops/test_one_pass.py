@@ -159,6 +159,25 @@ def test_loop_that_goes_another_way_is_solved_again(name, most):
     assert run.report.real_calls <= 2 + most
 
 
+def test_estimate_is_of_what_the_loop_was_given():
+    """What is thrown away is no error of the loop; nor is a change of the loop one that its solver must make up for."""
+    net, steps = Net(DIM), scheduler()
+
+    def loop(generator):
+        steps.set_timesteps(30)
+        x = torch.randn(2, DIM, generator=generator)
+        for i, t in enumerate(steps.timesteps):
+            output = net(x, t)
+            x = steps.step(output if i < 9 else 1.01 * output, t, x).prev_sample  # as guidance that ends
+        return x
+
+    run, expected = parallel(loop, px.Secant(window=16), tolerance=1e-3, denoisers=[net]), loop(seeded())
+    assert relative(run(seeded()), expected) <= run.report.error_estimate
+    assert run.report.misses == 1
+    assert run.report.error_estimate <= 5e-4
+    assert run.report.converged
+
+
 def test_loop_that_always_goes_another_way_goes_on_by_itself():
     ours, theirs = ZOO["shrunk states"](), ZOO["shrunk states"]()
     run = parallel(ours.run, px.Secant(window=8), denoisers=[ours.net])

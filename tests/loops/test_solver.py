@@ -209,6 +209,27 @@ def test_mask_over_the_state(scattered, mode):
     assert run.report.mode == mode
 
 
+def test_parts_in_calls_of_their_own_that_mix_behind_them():
+    """A call makes nothing of the one before it, which is the other part: its coefficients say nothing of growth.
+
+    The sample was right to 1e-7, and its error said to be 2e8.
+    """
+
+    def loop(net):
+        x = torch.randn(1, 2 * DIM)
+        for t, a, s, b, r in steps(24):
+            f = torch.cat([net(x[:, :DIM], t), net(x[:, DIM:], t)], 1)
+            x = b * (x - s * f) / a + r * f
+            x = x + 0.02 * x.roll(DIM, 1)
+        return x
+
+    expected, result, run = both(loop, Net(), tolerance=1e-3)
+    assert relative(result, expected) <= run.report.error_estimate + 1e-6
+    assert run.report.converged
+    assert run.report.rounds <= run.report.steps / 2
+    assert run.report.reason == "several parts of its state have calls of their own in turn."
+
+
 def test_second_stage_of_another_shape_follows_the_first():
     """A second stage of another shape follows the first."""
     first, second = Net(), Net(2 * DIM)

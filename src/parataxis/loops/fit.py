@@ -86,6 +86,9 @@ def fit_recurrence(structure: Structure, recordings: Sequence[Recording], first:
         fitted = _fit_steps(states, outputs, structure.steps - 1 + ends_with_state, bound)
         if fitted is not None:
             break
+    structure.alternates = fitted is not None and _alternates(fitted[1])
+    if structure.alternates:
+        fitted = None
     structure.linear = fitted is not None
     structure.ends_with_state = ends_with_state if fitted is not None else has_final
     if fitted is None:
@@ -116,6 +119,19 @@ def fit_slopes(structure: Structure, first: StageRecord, second: StageRecord) ->
     structure.unexplained = _unexplained(states, outputs, weights, coefficients)
     coefficients.state_weight[0] = structure.coefficients.state_weight[0]
     structure.set_coefficients(coefficients)
+
+
+def _alternates(coefficients: Coefficients) -> bool:
+    """Return whether states continue others than the latest, as where several parts have calls of their own in turn.
+
+    A recurrence of one state eliminates the others, which leaves a memory of all outputs since the first and hardly
+    anything of the latest: no correction by slopes gets anywhere.
+    """
+    weights = np.abs(coefficients.output_weight[LAGS:])
+    if not weights[:, LAGS + 1 :].any():
+        return False
+    shares = weights / weights.sum(1, keepdims=True).clip(min=1e-300)
+    return float(np.median(shares[:, 0])) < 0.1 and float(np.median(shares[:, LAGS + 1 :].sum(1))) > 0.5
 
 
 def _rounding(structure: Structure) -> float:

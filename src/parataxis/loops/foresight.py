@@ -28,6 +28,7 @@ __all__ = ["Foresight"]
 
 MIN_STEPS = 8  # shorter loops run sequentially
 MAX_MISSES = 3  # more than a loop may have without steps between them that went as expected
+SMALLEST_SHARE = 0.05  # of the tolerance, for a solve behind others that were thrown away
 STEPS_A_MISS = 8  # steps that went as expected and make up for a miss
 UNFORESEEN = (RuntimeError, ValueError, TypeError, IndexError)  # the loop must not meet what it would not meet alone
 
@@ -181,6 +182,10 @@ class Foresight:
         self._form = self._chain = self._returned = None
         self._answered = []
 
+    def _tolerance_left(self) -> float:
+        """Return what solves that were thrown away have left of the tolerance."""
+        return max(self.tolerance - self.report.error_estimate, SMALLEST_SHARE * self.tolerance)
+
     def _speculate(self, module: int, spec: TreeSpec, leaves: list[Any]) -> None:
         """Begin to solve the steps that are left, at the first call of a step."""
         form, chain = self._form, self._chain
@@ -195,7 +200,7 @@ class Foresight:
             with _foreseen():
                 entered = form.inputs(call).view(form.shape)
                 pins = None if returned is None else Pins.between(returned, entered)
-                self._speculation = Speculation(form, chain, call, merger, self.solver, self.tolerance, pins)
+                self._speculation = Speculation(form, chain, call, merger, self.solver, self._tolerance_left(), pins)
             self.solved, self._shown = True, 0
 
 

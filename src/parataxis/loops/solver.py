@@ -127,10 +127,8 @@ class LoopSolver:
         self.refinement = Refinement()
         self.stages.append(progress)
         single = self.runner.merger.single = getattr(self.solver, "window", None) == 1
-        linear = progress.structure.linear
-        self.refinement.replay_each_round = single or not linear
-        not_linear = "" if linear else "the loop is not linear in the denoiser's outputs."
-        self.report.reason = "the window is one step." if single else not_linear
+        self.refinement.replay_each_round = single or not progress.structure.linear
+        self.report.reason = "the window is one step." if single else progress.structure.no_recurrence
         return Phase.SOLVE
 
     def plans(self) -> list[StagePlan]:
@@ -154,10 +152,9 @@ class LoopSolver:
         progress = self.stages[-1] if self.stages else None
         if solving and self.refinement.replay_each_round:
             return Phase.REPLAY  # the rounds were passes, which left nothing of this one
-        if self.measured_floor:  # this pass was for the floor
-            amplification = 0.0 if progress is None or self.runner.merger.single else progress.structure.amplification
-            if amplification > MAX_AMPLIFICATION:
-                raise NotParallelizable(AMPLIFIES.format(amplification))
+        if self.measured_floor and progress is not None:  # this pass was for the floor
+            if not self.runner.merger.single:
+                _check_stable(progress.structure)
             return Phase.REPLAY
         if progress is not None and not progress.accepted:
             return Phase.REFINE
@@ -290,6 +287,12 @@ def _without_denoiser(loop: Loop, report: Report, passed: PassRecord) -> Any:
         return passed.value
     names = ", ".join(type(module).__name__ for module in loop.denoisers)
     raise NotParallelizable(f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...].")
+
+
+def _check_stable(structure: Structure) -> None:
+    """Raise if errors of outputs grow too much on their way to the result."""
+    if structure.amplification > MAX_AMPLIFICATION:
+        raise NotParallelizable(AMPLIFIES.format(structure.amplification))
 
 
 def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:

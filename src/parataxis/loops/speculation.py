@@ -76,10 +76,11 @@ class Speculation:
         self.form, self.first, self.merger = form, chain.step, merger
         self.solver, self.tolerance = solver, SOLVERS_SHARE * tolerance
         self.rounding = ROUNDING * float(torch.finfo(form.network_dtype).eps)
-        self.share = max(tolerance, self.rounding)
+        self.share = max((1 - SOLVERS_SHARE) * tolerance, self.rounding)
         self.distance = 0.0
         self.answered = self.accepted = self._prepared = 0
         self._rounds: Iterator[int] = iter(())
+        self._errors = _AcceptedErrors()
         self.states: _AcceptedStates
         self.sampler, self._recurrence = chain.recurrence(form.inputs(call).view(form.shape))
         self.pins = pins if Pins.can_hold(self.sampler) else None
@@ -103,8 +104,8 @@ class Speculation:
 
     @property
     def error(self) -> float:
-        """The solver's estimate of the relative error of the sample accepted so far."""
-        return max(run.error for run in self.runs)
+        """The solver's estimate of the relative error that the answered steps leave in the sample."""
+        return self._errors.behind(self.answered)
 
     def difference(
         self, call: int, module: int, spec: TreeSpec, leaves: Sequence[Any], answered: Sequence[Sequence[Any]]
@@ -180,6 +181,7 @@ class Speculation:
                 # What a network says to steps that the loop may never make: the loop will find out by itself.
                 raise NotParallelizable(f"solving ahead raised {type(error).__name__}: {error}") from error
             self.accepted = min(self.sampler.steps if run.done else run.accepted for run in self.runs)
+            self._errors.take(self.accepted, max(run.error for run in self.runs))
 
     def _is_near(self, step: int, call: int, leaves: Sequence[Any]) -> bool:
         """Return whether a call has the state of a step that is not accepted yet, as far as it is known."""
@@ -300,6 +302,21 @@ class _HeldRecurrence(Recurrence):
         """Keep the slopes."""
         assert self.steps is not None
         self.steps.note_slopes(sample, first, counts, slopes)
+
+
+class _AcceptedErrors:
+    """Estimated errors after every round: what was accepted but thrown away is no error of the loop."""
+
+    def __init__(self) -> None:
+        self._rounds: list[tuple[int, float]] = []
+
+    def take(self, accepted: int, error: float) -> None:
+        """Take how many steps are accepted after a round, and the estimate of their error in the sample."""
+        self._rounds.append((accepted, error))
+
+    def behind(self, steps: int) -> float:
+        """Return the estimate of the first round behind which so many steps were accepted."""
+        return next(error for accepted, error in self._rounds if accepted >= steps) if steps else 0.0
 
 
 class _AcceptedStates:

@@ -19,6 +19,8 @@ __all__ = ["MIN_STEPS", "Recording", "Stage", "Structure", "final_state", "rando
 
 Array = NDArray[np.float64]
 MIN_STEPS = 8  # shorter loops run sequentially
+NOT_LINEAR = "the loop is not linear in the denoiser's outputs."
+ALTERNATES = "several parts of its state have calls of their own in turn."
 
 
 class Recording(NamedTuple):
@@ -52,6 +54,7 @@ class Structure:
         network_dtype: Dtype of the loop's states.
         coefficients: The recurrence; a heuristic for the slopes where ``linear`` is false.
         linear: Whether the recurrence was verified.
+        alternates: Whether there is a recurrence, but its steps do not follow one another.
         guidance_weights: g of every step, for its calls' rows in the order of a sample.
         ends_with_state: Whether the loop ends with a tensor that is one more state.
         slopes: (N,) of outputs with which states keep their size.
@@ -84,6 +87,7 @@ class Structure:
     amplification: float = 0.0
     precision: float = 0.0
     joint_samples: bool = False
+    alternates: bool = False
     unexplained: Array | None = None
     settings: int = 0
 
@@ -91,6 +95,13 @@ class Structure:
     def steps(self) -> int:
         """N."""
         return len(self.calls_of_step)
+
+    @property
+    def no_recurrence(self) -> str:
+        """Why there is none to solve by; empty where there is one."""
+        if self.linear:
+            return ""
+        return ALTERNATES if self.alternates else NOT_LINEAR
 
     def __repr__(self) -> str:
         """Return the sizes."""
