@@ -47,7 +47,8 @@ class ReadySteps:
         self._output_dtype = outputs[place.output].dtype
         self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
         self._sizes = [0.0] * samples  # of the latest states
-        self._output_norms: list[Tensor] = []  # of accepted steps, (M, S) each
+        # (N, S) of accepted steps: in one piece, as small tensors that stay between large ones that go split the heap.
+        self._output_norms: Tensor | None = None
         # Of accepted steps: outputs, their slopes, accepted states, and norms of those (S,).
         self._ready: dict[int, tuple[list[Any], Tensor, Tensor, list[float]]] = {}
 
@@ -70,7 +71,9 @@ class ReadySteps:
             outputs = [leaf.index_select(1, index) if o in self._batched else leaf for o, leaf in enumerate(outputs)]
         slopes = self._output_slopes(slice(steps.start, steps.stop), inputs, combined, solved_slopes)
         sizes = torch.linalg.vector_norm(states, dim=2).tolist()
-        self._output_norms.append(torch.linalg.vector_norm(combined, dim=2))
+        if self._output_norms is None:
+            self._output_norms = combined.new_zeros(self.sampler.steps, self._samples)
+        torch.linalg.vector_norm(combined, dim=2, out=self._output_norms[steps.start : steps.stop])
         moved = states - inputs
         if self._samples > 1:
             index = upload(row_map.sample_of_row, states.device)
@@ -126,7 +129,8 @@ class ReadySteps:
             slopes: (N, S) d, of the solver.
             rounding: Of combined outputs, relative.
         """
-        norms = read(torch.cat(self._output_norms))[:steps]
+        assert self._output_norms is not None
+        norms = read(self._output_norms)[:steps]
         sizes = np.array(self._sizes).clip(min=SMALLEST)
         return float((carried_rounding(self.sampler, slopes, rounding * norms) / sizes).max())
 
