@@ -208,6 +208,27 @@ def test_loop_that_always_goes_another_way_is_recorded_where_that_shows_early():
     assert run.report.rounds < run.report.steps == len(trace) == 48
 
 
+def test_parts_that_step_the_scheduler_in_turn_are_recorded_at_the_first_call():
+    """A scheduler that is stepped twice at every time has made more steps than times: it is early all the same."""
+    net, steps = Net(DIM), scheduler()
+
+    def loop(generator):
+        steps.set_timesteps(20)
+        x = torch.randn(2, DIM + 2, generator=generator)
+        for t in steps.timesteps:
+            total, count = torch.zeros_like(x), torch.zeros_like(x)
+            for part in (slice(0, DIM), slice(2, DIM + 2)):
+                total[:, part] += steps.step(net(x[:, part], t), t, x[:, part]).prev_sample
+                count[:, part] += 1
+            x = total / count
+        return x
+
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(seeded()), loop(seeded())) <= 1e-2
+    assert run.report.mode == "replay"
+    assert run.report.rounds < 30 < run.report.steps == 40
+
+
 def test_combination_that_is_not_linear_is_recorded_at_the_first_call():
     """The first step shows it; the loop is put back as it was and recorded, and takes no more rounds than steps."""
     ours, theirs = ZOO["not linear"](), ZOO["not linear"]()

@@ -62,9 +62,9 @@ class Foresight:
         self._shown = 0  # accepted steps, when progress was last shown
 
     @property
-    def count(self) -> int:
-        """Timesteps of the present scheduler; 0 while none has been observed."""
-        return 0 if self._chain is None else self._chain.count
+    def left(self) -> int:
+        """Steps that the present scheduler has left; 0 while none has been observed."""
+        return 0 if self._chain is None else self._chain.left
 
     def learn(self, observed: ObservedStep, result: Any) -> None:
         """Take from a real step, and from what the scheduler has returned, what they show.

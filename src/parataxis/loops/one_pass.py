@@ -36,7 +36,7 @@ __all__ = ["NO_CALL", "OnePass"]
 
 MAX_CALLS = 64  # of denoisers without a step of a scheduler
 FEW_CALLS = 16  # the same, of a loop that can begin anew
-LATEST_START = 1 / 3  # share of the steps behind which a loop does not begin anew: they have taken rounds
+LATEST_START = 1 / 3  # share of the foreseen steps behind which a loop does not begin anew: they have taken rounds
 NO_STEP = "the loop does not step its scheduler."
 NO_CALL = "the loop called none of its denoisers."
 ONE_STEP = "the window is one step."
@@ -183,7 +183,8 @@ class OnePass:
 
     def _can_start_over(self) -> bool:
         """Return whether the loop can be put back as it was: early on, and if no callback has run."""
-        early = self.steps <= LATEST_START * self.foresight.count
+        foreseen = self.report.steps  # fewer, or more, than it makes where it steps a scheduler twice at every time
+        early = min(self.steps, foreseen - self.foresight.left) <= LATEST_START * foreseen
         untold = not self._calls_back or not self.steps
         if self.beginning is None or self.single or not (early and untold):
             return False
