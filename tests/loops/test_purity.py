@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import time
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from loop_problems import (
@@ -46,6 +49,42 @@ class Memory:
 class Dropping(Net):
     def forward(self, x, t):
         return torch.dropout(super().forward(x, t), 0.1, self.training)
+
+
+class Overwriting(Net):
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        x.mul_(0.5)
+        return output
+
+
+class Normalising(Net):
+    """Batch normalisation in training mode, whose statistics no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalise = nn.BatchNorm1d(DIM, affine=False)
+
+    def forward(self, x, t):
+        self.normalise(x)
+        return super().forward(x, t)
+
+
+class Collecting(Net):
+    """With a hook that collects outputs, which it never looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.collected = []
+        self.register_forward_hook(lambda module, args, output: module.collected.append(output))
+
+
+class Deciding(Net):
+    """Draws Python's random numbers, which no output depends on."""
+
+    def forward(self, x, t):
+        random.random()
+        return super().forward(x, t)
 
 
 def adaptive(net):
@@ -89,6 +128,10 @@ REFUSED = {
         "hidden state",
     ),
     "random numbers": (Dropping, ddim, r"draws random numbers.*eval\(\)"),
+    "random numbers of Python": (Deciding, ddim, "draws random numbers"),
+    "an input that is overwritten": (Overwriting, ddim, "writes into a tensor that it is given"),
+    "running statistics": (Normalising, ddim, r"hidden state: .*running_\w+'\]\. Call its eval\(\) first"),
+    "collected outputs": (Collecting, ddim, "hidden state: .*collected"),
     "gradients": (Net, with_gradients, "gradients through the denoiser"),
     "adaptive steps": (Net, adaptive, "depends on"),
     "outputs at random": (Net, checked, r"raised ValueError\('the network diverged'\) on trial outputs"),
@@ -110,6 +153,34 @@ def test_unsupported_loops_run_sequentially(name):
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
     assert run.report.mode == "sequential"
     assert "_compiled_call_impl" not in net.__dict__
+
+
+@pytest.mark.parametrize("make", [Caching, Dropping, Deciding, Overwriting, Normalising, Collecting])
+def test_one_pass_leaves_a_stateful_network_and_random_numbers_as_the_loop_does(make):
+    """Where a loop is run once, what a check of its network has drawn and written is put back before it goes on."""
+
+    def loop(net):
+        scheduler = DDPMScheduler(clip_sample=False)
+        scheduler.set_timesteps(12)
+        x = torch.randn(2, DIM)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t), t, x).prev_sample
+        return x
+
+    def run(call, net):
+        torch.manual_seed(0)
+        random.seed(0)
+        x = call(net)
+        numbers = [tensor for name, tensor in net.state_dict().items() if "normalise" in name]
+        return x, torch.rand(()), torch.tensor(random.random()), *numbers, *getattr(net, "collected", ())
+
+    torch.manual_seed(1)
+    net = make()
+    expected = run(loop, copy.deepcopy(net))
+    with pytest.warns(RuntimeWarning, match="runs sequentially"):
+        result = run(parallel(loop, denoisers=[net]), net)
+    assert len(result) == len(expected)
+    assert all(map(torch.equal, result, expected))
 
 
 class EverySecond(Net):

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .world import Change, World
 
-__all__ = ["is_counter", "watch"]
+__all__ = ["is_counter", "keeps_data", "watch"]
 
 
 class _Watched:
@@ -143,3 +145,12 @@ def is_counter(change: Change) -> bool:
         return isinstance(change.place.owner, list)
     values = change.place.get(change.key), change.place.before.get(change.key)
     return all(type(value) in (int, float) for value in values)
+
+
+def keeps_data(change: Change) -> bool:
+    """Return whether what is written are results, as running statistics and collected outputs are, and no count."""
+    owner = change.place.owner
+    if isinstance(owner, Tensor):
+        return owner.is_floating_point()
+    added = owner[len(change.place.before) :] if change.key is None and isinstance(owner, list) else []
+    return any(isinstance(leaf, (Tensor, np.ndarray)) for leaf in tree_leaves(added))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calls import Call, copy_leaves, flatten_output
-from .module_state import is_counter, watch
-from .randomness import advanced_generators, generator_states
+from .calls import Call, copy_leaves, equal, flatten_output
+from .module_state import is_counter, keeps_data, watch
+from .randomness import RandomState
 from .signals import NotParallelizable
 from .world import World
 
@@ -35,9 +35,11 @@ def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, 
     held = [leaf for leaf in call.leaves if not isinstance(leaf, Tensor)]
     roots = [(type(denoiser).__name__, denoiser), *(("an argument", leaf) for leaf in held)]
     before = World(roots)
+    random = RandomState(before.random)
     try:
         return _check_pure(run, call, roots, before, world)
     except NotParallelizable as reason:
+        random.restore()
         if before.restore():
             raise
         raise NotParallelizable(f"{reason} It has written to large tensors, so the result may differ.") from None
@@ -46,18 +48,24 @@ def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, 
 def _check_pure(
     run: Callable[[Any, Any], Any], call: Call, roots: Sequence[tuple[str, Any]], before: World, world: World | None
 ) -> Any:
-    leaves, generators = call.leaves, [value for value in before.random if isinstance(value, torch.Generator)]
+    leaves, generators = call.leaves, before.random
     first_result = result = call_checked(run, call, leaves, generators)
-    changes, after = list(before.changes()), before
+    changes, after = list(before.changes(thorough=True)), before
     if not all(map(is_counter, changes)):
         # Tables that fill in on the first call are no state; what was computed of one input and answers another is.
         after = World(roots)
         leaves = flip_input(leaves, result)
         result = call_checked(run, call, leaves, generators)
-        changes = list(after.changes())
+        changes = list(after.changes(thorough=True))
         for change in changes:
             if not is_counter(change):
                 raise NotParallelizable(f"the denoiser has hidden state that changes with every call: {change.name}.")
+    for change in changes:
+        if keeps_data(change):
+            raise NotParallelizable(
+                f"the denoiser has hidden state: it keeps results of its calls in {change.name}. Call its eval() first "
+                "if these are running statistics, or remove the hook that collects them."
+            )
     before.restore()
     with watch(changes, after) as reads:
         again = call_checked(run, call, leaves, generators) if reads is not None else None
@@ -76,17 +84,19 @@ def _check_pure(
     return first_result
 
 
-def call_checked(
-    run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], generators: Sequence[torch.Generator]
-) -> Any:
+def call_checked(run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], generators: Sequence[Any]) -> Any:
     """Call the denoiser once on copies; raise if it draws random numbers or writes into its arguments."""
     copies = copy_leaves(leaves)
     args, kwargs = call.arguments(copies)
-    before = generator_states(generators)
+    random = RandomState(generators)
     with call.context():
         result = run(args, kwargs)
-    if advanced_generators(before):
+    if random.advanced():
         raise NotParallelizable("the denoiser draws random numbers: call its eval() first.")
+    if not all(map(_unwritten, copies, leaves)):
+        raise NotParallelizable(
+            "the denoiser writes into a tensor that it is given, which the loop may use again: let it work on a copy."
+        )
     written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
     if written - {id(leaf) for leaf in copies}:
         raise NotParallelizable("the denoiser writes into its arguments, which the loop passes on (a KV cache).")
@@ -113,6 +123,13 @@ def outputs_differ(left_output: Any, right_output: Any) -> bool:
         if float((left.float() - right.float()).norm()) > bound * float(left.float().norm()):
             return True
     return False
+
+
+def _unwritten(copy: Any, leaf: Any) -> bool:
+    """Return whether a tensor still is as it was given; NaN are themselves."""
+    if not isinstance(leaf, Tensor) or equal(copy, leaf):
+        return True
+    return copy.shape == leaf.shape and bool(((copy == leaf) | ((copy != copy) & (leaf != leaf))).all())
 
 
 def _is_floating(leaf: Any) -> bool:

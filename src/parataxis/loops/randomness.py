@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .world import World
 
@@ -50,14 +51,10 @@ class RandomState(TorchFunctionMode):
         self._torch = {id(generator): (generator, state) for generator, state in generator_states()}
         self._others: list[tuple[Any, Any]] = []
         for value in seen:
-            if isinstance(value, np.random.Generator):
-                self._others.append((value, value.bit_generator.state))
-            elif isinstance(value, np.random.RandomState):
-                self._others.append((value, value.get_state()))
-            elif isinstance(value, torch.Generator):
+            if isinstance(value, torch.Generator):
                 self._torch[id(value)] = (value, value.get_state())
-            elif isinstance(value, random.Random):
-                self._others.append((value, value.getstate()))
+            elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+                self._others.append((value, _state(value)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Keep the state of a torch generator at its first use, wherever the loop hides it, and tensors as they are."""
@@ -87,6 +84,13 @@ class RandomState(TorchFunctionMode):
             if looks:
                 self.__enter__()  # type: ignore[no-untyped-call]
 
+    def advanced(self) -> bool:
+        """Return whether anything has drawn random numbers since."""
+        pairs: list[tuple[Any, Any]] = [(generator.get_state(), state) for generator, state in self._torch.values()]
+        pairs += [(_state(other), state) for other, state in self._others]
+        pairs += [(random.getstate(), self._python), (np.random.get_state(), self._numpy)]  # noqa: NPY002
+        return not all(all(map(np.array_equal, tree_leaves(now), tree_leaves(old))) for now, old in pairs)
+
     def restore(self) -> None:
         """Bring everything back to the state at the beginning."""
         np.random.set_state(self._numpy)  # noqa: NPY002
@@ -100,3 +104,10 @@ class RandomState(TorchFunctionMode):
                 other.set_state(state)
             else:
                 other.bit_generator.state = state
+
+
+def _state(generator: Any) -> Any:
+    """Return the state of a generator of numpy or Python."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state

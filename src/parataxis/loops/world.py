@@ -194,8 +194,13 @@ class World:
         """Leave a place alone from now on: a network writes there by itself, and does not read it."""
         self.skipped.add((id(change.place.owner), change.key))
 
-    def changes(self) -> Iterator[Change]:
-        """Yield what is not as it was noted."""
+    def changes(self, *, thorough: bool = False) -> Iterator[Change]:
+        """Yield what is not as it was noted.
+
+        Args:
+            thorough: Whether to compare the content of buffers, too: batch normalisation writes to its running
+                statistics without a trace in their version.
+        """
         for place in self._places:
             if place.changed():
                 for key in place.differences():
@@ -203,7 +208,8 @@ class World:
                     if not ignored and not self._skips(place, key):
                         yield Change(place.describe(key), place, key)
         for tensor in self._tensors:
-            if tensor.changed() and not self._skips(tensor, None):
+            changed = tensor.changed() or (thorough and tensor.differs())
+            if changed and not self._skips(tensor, None):
                 yield Change(tensor.name, tensor, None)
 
     def restore(self, *, everything: bool = False) -> bool:
@@ -481,6 +487,12 @@ class _Tensor:
             return False
         return self.written or _version(owner) != self.version or _storage(owner) != self.storage
 
+    def differs(self) -> bool:
+        """Return whether a tensor that is no parameter has another content than it had."""
+        if self.copy is None or isinstance(self.owner, nn.Parameter) or self.owner.device != self.copy.device:
+            return False
+        return not _equal(self.memory, self.copy)
+
     def is_whole(self) -> bool:
         return self.copy is not None or _version(self.owner) == self.version
 
@@ -563,9 +575,9 @@ def _same(left: Any, right: Any) -> bool:
     return False
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
+def _equal(left: Tensor | None, right: Tensor) -> bool:
     try:
-        return torch.equal(left, right)
+        return left is not None and torch.equal(left, right)
     except (RuntimeError, NotImplementedError):  # a format that cannot be compared
         return False
 
