@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from loop_problems import (
@@ -171,13 +172,79 @@ class Reading(Net):
         return super().forward(x, float(t))
 
 
-UNMERGED = {
+def in_python(network):
+    """Return a class of networks that look at a value in Python, so that nothing can be mapped over them."""
+
+    class InPython(network):
+        def forward(self, x, *args):
+            assert float(x.sum()) < 1e6
+            return super().forward(x, *args)
+
+    return InPython
+
+
+MAPPED = {
     "rows that look at one another": (Mixing, ddim, "batching calls of the denoiser changes its outputs"),
     "one time": (OneTime, ddim, "a batch of its denoiser's calls raised AssertionError.*one time at a time"),
     "the first time": (FirstTime, ddim, "read only the first timestep"),
     "no dimension for samples": (Flat, flat, "no batch dimension"),
+}
+UNMERGED = {name: (in_python(make), loop, reason) for name, (make, loop, reason) in MAPPED.items()} | {
     "words that differ": (Reading, told_in_words, "differ in more than rows and numbers"),
 }
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_networks_whose_rows_cannot_be_joined_are_mapped_over_whole_calls(name):
+    make, loop, _ = MAPPED[name]
+    expected, result, run = both(loop, make(), tolerance=1e-4)
+    assert relative(result, expected) <= 1e-4
+    assert run.report.rounds < run.report.steps
+    assert {layout.merging for layout in run.loop.layouts.values()} == {Merging.MAPPED}
+
+
+class Bonds(nn.Module):
+    """A graph in one flat batch: an index says which atoms are beside one another, another one whose they are."""
+
+    def forward(self, x, t, bonds, molecule):
+        i, j = bonds
+        away = x[i] - x[j]
+        time = t[molecule][i][:, None] / 1000 if t.ndim else t / 1000
+        return torch.zeros_like(x).index_add(0, i, torch.tanh(away * time)) + 0.5 * x
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", ["one pass", "recurrence"])
+def test_graphs_in_one_flat_batch(kind, each):
+    """Neither atoms nor the times of three molecules are rows."""
+    net, molecule = Bonds(), torch.tensor([0] * 4 + [1] * 6 + [2] * 5)
+    pairs = [(i, j) for i in range(15) for j in range(15) if i != j and molecule[i] == molecule[j]]
+    scheduler = DDIMScheduler(clip_sample=False)
+
+    def loop(x):
+        scheduler.set_timesteps(24)
+        for t in scheduler.timesteps:
+            f = net(x, t.expand(3) if each else t, torch.tensor(pairs).T, molecule)
+            x = scheduler.step(f, t, x).prev_sample if kind == "one pass" else 0.97 * x + 0.05 * f
+        return x
+
+    x = torch.randn(15, 3, generator=torch.Generator().manual_seed(0))
+    run = parallel(loop, denoisers=[net], tolerance=1e-3)
+    assert relative(run(x), loop(x)) <= 1e-3
+    assert run.report.mode == kind
+    assert run.report.rounds < 18
+
+
+def test_operators_that_can_only_be_mapped_one_by_one_are_not():
+    """They would take as long as single calls."""
+
+    class Slow(Mixing):
+        def forward(self, x, t, condition=None):
+            return super().forward(x, t, condition) + 0 * torch.histc(x.sum(1), 4).sum()
+
+    with pytest.warns(RuntimeWarning, match="runs sequentially: batching calls"):
+        expected, result, _ = both(ddim, Slow())
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("name", UNMERGED)
@@ -246,8 +313,8 @@ def test_changed_network_is_detected_by_one_more_call():
     torch.manual_seed(0)
     expected = ddim(net)
     torch.manual_seed(0)
-    with pytest.warns(RuntimeWarning, match="runs sequentially: batching calls"):
-        assert torch.equal(run(net), expected)
+    assert relative(run(net), expected) <= 1e-4
+    assert {layout.merging for layout in run.loop.layouts.values()} == {Merging.MAPPED}
 
 
 def test_times_that_multiply_the_input_become_a_column():
@@ -426,7 +493,7 @@ def test_each_value_of_an_argument_that_keeps_calls_apart_has_a_layout_of_its_ow
 
     expected, result, run = both(loop, Sided())
     assert relative(result, expected) <= 1e-2
-    assert {layout.merging for layout in run.loop.layouts.values()} == {Merging.ROWS, Merging.SINGLE}
+    assert {layout.merging for layout in run.loop.layouts.values()} == {Merging.ROWS, Merging.MAPPED}
     assert run.report.peak_rows > 2
 
 

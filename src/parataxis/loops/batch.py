@@ -7,13 +7,17 @@ leaf over all calls:
 - a number, or a tensor of one element, that differs between calls (the timestep): one entry a row,
 - anything that is the same in all calls: shared; calls that differ in anything else are not batched.
 
+Where that does not give what single calls give (graphs in one flat batch, a second dimension of samples, no dimension
+for them at all), :func:`torch.vmap` maps the network over whole calls.
+
 Rows with equal inputs (guidance) stay apart in blocks, all first ones before all second ones, because some attention
 processors split the batch so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_not
@@ -35,6 +39,7 @@ class Merging(Enum):
 
     ROWS = "any rows of any calls"
     CALLS = "whole calls"
+    MAPPED = "whole calls, mapped over by torch.vmap: no call sees the rows of another"
     SINGLE = "each call is evaluated by itself"
 
 
@@ -111,7 +116,43 @@ class KindCalls:
 
     def run_batched(self, requests: Sequence[RowRequest], layout: Layout) -> list[list[Any]]:
         """Evaluate several requests in one network call."""
+        if layout.merging is Merging.MAPPED:
+            return self.run_mapped(requests)
         return split_outputs(self.run_ordered(requests, layout), requests, self.order(requests))
+
+    def run_mapped(self, requests: Sequence[RowRequest]) -> list[list[Any]]:
+        """Map the network over whole calls, with the arguments that the loop gave."""
+        first, row_map = self.recorded.calls[requests[0].call], self.row_map(requests[0].call)
+        arguments = []  # of every call
+        for request in requests:
+            leaves = copy_leaves(self.recorded.calls[request.call].leaves)
+            row_map.write(leaves, request.states)
+            arguments.append(leaves)
+        columns = [list(values) for values in zip(*arguments, strict=True)]
+        mapped = [i for i, role in enumerate(self.kind.roles) if role is not Role.SHARED]
+        stacked = [
+            torch.stack(columns[i])
+            if isinstance(columns[i][0], Tensor)
+            else column_of_numbers(columns[i], requests[0].states)
+            for i in mapped
+        ]
+        form: list[Any] = []  # of the output, without its tensors
+
+        def evaluate(*values: Tensor) -> tuple[Tensor, ...]:
+            leaves = list(arguments[0])
+            for i, value in zip(mapped, values, strict=True):
+                leaves[i] = value
+            form[:] = self.network(first, leaves, len(requests) * row_map.rows)
+            return tuple(leaf for leaf in form if isinstance(leaf, Tensor))
+
+        with _without_fallback():
+            outputs = torch.vmap(evaluate, randomness="error")(*stacked)
+        parts = zip(*(output.unbind() for output in outputs), strict=True)
+        filled = []  # a tensor of each call in the place of each tensor of the form
+        for tensors in parts:
+            left = iter(tensors)
+            filled.append([next(left).clone() if isinstance(leaf, Tensor) else leaf for leaf in form])
+        return filled
 
     def order(self, requests: Sequence[RowRequest]) -> RowIndex:
         """Return the order of all rows in the batch: all first rows of samples, then all second ones."""
@@ -162,6 +203,18 @@ class KindCalls:
         if not row_map.is_all_state(calls[0].leaves[row_map.slices[0].leaf]):
             row_map.write(leaves, states)
         return leaves
+
+
+@contextmanager
+def _without_fallback() -> Iterator[None]:
+    """Let operators without a batching rule raise: they would be called one by one, which gains nothing."""
+    functorch: Any = torch._C._functorch  # no public name for it
+    enabled = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(enabled)
 
 
 def split_outputs(leaves: Sequence[Any], requests: Sequence[RowRequest], order: RowIndex) -> list[list[Any]]:

@@ -227,6 +227,7 @@ class Role(Enum):
     SCALAR = "is a number that differs between calls"
     SHARED = "is the same in all calls"
     DIFFERS = "differs between calls, which are not batched then"
+    MAPPED = "differs between calls, which can only be mapped over"
 
 
 @dataclass(eq=False)
@@ -286,6 +287,10 @@ def _kinds(calls: Sequence[Call], row_maps: Sequence[RowMap]) -> dict[int, CallK
     for name, members in alike.items():
         roles, ambiguous = _roles(calls, row_maps[members[0]], members)
         differing = [i for i, role in enumerate(roles) if role is Role.DIFFERS]
+        if len(members) > 1 and _all_differ(calls, members, differing):
+            mapped: list[Role] = [Role.MAPPED if role is Role.DIFFERS else role for role in roles]
+            kinds |= dict.fromkeys(members, CallKind(name, (name, tuple(mapped)), mapped, members, ambiguous))
+            continue
         roles = [Role.SHARED if role is Role.DIFFERS else role for role in roles]
         apart: list[tuple[list[Any], CallKind]] = []
         for c in members:
@@ -299,6 +304,14 @@ def _kinds(calls: Sequence[Call], row_maps: Sequence[RowMap]) -> dict[int, CallK
             kind.members.append(c)
             kinds[c] = kind
     return kinds
+
+
+def _all_differ(calls: Sequence[Call], members: Sequence[int], leaves: Sequence[int]) -> bool:
+    """Return whether no two calls are alike in these leaves, tensors: kept apart, none could be batched."""
+    values = [[calls[c].leaves[i] for i in leaves] for c in members]
+    if not leaves or not all(isinstance(value, Tensor) for value in values[0]):
+        return False
+    return not any(all(map(equal, a, b)) for n, a in enumerate(values) for b in values[:n])
 
 
 def _roles(calls: Sequence[Call], row_map: RowMap, members: Sequence[int]) -> tuple[list[Role], bool]:

@@ -33,6 +33,7 @@ BATCH_RAISES = (
     "a batch of its denoiser's calls raised {error!r}: let its forward take any number of rows, with a time for each, "
     "as a tensor of shape (batch,)."
 )
+MAPPED = Layout(Merging.MAPPED)
 OUT_OF_MEMORY = "not enough memory to batch two denoiser calls."
 
 
@@ -49,8 +50,6 @@ class LayoutSearch:
         """
         kind = self.calls.kind
         row_map = self.calls.row_map(kind.members[0])
-        if not row_map.batched:
-            return Layout(Merging.SINGLE, reason=NO_BATCH_DIMENSION)
         members = [kind.members[i] for i in sorted({0, len(kind.members) // 2, len(kind.members) - 1})]
         # In 16 bits a layout that swaps similar rows would pass, so their conditioning is made dissimilar.
         precise = torch.finfo(self.calls.dtype).bits >= 32
@@ -86,12 +85,18 @@ class LayoutSearch:
                 bound, measured = min(max(bound, ROUNDINGS * rounding), WRONG), True
             if error <= bound:
                 return replace(layout, bound=min(max(smallest, ROUNDINGS * error), WRONG))
+        if layouts == [MAPPED]:
+            batched = self.calls.row_map(whole[0].call).batched
+            return Layout(Merging.SINGLE, reason=NOTHING_TO_BATCH if batched else NO_BATCH_DIMENSION)
         raises = BATCH_RAISES.format(error=raised[0]) if len(raised) == len(layouts) else BATCHING_CHANGES_OUTPUT
         return Layout(Merging.SINGLE, reason=raises)
 
     def candidates(self, request: RowRequest) -> Iterator[Layout]:
         """Yield the layouts to try, the most general and most usual ones first."""
         kind, dtype = self.calls.kind, self.calls.dtype
+        if Role.MAPPED in kind.roles or not self.calls.row_map(request.call).batched:
+            yield MAPPED
+            return
         leaves = self.calls.recorded.calls[request.call].leaves
         scalars = [leaf for leaf, role in zip(leaves, kind.roles, strict=True) if role is Role.SCALAR]
         narrow = (False, True) if any(_has_other_dtype(scalar, dtype) for scalar in scalars) else (False,)
@@ -103,6 +108,8 @@ class LayoutSearch:
         for merging in (Merging.ROWS, Merging.CALLS):
             for options in product(narrow, column, shared, repeated):
                 yield Layout(merging, *options)
+        if not self.calls.recorded.calls[request.call].feeds:
+            yield MAPPED
 
 
 def random_request(calls: KindCalls, call: int, generator: torch.Generator, scale: float = 1.0) -> RowRequest:

@@ -108,7 +108,7 @@ class Merger:
             raise NotParallelizable(layout.reason)
         if self.limit is not None and self.limit < 2 * row_map.rows:
             raise NotParallelizable(OUT_OF_MEMORY)
-        if layout.merging is Merging.CALLS and row_map.sample_of_row.any():
+        if layout.merging is Merging.MAPPED or (layout.merging is Merging.CALLS and row_map.sample_of_row.any()):
             raise RowsInteract
         return layout
 
