@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import time
@@ -21,6 +22,7 @@ from loop_problems import (
     with_gradients,
 )
 from parataxis.parallel import parallel
+from parataxis.solvers import Secant
 
 
 class Caching(Net):
@@ -85,6 +87,18 @@ class Deciding(Net):
     def forward(self, x, t):
         random.random()
         return super().forward(x, t)
+
+
+class Summing(Net):
+    """Returns a number of all rows, too: of their values, or of their times."""
+
+    def __init__(self, summary):
+        super().__init__()
+        self.summary = summary
+
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        return output, self.summary(output, t)
 
 
 def adaptive(net):
@@ -181,6 +195,55 @@ def test_one_pass_leaves_a_stateful_network_and_random_numbers_as_the_loop_does(
         result = run(parallel(loop, denoisers=[net]), net)
     assert len(result) == len(expected)
     assert all(map(torch.equal, result, expected))
+
+
+SUMMARIES = {
+    "a tensor": lambda output, t: output.std(),
+    "a tensor of one element": lambda output, t: output.std().reshape(1),
+    "a number": lambda output, t: float(output.std()),
+    "of time": lambda output, t: torch.as_tensor(t).float().mean(),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+@pytest.mark.parametrize("window", [1, 8])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_numbers_of_no_row_are_those_of_the_loops_own_calls(name, window, scheduled):
+    """A mean or a loss that a network returns beside its rows is of a call, and no call of a batch answers it."""
+    net, seen = Summing(SUMMARIES[name]), []
+
+    def predict(net, x, t):
+        output, summary = net(x, t)
+        seen.append(float(summary))
+        return output
+
+    def loop(net):
+        if not scheduled:
+            return ddim(net, predict=predict)
+        scheduler = DDPMScheduler(clip_sample=False)
+        scheduler.set_timesteps(12)
+        x = torch.randn(1, DIM)
+        for t in scheduler.timesteps:
+            x = scheduler.step(predict(net, x, t), t, x).prev_sample
+        return x
+
+    torch.manual_seed(0)
+    expected, of_loop = loop(net), seen.copy()
+    seen.clear()
+    run = parallel(loop, Secant(window=window), denoisers=[net])
+    torch.manual_seed(0)
+    with contextlib.nullcontext() if window == 1 else pytest.warns(RuntimeWarning, match="a mean or a loss"):
+        result = run(net)
+    assert relative(result, expected) <= 1e-6
+    assert seen == pytest.approx(of_loop)
+
+
+def test_number_of_no_row_that_never_changes_is_no_obstacle():
+    """A number that is the same in all calls is answered."""
+    net = Summing(lambda output, t: torch.tensor(0.5))
+    expected, result, run = both(lambda net: ddim(net, predict=lambda net, x, t: torch.mul(*net(x, t))), net)
+    assert relative(result, expected) <= 1e-2
+    assert run.report.mode != "sequential"
 
 
 class EverySecond(Net):

@@ -57,7 +57,7 @@ class KnownOutputs:
             stored = [leaf.contiguous().clone() if isinstance(leaf, Tensor) else leaf for leaf in like]
             self.outputs[call] = stored
         for target, leaf in zip(stored, output, strict=True):
-            if isinstance(target, Tensor) and row_map.view(target).shape[0] == row_map.rows:
+            if row_map.has_rows(target):
                 row_map.view(target)[upload(rows, target.device)] = row_map.view(leaf).to(target)
 
     def store_inputs(self, step: int, samples: RowIndex, states: Tensor, finite: NDArray[np.bool_]) -> None:
@@ -115,7 +115,7 @@ class KnownOutputs:
             rows = np.flatnonzero([sources[int(s)] == source for s in row_map.sample_of_row])
             index = upload(rows, states.device)
             for leaf, known in zip(leaves, self.outputs[near] or [], strict=True):
-                if isinstance(leaf, Tensor) and row_map.view(leaf).shape[0] == row_map.rows:
+                if row_map.has_rows(leaf):
                     row_map.view(leaf)[index] = row_map.view(known)[index]
             samples = row_map.sample_of_row[rows]
             inputs = self.inputs_at_evaluation[q]

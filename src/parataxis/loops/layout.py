@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from ..engine.executor import out_of_memory
-from .batch import KindCalls, Layout, Merging
-from .calls import Call, RecordedCalls, Role
-from .rows import RowRequest, row_index
+from .batch import KindCalls, Layout, Merging, split_outputs
+from .calls import Call, RecordedCalls, Role, equal
+from .rows import RowRequest, has_rows, row_index
 
 __all__ = ["NOTHING_TO_BATCH", "OUT_OF_MEMORY", "LayoutSearch", "compare", "random_request", "rows_of_sample"]
 
+SAME = 5e-3  # relative; what is of no row and not the same in all calls differs more at random states and other times
 WRONG = 0.1  # a wrong layout errs by order 1 on random rows
 ROUNDINGS = 10  # times the rounding of copies of one call that a layout may differ
 NO_BATCH_DIMENSION = "the denoiser's input has no batch dimension, so steps cannot share a network call."
 NOTHING_TO_BATCH = "no two calls of the denoiser can be batched: they differ in more than rows and numbers."
 BATCHING_CHANGES_OUTPUT = (
-    "batching calls of the denoiser changes its outputs: it may read only the first timestep, or mix rows of the batch."
+    "batching calls of the denoiser changes its outputs: it may read only the first timestep, mix rows of the batch, "
+    "or return a number that is of no row, such as a mean or a loss."
 )
 BATCH_RAISES = (
     "a batch of its denoiser's calls raised {error!r}: let its forward take any number of rows, with a time for each, "
@@ -159,19 +161,23 @@ def compare(
     """
     row_map = calls.row_map(requests[0].call)
     try:
-        outputs = calls.run_batched(requests, layout)
+        order = calls.order(requests)
+        batch = calls.run_ordered(requests, layout)
+        outputs = split_outputs(batch, requests, order)
     except Exception as error:  # whatever a network says to a batch that it cannot take
         if out_of_memory(error):
             raise
         if raised is not None:
             raised.append(error)
         return [], float("inf")
-    worst = 0.0
+    worst, of_no_row = 0.0, [i for i, leaf in enumerate(batch) if not has_rows(leaf, len(order))]
     for request, output, answer in zip(requests, outputs, answers, strict=True):
         if answer is None:
             continue
         # Rows that meet all rows of another argument, as along a second dimension of batches, are no rows.
         if any(o.shape[1:] != a.shape[1:] for o, a in zip(output, answer, strict=True) if isinstance(a, Tensor)):
+            return outputs, float("inf")
+        if any(not _same(output[i], answer[i]) for i in of_no_row):
             return outputs, float("inf")
         dtype = request.states.dtype
         batched, single = (row_map.answers(leaves, dtype).cpu().double() for leaves in (output, answer))
@@ -183,6 +189,14 @@ def compare(
         if distance != 0:  # or not a number
             worst = max(worst, distance / norm) if norm > 0 and np.isfinite(distance) else float("inf")
     return outputs, worst
+
+
+def _same(output: Any, answer: Any) -> bool:
+    """Return whether what a call returned besides its rows is what another one returned."""
+    if isinstance(answer, (float, Tensor)) and type(output) is type(answer):
+        left, right = (torch.as_tensor(value).cpu().double() for value in (output, answer))
+        return left.shape == right.shape and torch.allclose(left, right, SAME, 0.0, equal_nan=True)
+    return equal(output, answer)
 
 
 def _has_other_dtype(scalar: Any, dtype: torch.dtype) -> bool:

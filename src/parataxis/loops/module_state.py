@@ -147,10 +147,14 @@ def is_counter(change: Change) -> bool:
     return all(type(value) in (int, float) for value in values)
 
 
-def keeps_data(change: Change) -> bool:
-    """Return whether what is written are results, as running statistics and collected outputs are, and no count."""
+def keeps_data(change: Change, outputs: Sequence[Any]) -> bool:
+    """Return whether what is written are results, as running statistics and collected outputs are, and no count.
+
+    The memory in which a network returns its outputs is none: the next call may write to it, as CUDA graphs do.
+    """
     owner = change.place.owner
     if isinstance(owner, Tensor):
-        return owner.is_floating_point()
+        returned = {leaf.untyped_storage().data_ptr() for leaf in outputs if type(leaf) is Tensor}
+        return owner.is_floating_point() and owner.untyped_storage().data_ptr() not in returned
     added = owner[len(change.place.before) :] if change.key is None and isinstance(owner, list) else []
     return any(isinstance(leaf, (Tensor, np.ndarray)) for leaf in tree_leaves(added))

@@ -61,7 +61,7 @@ def _check_pure(
             if not is_counter(change):
                 raise NotParallelizable(f"the denoiser has hidden state that changes with every call: {change.name}.")
     for change in changes:
-        if keeps_data(change):
+        if keeps_data(change, flatten_output(result)[0]):
             raise NotParallelizable(
                 f"the denoiser has hidden state: it keeps results of its calls in {change.name}. Call its eval() first "
                 "if these are running statistics, or remove the hook that collects them."

@@ -126,6 +126,10 @@ class RowMap:
         """Return a leaf with its rows in front."""
         return leaf if self.batched else leaf[None]
 
+    def has_rows(self, leaf: Any) -> bool:
+        """Return whether a leaf is a tensor with the rows of the call."""
+        return isinstance(leaf, Tensor) and has_rows(self.view(leaf), self.rows)
+
     def states(self, leaves: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Return the state parts of arguments, (R, dim); zeros for a part that is None (no prediction before it)."""
         if len(self.slices) == 1:
