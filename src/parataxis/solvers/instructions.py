@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_entering", "write_frame", "write_shift"]
 
+LARGE = 1 << 16  # elements of the states of all windows from which only rows that enter are filled
 STATE_ITSELF = np.array([1.0, 0.0]).reshape(2, 1, 1)  # p and q
 
 
@@ -88,6 +89,9 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
     # States of the window that are lost by an overflow are copies of the last good one, and so are new ones then.
     new, origin, first = entering + (width - last), window.lo + last, last - count + 1
     wanted = zip(new.tolist(), window.lo.tolist(), origin.tolist(), first.tolist(), strict=True)
+    # A captured round always does the same work, and of small states all are as quick as some.
+    narrow = not window.always_enters and tensors.x.numel() >= LARGE
+    tensors.enters_from = int(first[new > 0].min(initial=W)) if narrow else 0
     for s, (size, lo, begins_behind, row) in enumerate(wanted):
         if not size:
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..arrays import Array, Packed
 from . import correction, extrapolation
@@ -59,6 +60,7 @@ class WindowTensors(RowBlock):
         self.batch, self.count, self.width, self.lags = batch, count, width, lags
         self.keeps_pairs, self.predicts, self.order, self.history = keeps_pairs, predicts, order, history
         self.overflowed = False  # whether a residual may be infinite
+        self.enters_from = 0  # rows of states before this one have nothing to be filled with
         super().__init__(batch.start, self.regions(), count)
 
     def like(self, count: int) -> WindowTensors:
@@ -202,10 +204,21 @@ class WindowTensors(RowBlock):
             self.past.copy_(flat["f"].index_select(0, sent["history"]).view(self.past.shape))
         torch.index_select(flat["step"], 0, sent["shift"], out=self.x_rows)
         if enter:
-            self.x.baddbmm_(sent["enter"], tail)
-            if self.batch.noise_rows is not None:
-                noise = self.batch.noise_rows.index_select(0, sent["tail_noise"]).view(self.x.shape)
-                self.x.baddbmm_(sent["enter_noise"], noise)
+            self.fill(tail)
+
+    def fill(self, tail: Tensor) -> None:
+        """Put the states that enter in place, at the end of each window: combinations of the tail and of noise."""
+        sent, first, noise = self.pack.tensors, self.enters_from, self.batch.noise_rows
+        entering = self.x[:, first:] if first else self.x
+        entering.baddbmm_(sent["enter"][:, first:], tail)
+        if noise is None:
+            return
+        # Noise enters with the step before the first of these states, and with those behind it.
+        count, index = self.width + 1 - max(first - 1, 0), sent["tail_noise"]
+        if first:
+            index = index.view(self.count, -1)[:, :count].flatten()
+        added = noise.index_select(0, index).view(self.count, count, -1)
+        entering.baddbmm_(sent["enter_noise"][:, first:, :count], added)
 
     def correct(self) -> None:
         """Turn the steps into the corrected states: new = step + M r, chunk by chunk."""
