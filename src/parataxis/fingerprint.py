@@ -29,6 +29,7 @@ __all__ = ["Fingerprint", "changes", "fingerprint", "loop_fingerprint", "without
 Fingerprint = dict[str, str]
 SCALARS = (bool, int, float, str)
 VARIES = "changes from call to call"
+STANDARD = frozenset(vars(nn.Module()))  # attributes of every module
 DEPTH = 6  # of functions within functions that are looked into
 # Digests of parameters, with what they were made of, by the network that holds them.
 _known: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
@@ -132,18 +133,18 @@ def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
     for name, value in _held("network", network, 0, set()):
         if isinstance(value, nn.Module):
             settings[name] = f"{type(value).__name__}{', training' if value.training else ''}"
-            tensors += [(f"{name}.{key}", tensor) for key, tensor in value.named_parameters()]
-            tensors += [(f"{name}.{key}", tensor) for key, tensor in value.named_buffers()]
+            tensors += _module_tensors(name, value)
             for key, module in value.named_modules():
+                # The scale of an adapter, a number of heads, which adapter is active: what a module keeps outside of
+                # its parameters and changes its outputs.
                 for attribute, number in vars(module).items():
-                    # The scale of an adapter, a number of heads, which adapter is active: what a module keeps outside
-                    # of its parameters and changes its outputs.
-                    if attribute != "training" and isinstance(number, (*SCALARS, dict)) and number != {}:
-                        plain = not isinstance(number, dict) or all(
-                            isinstance(entry, SCALARS) for entry in number.values()
-                        )
-                        if plain:
-                            settings[f"{name}.{key}.{attribute}" if key else f"{name}.{attribute}"] = repr(number)
+                    if attribute in STANDARD:
+                        continue
+                    plain = isinstance(number, SCALARS) or (
+                        isinstance(number, dict) and number and all(map(_is_scalar, number.values()))
+                    )
+                    if plain:
+                        settings[f"{name}.{key}.{attribute}" if key else f"{name}.{attribute}"] = repr(number)
         elif isinstance(value, Tensor):
             settings[name] = _digest([(name, value)])
         elif isinstance(value, FunctionType):
@@ -152,6 +153,22 @@ def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
         else:
             settings[name] = repr(value)
     return tensors, settings
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, SCALARS)
+
+
+def _module_tensors(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a module, then its buffers, with their names; each once."""
+    parts = list(module.named_modules())
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for holder in ("_parameters", "_buffers"):
+        for key, part in parts:
+            for own, tensor in vars(part)[holder].items():
+                if tensor is not None and id(tensor) not in tensors:
+                    tensors[id(tensor)] = f"{name}.{key}.{own}" if key else f"{name}.{own}", tensor
+    return list(tensors.values())
 
 
 def _held(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -207,7 +224,7 @@ def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
         return "none"
     # Writing through ``.data`` leaves no trace in the version of a tensor, but in its norm.
     with torch.no_grad():
-        floats = [tensor.detach().float() for _, tensor in tensors if not tensor.is_meta and tensor.numel()]
+        floats = [_as_float(tensor) for _, tensor in tensors if not tensor.is_meta and tensor.numel()]
         norms = torch.stack([torch.linalg.vector_norm(tensor).cpu() for tensor in floats]).double() if floats else None
     names = tuple((name, id(tensor), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors)
     key = names, (0.0 if norms is None else float(norms.nan_to_num(7.0) @ torch.arange(1.0, len(norms) + 1).double()))
@@ -221,6 +238,10 @@ def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
     with contextlib.suppress(TypeError):
         _known[network] = key, text
     return text
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 def _digest(tensors: list[tuple[str, Tensor]]) -> str:
