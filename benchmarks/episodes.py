@@ -14,7 +14,8 @@ loop draws for the same observation and noise. Episodes go on side by side, whic
 and 95th percentile to ``results/policy_seconds.csv``. Policies of 4.4 and 16 M parameters are taken from ``out/policy``
 (``examples/policy/train.py --size 4.4M``) where they have been trained. Each network is timed as it is written and with
 packed convolutions, loop and solver alike; the speed-up is over the loop that is faster. ``--calibrate`` runs
-:func:`parataxis.calibrate` on 59 observations of the demonstrations, with windows of 8, 16 and 32, each by itself.
+:func:`parataxis.calibrate` on 59 observations of the demonstrations, with windows of 8, 16 and 32, each by itself, for
+the network and for the plain loop.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +189,13 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
             if calibration_of(name, window).exists():
                 setting = px.Calibration.load(calibration_of(name, window))
                 ways["packed", f"calibrated {window}"] = Sampler(policies["packed"], setting)
+            if calibration_of(name, window, loop=True).exists():
+                setting = px.Calibration.load(calibration_of(name, window, loop=True))
+                ways["packed", f"px.parallel(loop), calibrated {window}"] = unchanged(policies["packed"], setting)
         ways |= {("plain", "loop, compiled"): compiled_loop(load(folder, pack=False))}
         ways |= {
-            ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], window) for window in CALIBRATED
+            ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], px.Secant(window=window))
+            for window in CALIBRATED
         }
         if all((name, *way[:1], count, way[1]) in done for way in ways):
             continue
@@ -220,15 +226,15 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
             print(name, count, *way, row["p50_ms"], row["p95_ms"], row["deviation"], flush=True)
 
 
-def calibration_of(name: str, window: int) -> Path:
-    """Return the file of a calibration."""
-    return ROOT / "out" / "policy" / f"{Path(name).name}-calibration-{window}.json"
+def calibration_of(name: str, window: int, *, loop: bool = False) -> Path:
+    """Return the file of a calibration: of the network, or of the plain loop."""
+    return ROOT / "out" / "policy" / f"{Path(name).name}-calibration-{'loop-' * loop}{window}.json"
 
 
 def calibrate(names: Sequence[str], runs: int = 59) -> None:
-    """Calibrate windows on observations of the demonstrations."""
-    for name, window in ((name, window) for name in names for window in CALIBRATED):
-        path = calibration_of(name, window)
+    """Calibrate windows on observations of the demonstrations, for the network and for the plain loop."""
+    for name, window, loop in product(names, CALIBRATED, (False, True)):
+        path = calibration_of(name, window, loop=loop)
         if path.exists():
             continue
         policy = load(folder_of(name))
@@ -236,17 +242,22 @@ def calibrate(names: Sequence[str], runs: int = 59) -> None:
         conditions = windows(demonstrations, policy.config)[0]
         conditions = conditions[np.random.default_rng(0).choice(len(conditions), runs, replace=False)]
         generators = [torch.Generator().manual_seed(1000 + run) for run in range(runs)]
-        calibration = px.calibrate(
-            policy.network,
-            policy.noise(generators),
-            px.from_scheduler(policy.config.scheduler()),
-            px.Secant(window=window),
-            condition=conditions,
-            generator=torch.Generator().manual_seed(0),
-        )
+        solver = px.Secant(window=window)
+        if loop:
+            calls = [(condition[None], [source]) for condition, source in zip(conditions, generators, strict=True)]
+            calibration = px.calibrate_loop(plain_loop(policy), calls, solver, denoisers=[policy.network])
+        else:
+            calibration = px.calibrate(
+                policy.network,
+                policy.noise(generators),
+                px.from_scheduler(policy.config.scheduler()),
+                solver,
+                condition=conditions,
+                generator=torch.Generator().manual_seed(0),
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(path)
-        print(Path(name).name, window, calibration, flush=True)
+        print(path.stem, calibration, flush=True)
 
 
 def compiled_loop(policy: Policy) -> Plan:
@@ -263,9 +274,9 @@ def compiled_loop(policy: Policy) -> Plan:
     return plain_loop(Compiled())  # type: ignore[arg-type]
 
 
-def unchanged(policy: Policy, window: int) -> Any:
-    """Return the plain loop as it is, through :func:`parataxis.parallel`."""
-    loop = px.parallel(plain_loop(policy), px.Secant(window=window), denoisers=[policy.network])
+def unchanged(policy: Policy, setting: Any) -> Any:
+    """Return the plain loop as it is, through :func:`parataxis.parallel` with a solver or a calibration."""
+    loop = px.parallel(plain_loop(policy), setting, denoisers=[policy.network])
 
     def plan(condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         with warnings.catch_warnings():
