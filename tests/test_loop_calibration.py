@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import parataxis as px
 from loop_problems import DIM, Net, ddim, guided
+from parataxis.fingerprint import loop_fingerprint
 
 NET = Net()
 
@@ -79,3 +81,20 @@ def test_what_cannot_be_calibrated_says_why():
 
     with pytest.raises(ValueError, match="returned NoneType, without a tensor, array or image"):
         px.calibrate_loop(silent, [(NET,)], denoisers=[NET])
+
+
+def test_calibration_holds_in_another_process():
+    """diffusers lists in the order of a set which values of a configuration were defaults: it is another every time."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+
+    def loop(x):
+        for t in scheduler.timesteps:
+            x = scheduler.step(NET(x, t, x), t, x).prev_sample
+        return x
+
+    before = loop_fingerprint(loop, (torch.zeros(1, DIM),), {})
+    scheduler.config["_use_default_values"].reverse()
+    assert loop_fingerprint(loop, (torch.zeros(1, DIM),), {}) == before
+    scheduler.register_to_config(clip_sample=True)
+    assert loop_fingerprint(loop, (torch.zeros(1, DIM),), {}) != before

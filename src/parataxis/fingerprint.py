@@ -198,7 +198,12 @@ def _held(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[s
     elif isinstance(value, (list, tuple)):
         inside = {str(i): held for i, held in enumerate(value[:100])}
     elif isinstance(value, dict):
-        inside = {str(key): held for key, held in list(value.items())[:100]}
+        items = value.items()
+        if type(value).__name__ == "FrozenDict":
+            # What diffusers notes of a configuration itself (its version, which values were defaults) changes nothing,
+            # and stands in the order of a set, which is another in every process.
+            items = [(key, held) for key, held in items if not str(key).startswith("_")]  # type: ignore[assignment]
+        inside = {str(key): held for key, held in list(items)[:100]}
     elif not type(value).__module__.startswith(("torch", "numpy", "builtins")):
         inside = dict(getattr(value, "__dict__", {}))
         if callable(value):
