@@ -62,6 +62,7 @@ LOOPS = [
     "analysis",
     "stage_plan",
     "loop",
+    "content",
     "world",
     "randomness",
     "beginning",

@@ -548,6 +548,56 @@ def test_parameters_written_through_data_are_noticed(solver):
     assert torch.equal(result, loop(x))
 
 
+WRITES = {
+    "array of its own": lambda scale: scale.numpy(),
+    "array around it": np.asarray,
+    "tensor of that": lambda scale: torch.from_numpy(scale.numpy()),
+    "data": lambda scale: scale.data,
+    "dlpack": lambda scale: torch.from_dlpack(scale.detach()),
+}
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", WRITES)
+def test_memory_of_a_network_that_is_written_to_by_another_name(name, recorded, held):
+    """No version shows it, and what the loop names says nothing of it: the values themselves do."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((40,), 0.5, dtype=torch.float32), requires_grad=False)
+
+        def forward(self, x, t):
+            return torch.tanh(x) * self.scale[:1]
+
+    net, steps = Adapted(), scheduler()
+    alias = WRITES[name](net.scale) if held else None
+
+    def write(value):
+        (WRITES[name](net.scale) if alias is None else alias)[...] = value
+
+    def loop(x):
+        steps.set_timesteps(20)
+        for i, t in enumerate(steps.timesteps):
+            if i == 12:
+                write(-2.0)
+            f = net(x, t)
+            x = 0.9 * x + 0.3 * f if recorded else steps.step(f, t, x).prev_sample
+        write(0.5)
+        return x
+
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    run = parallel(loop, px.Secant(window=8), tolerance=1e-3, denoisers=[net])
+    expected = loop(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run(x)
+    assert relative(result, expected) <= 1e-3
+    assert run.report.mode == "sequential" or run.report.misses
+    assert torch.equal(net.scale, torch.full((40,), 0.5))
+
+
 class Guide(torch.nn.Module):
     """Its output goes into the network's arguments, as that of a ControlNet."""
 

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .content import sample_of
+
 __all__ = ["Change", "World", "named_globals"]
 
 PLAIN = frozenset(
@@ -471,6 +473,8 @@ class _Tensor:
         self.memory = owner.data if self.storage is not None else None  # the same memory, whatever .data is set to
         self.copy: Tensor | None = None
         self.written = False  # through another tensor with the same memory, such as .data, which shows in no version
+        self.sample = sample_of(owner)  # an array with the same memory shows nowhere else
+        self.content = self.sample()
         large = LARGE_PARAMETER if isinstance(owner, nn.Parameter) else LARGE
         if self.memory is not None and owner.numel() <= large:
             self.keep()
@@ -485,7 +489,11 @@ class _Tensor:
             return _version(owner) != self.version
         if owner.device != self.memory.device:  # moved away by offloading
             return False
-        return self.written or _version(owner) != self.version or _storage(owner) != self.storage
+        return not self.is_untouched() or _storage(owner) != self.storage
+
+    def is_untouched(self) -> bool:
+        """Return whether nothing shows that the memory was written to."""
+        return not self.written and _version(self.owner) == self.version and self.sample() == self.content
 
     def differs(self) -> bool:
         """Return whether a tensor that is no parameter has another content than it had."""
@@ -494,7 +502,7 @@ class _Tensor:
         return not _equal(self.memory, self.copy)
 
     def is_whole(self) -> bool:
-        return self.copy is not None or _version(self.owner) == self.version
+        return self.copy is not None or (_version(self.owner) == self.version and self.sample() == self.content)
 
     def restore(self) -> bool:
         owner, memory = self.owner, self.memory
@@ -510,10 +518,10 @@ class _Tensor:
         if _storage(owner) != self.storage or owner.shape != memory.shape or owner.dtype != memory.dtype:
             owner.data = memory
         # Arrays may share the memory of small tensors, and leave no trace in their version.
-        look = self.written or _version(owner) != self.version or not isinstance(owner, nn.Parameter)
+        look = not self.is_untouched() or not isinstance(owner, nn.Parameter)
         if self.copy is not None and look and not _equal(memory, self.copy):
             memory.copy_(self.copy)
-        self.version, self.written = _version(owner), False
+        self.version, self.written, self.content = _version(owner), False, self.sample()
         return whole
 
 
