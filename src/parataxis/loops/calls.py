@@ -86,18 +86,20 @@ class Output:
         spec: Its tree.
         leaves: Tensors of the right shapes and dtypes.
         shell: An object of somebody's own that holds the tree as its attributes; None for a plain tree.
+        writes: Whether the denoiser writes into tensors that it is given.
     """
 
     spec: TreeSpec
     leaves: list[Any]
     shell: Any = None
+    writes: bool = False
 
     @classmethod
-    def of(cls, result: Any) -> Output:
+    def of(cls, result: Any, *, writes: bool = False) -> Output:
         """Return the form of what a denoiser returned."""
         leaves, spec, shell = flatten_output(result)
         forms = [leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(spec, forms, shell)
+        return cls(spec, forms, shell, writes)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return leaves in the form of the output."""

@@ -161,16 +161,20 @@ def compare(
     """
     row_map = calls.row_map(requests[0].call)
     try:
-        order = calls.order(requests)
-        batch = calls.run_ordered(requests, layout)
-        outputs = split_outputs(batch, requests, order)
+        if layout.merging is Merging.MAPPED:
+            outputs = calls.run_mapped(requests)
+            of_no_row = [i for i, leaf in enumerate(outputs[0]) if not row_map.has_rows(leaf)]
+        else:
+            order, batch = calls.order(requests), calls.run_ordered(requests, layout)
+            outputs = split_outputs(batch, requests, order)
+            of_no_row = [i for i, leaf in enumerate(batch) if not has_rows(leaf, len(order))]
     except Exception as error:  # whatever a network says to a batch that it cannot take
         if out_of_memory(error):
             raise
         if raised is not None:
             raised.append(error)
         return [], float("inf")
-    worst, of_no_row = 0.0, [i for i, leaf in enumerate(batch) if not has_rows(leaf, len(order))]
+    worst = 0.0
     for request, output, answer in zip(requests, outputs, answers, strict=True):
         if answer is None:
             continue

@@ -130,8 +130,10 @@ class Networks:
             result = run(args, kwargs)
         else:
             with torch.no_grad():
-                result = check_pure(self.loop.denoisers[call.module], run, call, self._world)
-            self.loop.outputs[name] = Output.of(result)
+                result, writes = check_pure(self.loop.denoisers[call.module], run, call, self._world)
+                if writes:  # what it leaves in the loop's own tensors, the loop may go on from
+                    result = run(args, kwargs)
+            self.loop.outputs[name] = Output.of(result, writes=writes)
         self.look()
         leaves, spec, shell = flatten_output(result)
         call.output = Output(spec, self.loop.outputs[name].leaves, shell)

@@ -20,8 +20,12 @@ __all__ = ["check_pure"]
 SAME = 5e-3  # by which answers to the same input may differ, relative
 
 
-def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, world: World | None = None) -> Any:
-    """Return what the denoiser answers to a call; it is called two or three times.
+def check_pure(
+    denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, world: World | None = None
+) -> tuple[Any, bool]:
+    """Return what the denoiser answers to a call, and whether it writes into tensors that it is given.
+
+    It is called two or three times, on copies.
 
     Args:
         denoiser: The module.
@@ -47,15 +51,16 @@ def check_pure(denoiser: nn.Module, run: Callable[[Any, Any], Any], call: Call, 
 
 def _check_pure(
     run: Callable[[Any, Any], Any], call: Call, roots: Sequence[tuple[str, Any]], before: World, world: World | None
-) -> Any:
+) -> tuple[Any, bool]:
     leaves, generators = call.leaves, before.random
-    first_result = result = call_checked(run, call, leaves, generators)
+    result, writes = call_checked(run, call, leaves, generators)
+    first_result = result
     changes, after = list(before.changes(thorough=True)), before
     if not all(map(is_counter, changes)):
         # Tables that fill in on the first call are no state; what was computed of one input and answers another is.
         after = World(roots)
         leaves = flip_input(leaves, result)
-        result = call_checked(run, call, leaves, generators)
+        result, _ = call_checked(run, call, leaves, generators)
         changes = list(after.changes(thorough=True))
         for change in changes:
             if not is_counter(change):
@@ -68,7 +73,7 @@ def _check_pure(
             )
     before.restore()
     with watch(changes, after) as reads:
-        again = call_checked(run, call, leaves, generators) if reads is not None else None
+        again, _ = call_checked(run, call, leaves, generators) if reads is not None else (None, False)
     if changes and (reads is None or reads):
         names = ", ".join(change.name for change in changes)
         raise NotParallelizable(f"the denoiser has hidden state: it counts its calls and reads the count ({names}).")
@@ -81,11 +86,17 @@ def _check_pure(
     if world is not None:
         for change in changes:
             world.skip(change)
-    return first_result
+    return first_result, writes
 
 
-def call_checked(run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], generators: Sequence[Any]) -> Any:
-    """Call the denoiser once on copies; raise if it draws random numbers or writes into its arguments."""
+def call_checked(
+    run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[Any], generators: Sequence[Any]
+) -> tuple[Any, bool]:
+    """Call the denoiser once on copies; return its output, and whether it writes into them.
+
+    Raises:
+        NotParallelizable: If it draws random numbers, or puts tensors into its arguments.
+    """
     copies = copy_leaves(leaves)
     args, kwargs = call.arguments(copies)
     random = RandomState(generators)
@@ -93,14 +104,10 @@ def call_checked(run: Callable[[Any, Any], Any], call: Call, leaves: Sequence[An
         result = run(args, kwargs)
     if random.advanced():
         raise NotParallelizable("the denoiser draws random numbers: call its eval() first.")
-    if not all(map(_unwritten, copies, leaves)):
-        raise NotParallelizable(
-            "the denoiser writes into a tensor that it is given, which the loop may use again: let it work on a copy."
-        )
     written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
     if written - {id(leaf) for leaf in copies}:
         raise NotParallelizable("the denoiser writes into its arguments, which the loop passes on (a KV cache).")
-    return result
+    return result, not all(map(_unwritten, copies, leaves))
 
 
 def flip_input(leaves: Sequence[Any], result: Any) -> list[Any]:

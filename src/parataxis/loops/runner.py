@@ -40,6 +40,7 @@ __all__ = ["FIRST_CALLS", "LoopRunner", "same_leaves"]
 
 FIRST_CALLS = 64  # that are recorded, before a loop of more is recorded as a whole
 MOST_CALLS = 20_000  # of a recording
+WRITES = "the denoiser writes into a tensor that it is given, which the loop may use again: let it work on a copy."
 
 
 class LoopRunner:
@@ -189,6 +190,8 @@ class LoopRunner:
         name = denoiser.training, call.signature()
         if name not in outputs:
             outputs[name] = self._find_output_form(call)
+        if outputs[name].writes:  # a stub does not
+            raise NotParallelizable(WRITES)
         return outputs[name]
 
     def close(self) -> None:
@@ -205,12 +208,12 @@ class LoopRunner:
             network = partial(self._originals[call.module], *args, **kwargs)
             return self.loop.times.call(call.signature(), network, call.device)
 
-        result = check_pure(self.loop.denoisers[call.module], run, call, self.world)
+        result, writes = check_pure(self.loop.denoisers[call.module], run, call, self.world)
         ranks = self.loop.ranks
         if ranks is not None:
             ranks.compare(arguments=[leaf for leaf in call.leaves if isinstance(leaf, (Tensor, int, float))])
             ranks.agree(next(leaf for leaf in flatten_output(result)[0] if isinstance(leaf, Tensor)))
-        return Output.of(result)
+        return Output.of(result, writes=writes)
 
     def _answer_denoiser(self, number: int, args: Any, kwargs: Any) -> Any:
         if self._pass is None:
