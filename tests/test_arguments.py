@@ -135,3 +135,13 @@ def test_reprs_are_short():
     for thing in [*things, result, result[0], result[0].problem, sampler.recurrence(noise)]:
         assert len(repr(thing)) < 200, type(thing)
         assert "array" not in repr(thing)
+
+
+def test_noise_that_somebody_has_scaled_is_warned_about():
+    """Loops of diffusers multiply it by init_noise_sigma; the sampler does so by itself."""
+    steps = EulerDiscreteScheduler()
+    steps.set_timesteps(12)
+    draws = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    px.sample(network, draws, steps)
+    with pytest.warns(RuntimeWarning, match=r"root mean square of \d+\.?\d*, expected about 1: .* init_noise_sigma"):
+        px.sample(network, draws * steps.init_noise_sigma, steps)

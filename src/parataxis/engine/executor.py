@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Executor", "Network", "check_inputs", "out_of_memory", "select_condition", "ranks_of"]
 
+
+FEW = 64  # elements, of which the root mean square says nothing
+LARGE_NOISE = (
+    3.0  # root mean square of noise that somebody has scaled; with 64 elements that of standard normal is < 1.5
+)
 
 # What allocators say, besides raising torch's own error: those of the CPU, of MPS and of CUDA's libraries.
 _ALLOCATION = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -80,8 +86,17 @@ def check_inputs(noise: Tensor, condition: Any) -> None:
             "follow a parallel solve, as it reads numbers in every round: call parataxis outside of it, with all "
             "samples in one batch."
         )
-    if not bool(torch.isfinite(noise).all()):
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    size = float(torch.linalg.vector_norm(noise.detach(), dtype=wide))
+    if not np.isfinite(size):
         raise ValueError("noise has NaN or Inf: draw it by torch.randn.")
+    if (rms := size / noise.numel() ** 0.5) > LARGE_NOISE and noise.numel() >= FEW:
+        warnings.warn(
+            f"noise has a root mean square of {rms:.3g}, expected about 1: pass standard normal noise, which the "
+            "sampler scales by itself (by init_noise_sigma, where it is a diffusers scheduler).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if condition is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(condition)):
         raise ValueError(
             f"condition must have tensors ({len(noise)}, ...), one entry a sample, got {describe(condition)}: make it "

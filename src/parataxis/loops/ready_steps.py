@@ -132,7 +132,9 @@ class ReadySteps:
         assert self._output_norms is not None
         norms = read(self._output_norms)[:steps]
         sizes = np.array(self._sizes).clip(min=SMALLEST)
-        return float((carried_rounding(self.sampler, slopes, rounding * norms) / sizes).max())
+        with np.errstate(invalid="ignore"):  # a state that is not finite has no floor
+            floors = carried_rounding(self.sampler, slopes, rounding * norms) / sizes
+        return float(np.where(np.isnan(floors), np.inf, floors).max())
 
     def forget(self, step: int) -> None:
         """Let go of a step."""
