@@ -58,6 +58,11 @@ def guided(net, x, t):
     return without + 2 * (given - without)
 
 
+def in_two_calls(net, x, t):
+    without, given = (net(x, t, condition=torch.full((len(x), 1), float(c))) for c in (0, 1))
+    return without + 2 * (given - without)
+
+
 def side_by_side(net, x, t):
     condition = torch.arange(2.0).repeat(len(x))[:, None]
     outputs = net(x.repeat_interleave(2, 0), t, condition=condition).view(len(x), 2, DIM)
@@ -135,7 +140,7 @@ def test_they_take_the_rounds_of_steps_of_any_form(name, call, samples):
             assert ours == (theirs // 2 if figure == "real_calls" else theirs)
 
 
-@pytest.mark.parametrize("call", [plain, guided])
+@pytest.mark.parametrize("call", [plain, guided, in_two_calls])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_floor_is_about_what_the_batch_rounds(name, call):
     """The rounding of the observed call in a batch, carried to the sample: above the tolerance it warns."""

@@ -54,6 +54,7 @@ class Layout:
         shared: Leaves equal in all calls are shared even if they have as many rows as the call.
         repeated: Leaves with a multiple of the call's rows have several entries for each row, side by side.
         bound: How far, relative, outputs may be from those of single calls.
+        rounding: How far they were when the layout was found.
         reason: Why calls stay single.
     """
 
@@ -63,6 +64,7 @@ class Layout:
     shared: bool = False
     repeated: bool = False
     bound: float = 0.0
+    rounding: float = 0.0
     reason: str = ""
 
 

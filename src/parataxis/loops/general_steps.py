@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, Indices, upload
+from ..arrays import Array, Indices, read, upload
 from ..engine.rows import EvalBatch
 from ..samplers.sampler import Sampler
 from .calls import RecordedCalls
@@ -17,7 +17,7 @@ from .evaluate import StageEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import OutputSlopes
+from .output_slopes import OutputSlopes, carried_rounding
 from .rows import row_index
 from .structure import Stage, Structure
 
@@ -43,13 +43,28 @@ class GeneralSteps:
         self.structure.joint_samples = joint
         self.known = KnownOutputs(self.structure)
         self._evaluate = StageEvaluator(Stage(self.structure, 0, calls), self.known, merger)
+        self._merger = merger
         self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
+        shape = sampler.steps, self.structure.samples
+        self._solved_slopes = np.zeros(shape)  # d
+        self._output_norms: Tensor | None = None  # (N S,) of combined outputs
+        self._sizes: Tensor | None = None  # (S,) of the latest answered states
         # Of accepted steps: states (S, dim), their norms (S,), and slopes (S, 1) or (S, dim) or None.
         self._ready: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def evaluate(self, batch: EvalBatch) -> Tensor:
         """Evaluate rows of steps, in the same shape."""
-        return self._evaluate(batch)
+        outputs = self._evaluate(batch)
+        samples, step = self.structure.samples, batch.step.numpy()
+        joint = self.structure.joint_samples
+        places = (
+            (step[:, None] * samples + np.arange(samples)).ravel() if joint else step * samples + batch.sample.numpy()
+        )
+        norms = torch.linalg.vector_norm(outputs.reshape(len(places), -1), dim=1)
+        if self._output_norms is None:
+            self._output_norms = norms.new_zeros(self._solved_slopes.size)
+        self._output_norms.index_copy_(0, upload(places, norms.device), norms)
+        return outputs
 
     def note_slopes(self, sample: Indices, first: Indices, counts: Indices, slopes: Array) -> None:
         """Keep the slopes of a correction; see :meth:`Recurrence.note_slopes`."""
@@ -58,6 +73,9 @@ class GeneralSteps:
             for start, count, row in zip(first, counts, slopes, strict=True)
         ]
         self.known.set_slopes(sample, first, counts, raw)
+        for s, start, count, row in zip(sample.tolist(), first.tolist(), counts.tolist(), slopes, strict=True):
+            column = slice(None) if self.structure.joint_samples else slice(s, s + 1)
+            self._solved_slopes[start : start + count, column] = row[:count, None]
 
     def inputs(self, step: int) -> Tensor:
         """Return (S, dim) the states at which a step was evaluated last."""
@@ -79,6 +97,7 @@ class GeneralSteps:
         None if that is further than ``share``.
         """
         accepted, size, slopes = self._ready[step]
+        self._sizes = size
         row_map = self.form.row_maps[call]
         states = row_map.states(leaves, self.structure.dtype)
         if self.structure.samples > 1:
@@ -88,6 +107,15 @@ class GeneralSteps:
         if not distance <= share:  # or not a number
             return None, distance
         return self.known.answer(step * len(self.form.calls) + call, step, states, slopes), distance
+
+    def floor(self, steps: int) -> float:
+        """Return what the rounding of the outputs of the first steps does to the states behind them, relative."""
+        assert self._output_norms is not None
+        assert self._sizes is not None
+        measured = [layout.rounding for layout in self._merger.checked.values()]
+        rounding = max([float(torch.finfo(self.form.network_dtype).eps) / 2, *measured])
+        norms, sizes = read(self._output_norms).reshape(self._solved_slopes.shape)[:steps], read(self._sizes)
+        return float((carried_rounding(self.sampler, self._solved_slopes, rounding * norms) / sizes).max())
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

@@ -86,7 +86,7 @@ class LayoutSearch:
                 rounding = compare(self.calls, [whole[0]] * 2, [answers[0]] * 2, layout)[1]
                 bound, measured = min(max(bound, ROUNDINGS * rounding), WRONG), True
             if error <= bound:
-                return replace(layout, bound=min(max(smallest, ROUNDINGS * error), WRONG))
+                return replace(layout, bound=min(max(smallest, ROUNDINGS * error), WRONG), rounding=error)
         if layouts == [MAPPED]:
             batched = self.calls.row_map(whole[0].call).batched
             return Layout(Merging.SINGLE, reason=NOTHING_TO_BATCH if batched else NO_BATCH_DIMENSION)

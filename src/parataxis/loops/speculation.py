@@ -167,8 +167,8 @@ class Speculation:
         self.distance = float(distances.max())
 
     def floor(self) -> float:
-        """Return what the rounding of outputs does to the states, relative; 0 where it is not measured."""
-        return self.steps.floor(self.answered) if self.answered and isinstance(self.steps, EqualSteps) else 0.0
+        """Return what the rounding of outputs does to the states, relative; 0 before any step is answered."""
+        return self.steps.floor(self.answered) if self.answered else 0.0
 
     def advance(self, steps: int) -> None:
         """Make rounds until so many steps are accepted."""
