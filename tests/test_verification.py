@@ -177,6 +177,14 @@ def loop_with(fault):
 TWICE, PARALLEL = "same loop twice", "seed 0 runs in parallel"
 
 
+@pytest.mark.parametrize("fault", ["mean of rows", "first time"])
+def test_network_that_looks_at_the_rows_of_a_call_is_no_fault_of_a_loop(fault):
+    """Its calls are mapped over, so each of them sees its own rows and its own time."""
+    loop, net = loop_with(fault)
+    result = px.verify_loop(loop, seeds=1, denoisers=[net])
+    assert not failed(result), str(result)
+
+
 @pytest.mark.parametrize(
     ("fault", "law", "advice"),
     [
@@ -185,8 +193,6 @@ TWICE, PARALLEL = "same loop twice", "seed 0 runs in parallel"
         ("noise of its own", TWICE, "from the generator that is passed"),
         ("keeps", TWICE, "keep nothing from call to call"),
         ("nan", "the loop's result is finite", "the loop itself meets them"),
-        ("mean of rows", PARALLEL, "mix rows of the batch"),
-        ("first time", PARALLEL, "read only the first timestep"),
         ("counts", PARALLEL, "it counts its calls"),
         ("weights change", PARALLEL, "changes its denoiser between steps"),
         ("ends by its state", PARALLEL, "number of denoiser calls changes"),
