@@ -165,9 +165,9 @@ def _module_tensors(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     tensors: dict[int, tuple[str, Tensor]] = {}
     for holder in ("_parameters", "_buffers"):
         for key, part in parts:
-            for own, tensor in vars(part)[holder].items():
+            for label, tensor in vars(part)[holder].items():
                 if tensor is not None and id(tensor) not in tensors:
-                    tensors[id(tensor)] = f"{name}.{key}.{own}" if key else f"{name}.{own}", tensor
+                    tensors[id(tensor)] = f"{name}.{key}.{label}" if key else f"{name}.{label}", tensor
     return list(tensors.values())
 
 
