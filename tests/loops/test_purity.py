@@ -500,3 +500,22 @@ def test_loop_that_does_not_call_its_denoiser_says_so():
     torch.manual_seed(0)
     with pytest.warns(RuntimeWarning, match=r"calls none of its denoisers \(Linear\): pass those"):
         assert torch.equal(run(), expected)
+
+
+def test_method_of_a_module_that_calls_a_part_of_it_names_its_parts():
+    """A class of diffusion models is a module itself; its network is one of its parts."""
+
+    class Diffusion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Net()
+
+        def sample(self):
+            return ddim(self.model)
+
+    diffusion = Diffusion()
+    with pytest.warns(RuntimeWarning, match=r"none of its denoisers \(Diffusion\).*; its parts are model\."):
+        parallel(diffusion.sample)()
+    run = parallel(diffusion.sample, denoisers=[diffusion.model])
+    run()
+    assert run.report.mode == "recurrence"

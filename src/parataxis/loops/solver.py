@@ -45,6 +45,7 @@ from .structure import Structure
 
 __all__ = ["LoopSolver", "check_options"]
 
+MAX_NAMED_PARTS = 8  # of a module, in a message
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
 ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
 REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
@@ -286,7 +287,12 @@ def _without_denoiser(loop: Loop, report: Report, passed: PassRecord) -> Any:
         report.converged = True
         return passed.value
     names = ", ".join(type(module).__name__ for module in loop.denoisers)
-    raise NotParallelizable(f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...].")
+    # A method of a module, such as a diffusion's sample(), sees that module, and calls one of its parts.
+    parts = ", ".join(name for module in loop.denoisers for name, _ in list(module.named_children())[:MAX_NAMED_PARTS])
+    raise NotParallelizable(
+        f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...]"
+        + (f"; its parts are {parts}." if parts else ".")
+    )
 
 
 def _check_stable(structure: Structure) -> None:
