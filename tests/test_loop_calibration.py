@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -98,3 +99,26 @@ def test_calibration_holds_in_another_process():
     assert loop_fingerprint(loop, (torch.zeros(1, DIM),), {}) == before
     scheduler.register_to_config(clip_sample=True)
     assert loop_fingerprint(loop, (torch.zeros(1, DIM),), {}) != before
+
+
+def test_all_settings_start_from_the_same_state_of_the_loop():
+    """Numbers drawn from numpy or from a generator of an object, and lists that grow, are the same in all runs."""
+
+    class Policy:
+        def __init__(self):
+            self.calls, self.generator = [], torch.Generator().manual_seed(0)
+
+        def act(self, scale):
+            self.calls.append(scale)
+            x = ddim(NET, batch=1)
+            drawn = torch.from_numpy(np.random.standard_normal(x.shape))  # noqa: NPY002
+            return len(self.calls) * x + drawn + torch.randn(x.shape, generator=self.generator)
+
+    policy = Policy()
+    numpy_state, state = np.random.get_state()[1].copy(), policy.generator.get_state()  # noqa: NPY002
+    settings = [px.Setting(px.Secant(window=8))]
+    (trial,) = px.calibrate_loop(policy.act, [(0.5,)] * 2, settings, denoisers=[NET]).trials
+    assert trial.failures == 0
+    assert policy.calls == []
+    assert torch.equal(policy.generator.get_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from .calibration import (
     sequences,
 )
 from .fingerprint import loop_fingerprint, without_counters
+from .loops.randomness import RandomState
+from .loops.world import World
 from .parallel import parallel
 
 __all__ = ["calibrate_loop"]
@@ -41,8 +44,9 @@ def calibrate_loop(
 ) -> Calibration:
     """Measure how far the error test may be loosened for a sampling loop; see :mod:`parataxis.calibration`.
 
-    Each call runs once as it is and once for each setting that is tried, from the same arguments (tensors are copied),
-    the same states of the generators among them, and torch's own random numbers seeded with the number of the call. A
+    Each call runs once as it is and once for each setting that is tried, from the same arguments (tensors are copied)
+    and the same state of all that the loop reaches, generators and lists among them, with the random numbers of torch,
+    numpy and Python seeded with the number of the call; all of it is put back afterwards. A
     call is one run, however many samples its batch has: its error is that of the worst. What the loop returns is
     compared tensor by tensor, array by array, image by image.
 
@@ -72,7 +76,7 @@ def calibrate_loop(
     facts = [loop_fingerprint(target, args, kwargs) for args, kwargs in arguments]
     exact = []
     for number, (args, kwargs) in enumerate(arguments):
-        with _same_start(args, kwargs, number) as (own_args, own_kwargs):
+        with _same_start(target, args, kwargs, number) as (own_args, own_kwargs):
             exact.append(_numbers(target(*own_args, **own_kwargs)))
     evaluations, steps = 0, 0
 
@@ -81,7 +85,7 @@ def calibrate_loop(
         run = parallel(target, setting.solver, tolerance=tolerance * setting.scale, denoisers=denoisers)
         ran = []
         for number, ((args, kwargs), expected) in enumerate(zip(arguments, exact, strict=True)):
-            with warnings.catch_warnings(), _same_start(args, kwargs, number) as (own_args, own_kwargs):
+            with warnings.catch_warnings(), _same_start(target, args, kwargs, number) as (own_args, own_kwargs):
                 warnings.simplefilter("ignore", RuntimeWarning)  # that it was slow, or ran as it is: said below
                 value = _numbers(run(*own_args, **own_kwargs))
             report = run.report
@@ -111,16 +115,20 @@ def calibrate_loop(
 
 @contextmanager
 def _same_start(
-    args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Give copies of arguments; put generators among them, and torch's own, back to where they were."""
-    generators = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
+    """Give copies of arguments; put back afterwards what a run has written and drawn, wherever the loop reaches it."""
+    world = World([("the loop", target), ("an argument", args), ("an argument", kwargs)])
+    random_state = RandomState(world.random)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        yield tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+        np.random.seed(seed)  # noqa: NPY002  # what the loop may use
+        random.seed(seed)
+        try:
+            yield tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        finally:
+            random_state.restore()
+            world.restore()
 
 
 def _numbers(value: Any) -> list[Tensor]:
