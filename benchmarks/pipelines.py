@@ -192,6 +192,7 @@ def main(names: Iterable[str]) -> int:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", r"__array_(_ implementation|wrap__ must)", DeprecationWarning)
     warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)
+    warnings.filterwarnings("ignore", ".* is deprecated and will be removed", FutureWarning)  # of diffusers' own parts
     done = {key for key, row in rows().items() if not row["falls_short"]}
     todo = [
         case
