@@ -131,7 +131,7 @@ def _alternates(coefficients: Coefficients) -> bool:
     if not weights[:, LAGS + 1 :].any():
         return False
     shares = weights / weights.sum(1, keepdims=True).clip(min=1e-300)
-    return float(np.median(shares[:, 0])) < 0.1 and float(np.median(shares[:, LAGS + 1 :].sum(1))) > 0.5
+    return float(np.median(shares[:, 0])) < 0.1 and float(np.median(shares[:, LAGS + 1 :].sum(1))) > 0.6
 
 
 def _rounding(structure: Structure) -> float:
