@@ -201,7 +201,7 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
                 ways["packed", f"px.parallel(loop), calibrated {window}"] = unchanged(policies["packed"], setting)
         compiled, fused = load(folder, pack=False), load(folder)
         for policy, sizes in ((compiled, (1,)), (fused, BUCKETS)):
-            compile_for(policy, sizes)
+            compile_for(policy, policy.recorded(folder_of(task_of(name)))[0], sizes)
         ways |= {("compiled", "loop"): plain_loop(compiled), ("packed, compiled", "loop"): plain_loop(fused)}
         for method, way in list(ways.items()):
             if method in COMPILED and isinstance(way, Sampler):
@@ -273,11 +273,10 @@ def calibrate(names: Sequence[str], runs: int = 59) -> None:
         print(path.stem, calibration, flush=True)
 
 
-def compile_for(policy: Policy, sizes: Sequence[int]) -> None:
+def compile_for(policy: Policy, condition: Tensor, sizes: Sequence[int]) -> None:
     """Compile a network in place, so that a calibration of it still holds, for these numbers of rows."""
     torch._dynamo.config.recompile_limit = 64  # networks of one class share their code, and each shape counts
     policy.network.compile(dynamic=False)
-    condition = policy.recorded(folder_of(TASKS[1]))[0]
     for size in sizes:
         rows = policy.noise([torch.Generator().manual_seed(row) for row in range(size)])
         policy.network(rows, torch.zeros(size, dtype=torch.int64), global_cond=condition.expand(size, -1))
