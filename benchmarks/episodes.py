@@ -12,11 +12,10 @@ loop draws for the same observation and noise. Episodes go on side by side, whic
 
 ``--seconds`` draws the plans of each policy's recorded episode, one at a time, all methods in turn, and writes median
 and 95th percentile to ``results/policy_seconds.csv``. Policies of 4.4 and 16 M parameters are taken from ``out/policy``
-(``examples/policy/train.py --size 4.4M``) where they have been trained. Each network is timed as it is written and with
-packed convolutions, loop and solver alike, and
-compiled; speed-ups are over the plain loop, and over the fastest of all loops. ``--calibrate`` runs
-:func:`parataxis.calibrate` on 59 observations of the demonstrations, with windows of 8, 16 and 32, each by itself, for
-the network and for the plain loop.
+(``examples/policy/train.py --size 4.4M``) where they have been trained. Each network is timed as it is written, with
+packed convolutions, and compiled, loop and solver alike; speed-ups are over the plain loop, and over the fastest of all
+loops. ``--calibrate`` runs :func:`parataxis.calibrate` on 59 observations of the demonstrations, with windows of 8, 16
+and 32, each by itself, for the network and for the plain loop.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ TASKS = ("reach-v3", "button-press-topdown-v3", "drawer-open-v3")
 FLOW = "button-press-topdown-v3-flow"
 BATCH = 25
 CALIBRATED = (8, 16, 32)  # windows
-COMPILED = (("packed", "secant 16"), ("packed", "calibrated 16"))  # also solved with a compiled network
+COMPILED = ("secant 16", "calibrated 16")  # also solved with a compiled network
 BUCKETS = (1, 4, 8, 16)
 EPISODE_COLUMNS = ["policy", "method", "seed", "solved", "steps", "plans", "rounds", "evaluations", "deviation"]
 SECONDS_COLUMNS = [
@@ -200,12 +199,11 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
                 setting = px.Calibration.load(calibration_of(name, window, loop=True))
                 ways["packed", f"px.parallel(loop), calibrated {window}"] = unchanged(policies["packed"], setting)
         compiled, fused = load(folder, pack=False), load(folder)
-        for policy, sizes in ((compiled, (1,)), (fused, BUCKETS)):
-            compile_for(policy, policy.recorded(folder_of(task_of(name)))[0], sizes)
         ways |= {("compiled", "loop"): plain_loop(compiled), ("packed, compiled", "loop"): plain_loop(fused)}
-        for method, way in list(ways.items()):
-            if method in COMPILED and isinstance(way, Sampler):
-                ways["packed, compiled", method[1]] = Sampler(fused, way.solver, buckets=BUCKETS)
+        for method in COMPILED:
+            if ("packed", method) in ways:
+                solver = ways["packed", method].solver
+                ways["packed, compiled", method] = Sampler(fused, solver, buckets=BUCKETS)
         ways |= {
             ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], px.Secant(window=window))
             for window in CALIBRATED
@@ -214,6 +212,8 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
             continue
         policy = policies["plain"]
         conditions = policy.recorded(folder_of(task_of(name))) * repeats
+        for compiled_policy, sizes in ((compiled, (1,)), (fused, BUCKETS)):
+            compile_for(compiled_policy, conditions[0], sizes)
         taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
         deviations = dict.fromkeys(ways, 0.0)
         for turn, condition in enumerate([conditions[0], *conditions]):  # the first turn is for what happens once

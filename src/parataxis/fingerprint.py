@@ -11,7 +11,7 @@ import functools
 import hashlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -133,17 +133,17 @@ def _contents(network: Any) -> tuple[list[tuple[str, Tensor]], Fingerprint]:
     for name, value in _held("network", network, 0, set()):
         if isinstance(value, nn.Module):
             settings[name] = f"{type(value).__name__}{', training' if value.training else ''}"
-            tensors += _module_tensors(name, value)
-            for key, module in value.named_modules():
+            parts = list(value.named_modules())
+            tensors += _module_tensors(name, parts)
+            for key, module in parts:
                 # The scale of an adapter, a number of heads, which adapter is active: what a module keeps outside of
                 # its parameters and changes its outputs.
                 for attribute, number in vars(module).items():
                     if attribute in STANDARD:
                         continue
-                    plain = isinstance(number, SCALARS) or (
+                    if _is_scalar(number) or (
                         isinstance(number, dict) and number and all(map(_is_scalar, number.values()))
-                    )
-                    if plain:
+                    ):
                         settings[f"{name}.{key}.{attribute}" if key else f"{name}.{attribute}"] = repr(number)
         elif isinstance(value, Tensor):
             settings[name] = _digest([(name, value)])
@@ -159,9 +159,8 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, SCALARS)
 
 
-def _module_tensors(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters of a module, then its buffers, with their names; each once."""
-    parts = list(module.named_modules())
+def _module_tensors(name: str, parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a module's parts, then their buffers, with their names; each once."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for holder in ("_parameters", "_buffers"):
         for key, part in parts:
@@ -229,7 +228,7 @@ def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
         return "none"
     # Writing through ``.data`` leaves no trace in the version of a tensor, but in its norm.
     with torch.no_grad():
-        floats = [_as_float(tensor) for _, tensor in tensors if not tensor.is_meta and tensor.numel()]
+        floats = [tensor.float() for _, tensor in tensors if not tensor.is_meta and tensor.numel()]
         norms = torch.stack([torch.linalg.vector_norm(tensor).cpu() for tensor in floats]).double() if floats else None
     names = tuple((name, id(tensor), tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors)
     key = names, (0.0 if norms is None else float(norms.nan_to_num(7.0) @ torch.arange(1.0, len(norms) + 1).double()))
@@ -243,10 +242,6 @@ def _digest_of(network: Any, tensors: list[tuple[str, Tensor]]) -> str:
     with contextlib.suppress(TypeError):
         _known[network] = key, text
     return text
-
-
-def _as_float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 def _digest(tensors: list[tuple[str, Tensor]]) -> str:

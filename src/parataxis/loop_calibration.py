@@ -46,9 +46,9 @@ def calibrate_loop(
 
     Each call runs once as it is and once for each setting that is tried, from the same arguments (tensors are copied)
     and the same state of all that the loop reaches, generators and lists among them, with the random numbers of torch,
-    numpy and Python seeded with the number of the call; all of it is put back afterwards. A
-    call is one run, however many samples its batch has: its error is that of the worst. What the loop returns is
-    compared tensor by tensor, array by array, image by image.
+    numpy and Python seeded with the number of the call; all of it is put back afterwards. A call is one run, however
+    many samples its batch has: its error is that of the worst. What the loop returns is compared tensor by tensor,
+    array by array, image by image.
 
     Args:
         target: A function that runs a sampling loop, or a diffusers pipeline; as in :func:`parataxis.parallel`.
@@ -120,15 +120,14 @@ def _same_start(
     """Give copies of arguments; put back afterwards what a run has written and drawn, wherever the loop reaches it."""
     world = World([("the loop", target), ("an argument", args), ("an argument", kwargs)])
     random_state = RandomState(world.random)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  # what the loop may use
-        random.seed(seed)
-        try:
-            yield tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        finally:
-            random_state.restore()
-            world.restore()
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # what the loop may use
+    random.seed(seed)
+    try:
+        yield tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    finally:
+        random_state.restore()
+        world.restore()
 
 
 def _numbers(value: Any) -> list[Tensor]:

@@ -170,17 +170,24 @@ def test_unsupported_loops_run_sequentially(name):
     assert "_compiled_call_impl" not in net.__dict__
 
 
+def stepping(kind, count, *, copied=False):
+    """Return a loop of a scheduler; the network is given the state itself, or a copy."""
+
+    def loop(net):
+        scheduler = kind(clip_sample=False)
+        scheduler.set_timesteps(count)
+        x = torch.randn(2, DIM)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x.clone() if copied else x, t), t, x).prev_sample
+        return x
+
+    return loop
+
+
 @pytest.mark.parametrize("make", [Caching, Dropping, Deciding, Normalising, Collecting])
 def test_one_pass_leaves_a_stateful_network_and_random_numbers_as_the_loop_does(make):
     """Where a loop is run once, what a check of its network has drawn and written is put back before it goes on."""
-
-    def loop(net):
-        scheduler = DDPMScheduler(clip_sample=False)
-        scheduler.set_timesteps(12)
-        x = torch.randn(2, DIM)
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(x, t), t, x).prev_sample
-        return x
+    loop = stepping(DDPMScheduler, 12)
 
     def run(call, net):
         torch.manual_seed(0)
@@ -201,16 +208,7 @@ def test_one_pass_leaves_a_stateful_network_and_random_numbers_as_the_loop_does(
 @pytest.mark.parametrize("copied", [False, True])
 def test_input_that_is_overwritten_is_what_a_loop_goes_on_from(copied):
     """A loop that is run once goes on from what its network leaves in its state, or has left in a copy of it."""
-
-    def loop(net):
-        scheduler = DDIMScheduler(clip_sample=False)
-        scheduler.set_timesteps(24)
-        x = torch.randn(2, DIM)
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(x.clone() if copied else x, t), t, x).prev_sample
-        return x
-
-    net = Overwriting()
+    loop, net = stepping(DDIMScheduler, 24, copied=copied), Overwriting()
     torch.manual_seed(0)
     expected = loop(net)
     run = parallel(loop, denoisers=[net])

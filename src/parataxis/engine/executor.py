@@ -26,9 +26,8 @@ __all__ = ["Executor", "Network", "check_inputs", "out_of_memory", "select_condi
 
 
 FEW = 64  # elements, of which the root mean square says nothing
-LARGE_NOISE = (
-    3.0  # root mean square of noise that somebody has scaled; with 64 elements that of standard normal is < 1.5
-)
+# Root mean square of noise that somebody has scaled; with 64 elements that of standard normal noise is below 1.5.
+LARGE_NOISE = 3.0
 
 # What allocators say, besides raising torch's own error: those of the CPU, of MPS and of CUDA's libraries.
 _ALLOCATION = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")

@@ -17,7 +17,7 @@ from .evaluate import StageEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import OutputSlopes, carried_rounding
+from .output_slopes import SMALLEST, OutputSlopes, relative_floor
 from .rows import row_index
 from .structure import Stage, Structure
 
@@ -85,7 +85,7 @@ class GeneralSteps:
 
     def prepare(self, steps: range, states: Tensor) -> None:
         """Make ready to answer accepted steps at states (M, S, dim): all that belongs to them stays as it is now."""
-        sizes = torch.linalg.vector_norm(states, dim=2).clamp(min=1e-30)
+        sizes = torch.linalg.vector_norm(states, dim=2).clamp(min=SMALLEST)
         evaluated = [step for step in steps if self.known.evaluated[step].all()]
         slopes = dict(zip(evaluated, self._slopes(evaluated), strict=True)) if evaluated else {}
         for step, state, size in zip(steps, states, sizes, strict=True):
@@ -115,7 +115,7 @@ class GeneralSteps:
         measured = [layout.rounding for layout in self._merger.checked.values()]
         rounding = max([float(torch.finfo(self.form.network_dtype).eps) / 2, *measured])
         norms, sizes = read(self._output_norms).reshape(self._solved_slopes.shape)[:steps], read(self._sizes)
-        return float((carried_rounding(self.sampler, self._solved_slopes, rounding * norms) / sizes).max())
+        return relative_floor(self.sampler, self._solved_slopes, rounding * norms, sizes)
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..arrays import Array, Indices, upload
 from ..samplers.sampler import Sampler
 
-__all__ = ["OutputSlopes", "carried_rounding"]
+__all__ = ["SMALLEST", "OutputSlopes", "carried_rounding", "relative_floor"]
 
+SMALLEST = 1e-30  # norm of a state
 FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 
 
@@ -110,3 +111,13 @@ def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array) -> Array:
     for square, added in zip(squares, entering**2, strict=True):
         variance = square * variance + added
     return np.asarray(np.sqrt(variance))
+
+
+def relative_floor(sampler: Sampler, slopes: Array, rounding: Array, sizes: Array) -> float:
+    """Return the largest error of :func:`carried_rounding`, relative to the norms (S,) of the states.
+
+    Infinite for states that are not finite.
+    """
+    with np.errstate(invalid="ignore"):
+        floors = carried_rounding(sampler, slopes, rounding) / sizes.clip(min=SMALLEST)
+    return float(np.where(np.isnan(floors), np.inf, floors).max())

@@ -12,13 +12,11 @@ from torch import Tensor
 from ..arrays import Array, read, upload
 from ..samplers.sampler import Sampler
 from .observation import StepForm
-from .output_slopes import OutputSlopes, carried_rounding
+from .output_slopes import SMALLEST, OutputSlopes, relative_floor
 from .step_arguments import ExpectedCall
 from .step_batch import copied
 
 __all__ = ["ReadySteps"]
-
-SMALLEST = 1e-30  # norm of a state
 
 
 class ReadySteps:
@@ -131,10 +129,7 @@ class ReadySteps:
         """
         assert self._output_norms is not None
         norms = read(self._output_norms)[:steps]
-        sizes = np.array(self._sizes).clip(min=SMALLEST)
-        with np.errstate(invalid="ignore"):  # a state that is not finite has no floor
-            floors = carried_rounding(self.sampler, slopes, rounding * norms) / sizes
-        return float(np.where(np.isnan(floors), np.inf, floors).max())
+        return relative_floor(self.sampler, slopes, rounding * norms, np.array(self._sizes))
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

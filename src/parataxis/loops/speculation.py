@@ -32,6 +32,7 @@ from .equal_steps import EqualSteps, are_equal
 from .general_steps import GeneralSteps
 from .merger import Merger
 from .observation import StepForm
+from .output_slopes import SMALLEST
 from .pins import Pins
 from .signals import NotParallelizable, RowsInteract
 from .step_arguments import ExpectedCall, argument_tables
@@ -40,7 +41,6 @@ __all__ = ["Speculation"]
 
 SOLVERS_SHARE = 0.9  # of the tolerance; the rest is for the loop's way beside the accepted states
 TOGETHER = 1 << 18  # elements of states that are made ready to be answered at a time: their copies take memory
-SMALLEST = 1e-30  # norm of a state
 ROUNDING = 32  # ulps by which the loop's state may differ from the accepted one, whatever the tolerance
 
 
@@ -274,7 +274,7 @@ class _PredictedCalls(RecordedCalls):
         calls, row_maps = _CallsAhead(expected, steps), [call.row_map for call in expected]
         super().__init__(calls, row_maps * len(steps))
         feeding = {feeder for call in expected for feeder, _ in call.call.feeds.values()}
-        self.__dict__["feeding"] = {c for c in range(len(calls)) if c % width in feeding} if feeding else set()
+        self.__dict__["feeding"] = {c for c in range(len(calls)) if c % width in feeding}
         # Two steps as far apart as possible show which arguments differ; all others are like them.
         last = len(calls) - width
         ends = RecordedCalls([*calls[:width], *calls[last:]], row_maps * 2)

@@ -209,16 +209,18 @@ class WindowTensors(RowBlock):
     def fill(self, tail: Tensor) -> None:
         """Put the states that enter in place, at the end of each window: combinations of the tail and of noise."""
         sent, first, noise = self.pack.tensors, self.enters_from, self.batch.noise_rows
-        entering = self.x[:, first:] if first else self.x
-        entering.baddbmm_(sent["enter"][:, first:], tail)
+        entering, factors = self.x, sent["enter"]
+        if first:
+            entering, factors = entering[:, first:], factors[:, first:]
+        entering.baddbmm_(factors, tail)
         if noise is None:
             return
-        # Noise enters with the step before the first of these states, and with those behind it.
-        count, index = self.width + 1 - max(first - 1, 0), sent["tail_noise"]
+        index, factors = sent["tail_noise"], sent["enter_noise"]
         if first:
-            index = index.view(self.count, -1)[:, :count].flatten()
-        added = noise.index_select(0, index).view(self.count, count, -1)
-        entering.baddbmm_(sent["enter_noise"][:, first:, :count], added)
+            # Noise enters with the step before the first of these states, and with those behind it.
+            count = self.width + 2 - first
+            index, factors = index.view(self.count, -1)[:, :count].flatten(), factors[:, first:, :count]
+        entering.baddbmm_(factors, noise.index_select(0, index).view(self.count, -1, noise.shape[1]))
 
     def correct(self) -> None:
         """Turn the steps into the corrected states: new = step + M r, chunk by chunk."""
