@@ -33,6 +33,8 @@ def parallel(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    max_rows: int | None = None,
+    buckets: Sequence[int] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
     progress: bool = False,
 ) -> Any:
@@ -48,6 +50,12 @@ def parallel(
         tolerance: Relative error allowed in each sample, compared with the unmodified loop.
         denoisers: The networks that the loop calls; default: those of the pipeline, or the one module that the
             function can see.
+        max_rows: Most rows of a network call that holds several steps; larger rounds are split. When memory runs out,
+            the limit is halved, for later calls as well. A step that is evaluated for itself has the rows that the
+            loop gives it.
+        buckets: The numbers of rows that a call with several steps may have, such as (1, 2, 4, 8); rounds are split
+            and padded to them, so that ``torch.compile`` or CUDA graphs meet few shapes. All rows count, so guidance
+            with two rows a sample needs even numbers.
         mesh: A ``DeviceMesh`` with a dimension ``time``: its ranks, which all run the loop, share the network's calls;
             see :func:`parataxis.engine.distributed.sharded`. They share whole steps, because rows of one call belong
             together.
@@ -60,20 +68,23 @@ def parallel(
 
     Raises:
         TypeError: If the target is neither, or the denoisers are not modules.
-        ValueError: If the denoisers cannot be found, or the tolerance is negative or infinite.
+        ValueError: If the denoisers cannot be found, the tolerance is negative or infinite, or a number of rows is not
+            an integer of at least 1.
     """
+    limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets, "mesh": mesh}
     if isinstance(solver, Calibration):
         calibration = solver
         calibration.check_tolerance(tolerance)
         tolerance = calibration.solver_tolerance
-        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
+        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, **limits)
         running.calibration, running.progress = calibration, progress
         return running
     if not isinstance(target, type) and hasattr(target, "components") and hasattr(target, "register_modules"):
-        running = pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh)
+        running = pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, **limits)
     else:
         _check_target(target)
-        running = Parallel(target, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+        options, ranks = check_options(solver, tolerance), ranks_of(limits.pop("mesh"))
+        running = Parallel(target, *options, check_denoisers(denoisers), ranks, **limits)
     running.progress = progress
     return running
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .checks import describe
-from .engine.executor import ranks_of
+from .engine.executor import ranks_of, row_limits
 from .fingerprint import loop_fingerprint
 from .loops.auto import plan_loop, run_loop
 from .loops.loop import Loop, check_denoisers
@@ -46,6 +46,8 @@ def parallel(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    max_rows: int | None = None,
+    buckets: Sequence[int] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
 ) -> ParallelPipeline:
     """Run a pipeline parallel in time; see :func:`parataxis.parallel`.
@@ -59,7 +61,9 @@ def parallel(
     """
     if not hasattr(pipe, "components") or not hasattr(pipe, "register_modules"):
         raise TypeError(f"pipe must be a diffusers pipeline, got {describe(pipe)}.")
-    return ParallelPipeline(pipe, *check_options(solver, tolerance), check_denoisers(denoisers), ranks_of(mesh))
+    options = check_options(solver, tolerance)
+    limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
+    return ParallelPipeline(pipe, *options, check_denoisers(denoisers), ranks_of(mesh), **limits)
 
 
 def enable(
@@ -68,6 +72,8 @@ def enable(
     *,
     tolerance: float = 1e-2,
     denoisers: Sequence[nn.Module] | None = None,
+    max_rows: int | None = None,
+    buckets: Sequence[int] | None = None,
     mesh: DeviceMesh | Ranks | None = None,
 ) -> Report:
     """Make every call of ``pipe`` parallel in time, until :func:`disable`; its copies are not.
@@ -80,7 +86,8 @@ def enable(
         TypeError: See :func:`parallel`.
         ValueError: See :func:`parallel`.
     """
-    return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh).__enter__()
+    options: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets, "mesh": mesh}
+    return parallel(pipe, solver, tolerance=tolerance, denoisers=denoisers, **options).__enter__()
 
 
 def disable(pipe: Any) -> None:
@@ -112,8 +119,12 @@ class ParallelPipeline:
         tolerance: float,
         denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
+        *,
+        max_rows: int | None = None,
+        buckets: Sequence[int] | None = None,
     ) -> None:
         """See :func:`parallel`."""
+        self._limit, self._buckets = row_limits(max_rows, buckets)
         self.pipe, self.solver, self.tolerance = pipe, solver, tolerance
         self.report = Report(tolerance=tolerance)
         self._chosen = denoisers
@@ -192,6 +203,8 @@ class ParallelPipeline:
                 unsupported=lambda: _unsupported(denoisers),
                 state=self._state,
                 calls_back=lambda kwargs: any(kwargs.get(name) is not None for name in CALLBACKS),
+                limit=self._limit,
+                buckets=self._buckets,
                 schedulers=self._schedulers,
                 ranks=self._ranks,
                 owner=("pipe", self.pipe),

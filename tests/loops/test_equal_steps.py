@@ -171,6 +171,35 @@ def test_rows_are_split_when_memory_runs_out():
     assert run.report.peak_rows <= 4
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("call", [plain, guided, in_two_calls])
+def test_calls_have_the_numbers_of_rows_that_are_allowed(call, name, samples):
+    """With buckets, calls that hold several steps are padded to them or split; the sample stays the same."""
+    single = {samples, 2 * samples}  # rows of the loop's own calls
+
+    class Counting(Network):
+        def forward(self, x, t, condition=None):
+            self.seen.append(len(x))
+            return super().forward(x, t, condition)
+
+    net = Counting()
+    net.seen = []
+    run = loop(call, name)
+    expected = run(net, samples, 0)
+    parallel = px.parallel(run, px.Secant(window=8), denoisers=[net], buckets=(12, 6))
+    free = px.parallel(run, px.Secant(window=8), denoisers=[net])
+    plain_result = free(net, samples, 0)
+    for _ in range(2):  # the first one tries how calls can be batched
+        net.seen = []
+        assert relative(parallel(net, samples, 0), expected) < 1e-2
+    assert set(net.seen) <= {6, 12} | single
+    assert {6, 12} & set(net.seen)
+    assert parallel.report.peak_rows <= 12
+    assert parallel.report.evaluations == free.report.evaluations  # padding is none
+    assert relative(parallel(net, samples, 0), plain_result) < 1e-4
+
+
 def test_network_that_changes_between_calls_gets_another_layout():
     """Once it takes a time for every row, then one for all: the observed call shows that the batch is wrong."""
 

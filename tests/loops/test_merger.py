@@ -61,7 +61,7 @@ def test_out_of_memory_while_layouts_are_tried(room, error):
         expected = loop(net)
         torch.manual_seed(0)
         if room < 8:
-            with pytest.warns(RuntimeWarning, match="runs sequentially: not enough memory to batch two"):
+            with pytest.warns(RuntimeWarning, match="runs sequentially: memory, max_rows or buckets allow fewer rows"):
                 assert torch.equal(run(net), expected)
         else:
             assert relative(run(net), expected) <= 1e-2
@@ -83,7 +83,7 @@ def test_layout_is_tried_again_after_out_of_memory():
         return ddim(net, batch=1, predict=lambda net, x, t: net(x.repeat(2, 1), t)[:1])
 
     net = Small()
-    with pytest.warns(RuntimeWarning, match="not enough memory"):
+    with pytest.warns(RuntimeWarning, match="memory, max_rows or buckets"):
         run = both(loop, net)[2]
     net.room = 100
     assert relative(run(net), loop(net)) < 2
@@ -510,3 +510,55 @@ def test_conditions_with_several_rows_for_each_of_the_state_follow_it():
     expected, result, run = both(lambda net: ddim(net, predict=predict), Frames(), tolerance=1e-4)
     assert relative(result, expected) <= 1e-4
     assert run.report.peak_rows == 32
+
+
+@pytest.mark.parametrize("kind", ["rows", "guided", "mapped"])
+def test_recorded_calls_are_padded_to_buckets(kind):
+    """Batches of recorded calls have the numbers of rows that are allowed, also those that torch.vmap maps."""
+
+    class Mean(Net):
+        def forward(self, x, t, condition=None):
+            output = super().forward(x, t, condition)
+            return output - output.mean()  # rows of other calls must not enter it
+
+    net = Mean() if kind == "mapped" else Net()
+
+    def loop(net):
+        return ddim(net, batch=1, predict=guided) if kind == "guided" else ddim(net, batch=1)
+
+    run = parallel(loop, denoisers=[net], buckets=(4, 16))
+    free = parallel(loop, denoisers=[net])
+    for _ in range(2):
+        torch.manual_seed(0)
+        expected = loop(net)
+        net.rows = []
+        torch.manual_seed(0)
+        result = run(net)
+        seen = set(net.rows)
+        torch.manual_seed(0)
+        assert relative(result, free(net)) < 1e-4
+        assert relative(result, expected) <= 1e-2
+    assert run.report.mode == "recurrence"
+    single = 2 if kind == "guided" else 1
+    assert seen <= ({single} if kind == "mapped" else {single, 4, 16})  # a mapped network sees one call at a time
+    assert run.report.calls <= free.report.calls + 1  # the check of the layout may not fit beside a full round
+
+
+@pytest.mark.parametrize(("limits", "message"), [({"max_rows": 0}, "max_rows"), ({"buckets": (2, "a")}, "buckets")])
+def test_limits_of_rows_are_numbers(limits, message):
+    """What is no number of rows is said at once."""
+    with pytest.raises(ValueError, match=message):
+        parallel(ddim, denoisers=[Net()], **limits)
+
+
+def test_max_rows_split_rounds():
+    """No call has more rows than the caller allows."""
+    net = Net()
+    run = parallel(lambda net: ddim(net, batch=1), "picard", denoisers=[net], max_rows=5)
+    run(net)
+    torch.manual_seed(0)
+    expected = ddim(net, batch=1)
+    torch.manual_seed(0)
+    before = len(net.rows)
+    assert relative(run(net), expected) <= 1e-2
+    assert max(net.rows[before:]) == run.report.peak_rows == 5

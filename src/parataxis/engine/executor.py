@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
     from .distributed.ranks import Ranks
 
-__all__ = ["Executor", "Network", "check_inputs", "out_of_memory", "select_condition", "ranks_of"]
+__all__ = [
+    "Executor",
+    "Network",
+    "call_size",
+    "check_inputs",
+    "out_of_memory",
+    "row_limits",
+    "select_condition",
+    "ranks_of",
+]
 
 
 FEW = 64  # elements, of which the root mean square says nothing
@@ -150,9 +159,7 @@ class Executor:
         max_rows: int | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        check_rows(max_rows, buckets)
-        self.buckets = [size for size in sorted(set(buckets or ())) if max_rows is None or size <= max_rows]
-        self.limit = self.buckets[-1] if self.buckets else max_rows
+        self.limit, self.buckets = row_limits(max_rows, buckets)
         self._evaluate = evaluate
 
     def __call__(self, rows: EvalBatch) -> Tensor:
@@ -162,7 +169,7 @@ class Executor:
         all_outputs = rows.x
         while first < count:
             taken = min(self.limit or count, count - first)
-            size = next((bucket for bucket in self.buckets if bucket >= taken), taken)
+            size = call_size(taken, self.buckets)
             part = _padded(rows, first, taken, size)
             try:
                 outputs: Any = self._evaluate(part)
@@ -194,6 +201,22 @@ class Executor:
                 f"the network runs out of memory with {rows} of shape {tuple(x.shape[1:])} and {x.dtype} on "
                 f"{x.device}: free memory, or use a smaller network, shape or dtype."
             ) from error
+
+
+def row_limits(max_rows: int | None, buckets: Sequence[int] | None) -> tuple[int | None, tuple[int, ...]]:
+    """Return the most rows of a call, None for no limit, and the numbers of rows that a call may have, in order.
+
+    Raises:
+        ValueError: If a number of rows is not an integer of at least 1.
+    """
+    check_rows(max_rows, buckets)
+    sizes = tuple(size for size in sorted(set(buckets or ())) if max_rows is None or size <= max_rows)
+    return sizes[-1] if sizes else max_rows, sizes
+
+
+def call_size(rows: int, buckets: Sequence[int], multiple: int = 1) -> int:
+    """Return how many rows a call for so many has: the next bucket that is a multiple of this; without one, as many."""
+    return next((size for size in buckets if size >= rows and size % multiple == 0), rows)
 
 
 def _padded(rows: EvalBatch, first: int, count: int, size: int) -> EvalBatch:

@@ -109,8 +109,11 @@ def _plan_calls(runner: LoopRunner, calls: list[Call], tolerance: float, passes:
     rows, steps = len(state), len(calls)
     sampler = ddpm(vp(max(1000, steps)), steps)
     noise = torch.randn(state.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(state)
-    planned = plan(_repeating(runner, call, rows), noise, sampler, tolerance=tolerance, trials=False)
-    python = steps * runner.loop.times.python if math.isfinite(runner.loop.times.python) else 0.0
+    kept = runner.loop
+    buckets = [size for size in kept.buckets if kept.limit is None or size <= kept.limit]
+    limits: dict[str, Any] = {"max_rows": kept.limit, "buckets": buckets or None}
+    planned = plan(_repeating(runner, call, rows), noise, sampler, tolerance=tolerance, trials=False, **limits)
+    python = steps * kept.times.python if math.isfinite(kept.times.python) else 0.0
     loop = planned.loop_seconds + python
     candidates = [_with_passes(candidate, passes * python, python) for candidate in planned.candidates]
     solver, reason = planned.solver, planned.reason

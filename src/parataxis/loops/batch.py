@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from operator import is_not
 from typing import Any
@@ -77,11 +77,13 @@ class KindCalls:
         kind: Which of them, and the roles of their leaves.
         network: ``network(call, leaves, rows)`` calls the denoiser once and returns its output leaves, which the next
             call may overwrite.
+        buckets: The numbers of rows that batches may have; any, where there are none.
     """
 
     recorded: RecordedCalls
     kind: CallKind
     network: Callable[[Call, Sequence[Any], int], list[Any]]
+    buckets: tuple[int, ...] = ()
 
     def row_map(self, call: int) -> RowMap:
         """Return how the rows of a call belong to states."""
@@ -112,15 +114,28 @@ class KindCalls:
     def run_feeders(self, feeder: int, requests: Sequence[RowRequest], layout: Layout | None = None) -> list[Any]:
         """Evaluate the calls whose outputs are arguments of the requested ones, before them."""
         offset = requests[0].call - feeder
-        calls = KindCalls(self.recorded, self.recorded.kinds[feeder], self.network)
+        calls = replace(self, kind=self.recorded.kinds[feeder])
         feeding = [RowRequest(request.call - offset, request.rows, request.states) for request in requests]
         return calls.run_single(feeding[0]) if layout is None else copy_leaves(calls.run_ordered(feeding, layout))
 
     def run_batched(self, requests: Sequence[RowRequest], layout: Layout) -> list[list[Any]]:
-        """Evaluate several requests in one network call."""
+        """Evaluate several requests in one network call, padded to the next bucket."""
+        padded = self.padded(requests, layout)
         if layout.merging is Merging.MAPPED:
-            return self.run_mapped(requests)
-        return split_outputs(self.run_ordered(requests, layout), requests, self.order(requests))
+            return self.run_mapped(padded)[: len(requests)]
+        return split_outputs(self.run_ordered(padded, layout), padded, self.order(padded))[: len(requests)]
+
+    def padded(self, requests: Sequence[RowRequest], layout: Layout) -> Sequence[RowRequest]:
+        """Return requests that fill a bucket: the last one again, or rows of one of its samples, as often as needed."""
+        if not self.buckets:
+            return requests
+        rows, more = sum(len(request.rows) for request in requests), requests[-1]
+        if layout.merging is Merging.ROWS:
+            samples = self.row_map(more.call).sample_of_row[more.rows]
+            part = np.flatnonzero(samples == samples[0])
+            more = RowRequest(more.call, more.rows[part], more.states[row_index(part, more.states)])
+        size = next((size for size in self.buckets if size >= rows and (size - rows) % len(more.rows) == 0), rows)
+        return [*requests, *[more] * ((size - rows) // len(more.rows))]
 
     def run_mapped(self, requests: Sequence[RowRequest]) -> list[list[Any]]:
         """Map the network over whole calls, with the arguments that the loop gave."""

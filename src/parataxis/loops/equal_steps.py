@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array, Indices, upload
-from ..engine.executor import out_of_memory
+from ..engine.executor import call_size, out_of_memory
 from ..engine.rows import EvalBatch
 from ..samplers.sampler import Sampler
 from .batch import Layout
@@ -86,7 +86,8 @@ class EqualSteps:
         rows, parts = len(states), []
         first = 0
         while first < rows:
-            last = rows if row_limit is None else min(first + row_limit, rows)
+            # The observed call takes a row of the first one.
+            last = rows if row_limit is None else min(first + max(1, row_limit - self._unchecked), rows)
             try:
                 parts.append(self._evaluate(states[first:last], steps[first:last], samples[first:last]))
             except (RuntimeError, MemoryError) as error:
@@ -107,19 +108,24 @@ class EqualSteps:
         if check:
             batch = torch.cat([states, form.inputs(form.calls[0])[:1]])
             steps, samples = np.append(steps, self.sampler.steps), np.append(samples, 0)
+        groups, kept = self._groups, batch.shape[0]
+        size = call_size(groups * kept, self.merger.buckets, groups) // groups
+        if size > kept:  # the last row again, up to the next bucket
+            batch = torch.cat([batch, batch[-1:].expand(size - kept, -1)])
+            steps, samples = (np.append(index, np.repeat(index[-1:], size - kept)) for index in (steps, samples))
         leaves = self._batch.leaves(batch, steps, samples, self._layout, copy=self._writes and not check)
-        groups, rows, version = self._groups, batch.shape[0], _version(batch)
-        outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * rows))
+        version = _version(batch)
+        outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * size))
         if check:
             self._writes = version is None or _version(batch) != version
         elif not self._writes and _version(batch) != version:
             raise NotParallelizable("the denoiser writes into its input at some calls only.")
-        answers = row_map.answers(outputs, form.dtype).reshape(groups, rows, -1)
+        answers = row_map.answers(outputs, form.dtype).reshape(groups, size, -1)
         for o in self._batched:
-            outputs[o] = outputs[o].unflatten(0, (groups, rows))
-        if check:
-            if not self._check(answers[:, count], self._layout):
-                return self._evaluate(states, steps[:count], samples[:count])
+            outputs[o] = outputs[o].unflatten(0, (groups, size))
+        if check and not self._check(answers[:, count], self._layout):
+            return self._evaluate(states, steps[:count], samples[:count])
+        if size > count:
             answers, steps, samples = answers[:, :count], steps[:count], samples[:count]
         if groups == 1:
             combined = answers[0] if form.weights[0] == 1 else answers[0] * float(form.weights[0])

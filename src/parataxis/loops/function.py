@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..engine.executor import row_limits
 from ..fingerprint import loop_fingerprint
 from ..progress import reported
 from ..solvers.base import Solver
@@ -47,9 +48,13 @@ class Parallel:
         tolerance: float,
         denoisers: tuple[nn.Module, ...] | None = None,
         ranks: Ranks | None = None,
+        *,
+        max_rows: int | None = None,
+        buckets: Sequence[int] | None = None,
     ) -> None:
         """See :func:`parallel`."""
         functools.update_wrapper(self, function, updated=())
+        self._limit, self._buckets = row_limits(max_rows, buckets)
         self.function, self.solver, self.tolerance = function, solver, tolerance
         self.report = Report()
         self._denoisers = denoisers
@@ -101,6 +106,8 @@ class Parallel:
                 run,
                 denoisers,
                 others,
+                limit=self._limit,
+                buckets=self._buckets,
                 schedulers=self._schedulers,
                 ranks=self._ranks,
                 owner=owner,

@@ -36,7 +36,7 @@ BATCH_RAISES = (
     "as a tensor of shape (batch,)."
 )
 MAPPED = Layout(Merging.MAPPED)
-OUT_OF_MEMORY = "not enough memory to batch two denoiser calls."
+OUT_OF_MEMORY = "memory, max_rows or buckets allow fewer rows a network call than two steps have."
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ def randomize_conditioning(calls: KindCalls, members: Sequence[int]) -> KindCall
                 leaves[i] = (random.to(rms.device) * rms).to(leaves[i])
         old = recorded[c]
         recorded[c] = Call(old.module, old.spec, leaves, old.feeds, old.autocast, old.output)
-    return KindCalls(RecordedCalls(recorded, calls.recorded.row_maps), calls.kind, calls.network)
+    return replace(calls, recorded=RecordedCalls(recorded, calls.recorded.row_maps))
 
 
 def compare(
@@ -159,7 +159,9 @@ def compare(
     Returns:
         The output leaves, and how far they are from the answers, relative; infinite where there are none.
     """
-    row_map = calls.row_map(requests[0].call)
+    row_map, count = calls.row_map(requests[0].call), len(requests)
+    requests = calls.padded(requests, layout)
+    answers = [*answers, *[None] * (len(requests) - count)]
     try:
         if layout.merging is Merging.MAPPED:
             outputs = calls.run_mapped(requests)
@@ -192,7 +194,7 @@ def compare(
         distance, norm = float((batched - single)[finite].norm()), float(single[finite].norm())
         if distance != 0:  # or not a number
             worst = max(worst, distance / norm) if norm > 0 and np.isfinite(distance) else float("inf")
-    return outputs, worst
+    return outputs[:count], worst
 
 
 def _same(output: Any, answer: Any) -> bool:

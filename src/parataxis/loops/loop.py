@@ -57,7 +57,8 @@ class Loop:
         on_round: Called after every round with the numbers of accepted steps and of all steps of the stage.
         outputs: Form of the output of every kind of call.
         layouts: How each kind of call is batched.
-        limit: Most rows that memory has had room for.
+        limit: Most rows of a network call, lowered when memory runs out; None for no limit.
+        buckets: The numbers of rows that such a call may have, in order; any, where there are none.
         structures: What stays the same of the first stage, by :meth:`key`; the latest ones.
         choices: Which solver was chosen, by :meth:`key`; the latest ones.
         changed_by_callbacks: Keys of calls whose callbacks change what the loop does.
@@ -83,6 +84,7 @@ class Loop:
     outputs: dict[Any, Output] = field(default_factory=dict)
     layouts: dict[Any, Layout] = field(default_factory=dict)
     limit: int | None = None
+    buckets: tuple[int, ...] = ()
     structures: dict[Any, Structure] = field(default_factory=dict)
     choices: dict[Any, Any] = field(default_factory=dict)
     changed_by_callbacks: set[Any] = field(default_factory=set)

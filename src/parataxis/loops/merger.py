@@ -37,6 +37,7 @@ class Merger:
         denoiser: ``denoiser(module, args, kwargs)`` calls the real denoiser.
         layouts: Layouts of earlier runs of the loop, by kind of call.
         limit: Most rows of one network call, lowered when memory runs out; None for no limit.
+        buckets: The numbers of rows that calls for several steps may have; any, where there are none.
         calls: Network calls made.
         rows: Rows evaluated.
         peak_rows: Most rows of one call.
@@ -51,6 +52,7 @@ class Merger:
     denoiser: Callable[[int, Any, Any], Any]
     layouts: dict[Any, Layout] = field(default_factory=dict)
     limit: int | None = None
+    buckets: tuple[int, ...] = ()
     calls: int = 0
     rows: int = 0
     peak_rows: int = 0
@@ -157,7 +159,7 @@ class Merger:
             yield self._of_kind(recorded, kinds[requests[members[0]].call]), members
 
     def _of_kind(self, recorded: RecordedCalls, kind: CallKind) -> _KindMerger:
-        return _KindMerger(self, KindCalls(recorded, kind, self.call))
+        return _KindMerger(self, KindCalls(recorded, kind, self.call, self.buckets))
 
 
 @dataclass(frozen=True, eq=False)

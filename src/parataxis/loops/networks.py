@@ -46,7 +46,7 @@ class Networks:
         if loop.watch is None or loop.watch.changed(thorough=True):
             loop.watch = ModuleWatch(loop.denoisers)
         self.watch = loop.watch
-        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, times=loop.times)
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, loop.buckets, times=loop.times)
         self.real_calls = self.calls = 0
         self.trainable = False
         self.answers = 0

@@ -71,7 +71,7 @@ class LoopRunner:
         self.trainable = False
         self.loop_constants: list[list[Any]] = []
         self.held_by_modules: dict[int, World] = {}
-        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, ranks=loop.ranks, times=loop.times)
+        self.merger = Merger(self.evaluate, loop.layouts, loop.limit, loop.buckets, ranks=loop.ranks, times=loop.times)
         self.other_seconds = 0.0
         self.memo = ModuleMemo()
         self.spool = Spool()
