@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .content import sample_of
+from .content import Samples
 from .loop import is_library_object
 from .stubs import Stub
 
@@ -64,8 +64,8 @@ class ModuleWatch:
         self._views = [place.values() if isinstance(place, dict) else place for place in places if place]
         self._items, self._root_items = list(chain.from_iterable(self._views)), self._held_by_roots()
         self._versions = list(map(VERSION, self._tensors))
-        self._samples = [read for tensor in tensors if (read := sample_of(tensor))()]
-        self._sampled = [read() for read in self._samples]
+        self._samples = Samples(tensors)
+        self._sampled = self._samples.read()
         self._module_dicts = [place for place in places if id(place) in modules and not place.keys() <= STANDARD]
         self._getters = [itemgetter(*(set(place) - STANDARD)) for place in self._module_dicts]
         self._attribute_values, self._lengths = self._attributes(), list(map(len, self._module_dicts))
@@ -84,7 +84,7 @@ class ModuleWatch:
         thorough = thorough or self._handles != RemovableHandle.next_id
         if list(map(VERSION, self._tensors)) != self._versions or (thorough and any(self._empty)):
             return True
-        if [read() for read in self._samples] != self._sampled:
+        if self._samples.read() != self._sampled:
             return True
         try:
             # Items are compared by identity first; numbers and texts may be replaced by equal ones.

@@ -23,6 +23,7 @@ from .world import World
 
 __all__ = ["Networks"]
 
+FIRST_CALLS = 8  # of denoisers in a run
 GRADIENTS = "the loop takes gradients through the denoiser: if it need not, call it in torch.no_grad()."
 
 
@@ -36,7 +37,6 @@ class Networks:
         real_calls: Calls of the loop that were evaluated for themselves.
         calls: All calls of networks.
         answers: Calls of the loop.
-        trainable: Whether the unmodified loop's result would require gradients.
     """
 
     def __init__(self, loop: Loop, world: World | None = None) -> None:
@@ -48,7 +48,7 @@ class Networks:
         self.watch = loop.watch
         self.merger = Merger(self.evaluate, loop.layouts, loop.limit, loop.buckets, times=loop.times)
         self.real_calls = self.calls = 0
-        self.trainable = False
+        self._trainable: dict[int, bool] = {}  # of every denoiser that was called with gradients enabled
         self.answers = 0
         self._seconds = 0.0  # of these answers
         self._kinds: set[Any] = set()  # of calls
@@ -74,13 +74,21 @@ class Networks:
         single = [median(times) for kind in self._kinds if (times := self.loop.times.calls.get(kind))]
         return seconds - self._seconds + self.answers * sum(single) / len(single) if single else 0.0
 
+    @property
+    def trainable(self) -> bool:
+        """Whether the unmodified loop's result would require gradients."""
+        return any(self._trainable.values())
+
     def changed(self) -> bool:
         """Return whether the loop has changed the denoisers since they were last evaluated."""
         return self.watch.changed()
 
     def look(self) -> None:
-        """Take the denoisers as they are now, behind evaluations: tables that fill in on a call are no change."""
-        if self.calls != self._looked and self.watch.changed(thorough=True):
+        """Take the denoisers as they are now, behind evaluations: tables that fill in on a call are no change.
+
+        They fill in on the first calls, which are looked at in full.
+        """
+        if self.calls != self._looked and self.watch.changed(thorough=self.calls <= FIRST_CALLS):
             self.watch.take()
         self._looked = self.calls
 
@@ -106,8 +114,9 @@ class Networks:
             return
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             raise NotParallelizable(GRADIENTS)
-        if not self.trainable:
-            self.trainable = any(value.requires_grad for value in self.loop.denoisers[module].parameters())
+        if module not in self._trainable:  # once a run: a walk through all modules takes as long as a small network
+            parameters = self.loop.denoisers[module].parameters()
+            self._trainable[module] = any(value.requires_grad for value in parameters)
 
     def observe(self, call: Call, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
         """Call a denoiser for the loop itself; a new form of call is checked by one or two calls more.

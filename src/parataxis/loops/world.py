@@ -20,7 +20,7 @@ import sys
 import types
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import lru_cache, partial
 from operator import is_
@@ -473,7 +473,8 @@ class _Tensor:
         self.memory = owner.data if self.storage is not None else None  # the same memory, whatever .data is set to
         self.copy: Tensor | None = None
         self.written = False  # through another tensor with the same memory, such as .data, which shows in no version
-        self.sample = sample_of(owner)  # an array with the same memory shows nowhere else
+        view = sample_of(owner)  # an array with the same memory shows nowhere else
+        self.sample: Callable[[], bytes] = bytes if view is None else view.tobytes
         self.content = self.sample()
         large = LARGE_PARAMETER if isinstance(owner, nn.Parameter) else LARGE
         if self.memory is not None and owner.numel() <= large:
