@@ -109,20 +109,20 @@ def _plan_calls(runner: LoopRunner, calls: list[Call], tolerance: float, passes:
     rows, steps = len(state), len(calls)
     sampler = ddpm(vp(max(1000, steps)), steps)
     noise = torch.randn(state.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(state)
-    kept = runner.loop
-    buckets = [size for size in kept.buckets if kept.limit is None or size <= kept.limit]
-    limits: dict[str, Any] = {"max_rows": kept.limit, "buckets": buckets or None}
+    loop = runner.loop
+    buckets = [size for size in loop.buckets if loop.limit is None or size <= loop.limit]
+    limits: dict[str, Any] = {"max_rows": loop.limit, "buckets": buckets or None}
     planned = plan(_repeating(runner, call, rows), noise, sampler, tolerance=tolerance, trials=False, **limits)
-    python = steps * kept.times.python if math.isfinite(kept.times.python) else 0.0
-    loop = planned.loop_seconds + python
+    python = steps * loop.times.python if math.isfinite(loop.times.python) else 0.0
+    whole = planned.loop_seconds + python
     candidates = [_with_passes(candidate, passes * python, python) for candidate in planned.candidates]
     solver, reason = planned.solver, planned.reason
     chosen = next(candidate for candidate in candidates if candidate.solver == solver)
-    if chosen.seconds.median >= loop and not isinstance(solver, Sequential):
+    if chosen.seconds.median >= whole and not isinstance(solver, Sequential):
         solver, reason = Sequential(), "passes of the loop's own Python take what fewer rounds would save"
     setting = f"a loop of {steps} calls of {rows} rows, tolerance {tolerance:g}, {noise.device}; rounds as of DDPM"
     return replace(
-        planned, solver=solver, reason=reason, candidates=tuple(candidates), loop_seconds=loop, setting=setting
+        planned, solver=solver, reason=reason, candidates=tuple(candidates), loop_seconds=whole, setting=setting
     )
 
 

@@ -108,11 +108,11 @@ class EqualSteps:
         if check:
             batch = torch.cat([states, form.inputs(form.calls[0])[:1]])
             steps, samples = np.append(steps, self.sampler.steps), np.append(samples, 0)
-        groups, kept = self._groups, batch.shape[0]
-        size = call_size(groups * kept, self.merger.buckets, groups) // groups
-        if size > kept:  # the last row again, up to the next bucket
-            batch = torch.cat([batch, batch[-1:].expand(size - kept, -1)])
-            steps, samples = (np.append(index, np.repeat(index[-1:], size - kept)) for index in (steps, samples))
+        groups, filled = self._groups, batch.shape[0]
+        size = call_size(groups * filled, self.merger.buckets, groups) // groups
+        if size > filled:  # the last row again, up to the next bucket
+            batch = torch.cat([batch, batch[-1:].expand(size - filled, -1)])
+            steps, samples = (np.append(index, np.repeat(index[-1:], size - filled)) for index in (steps, samples))
         leaves = self._batch.leaves(batch, steps, samples, self._layout, copy=self._writes and not check)
         version = _version(batch)
         outputs = copy_leaves(self.merger.call(self.call.call, leaves, groups * size))

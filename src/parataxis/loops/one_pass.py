@@ -15,7 +15,7 @@ that it reaches can be put back, does it end there, to be recorded instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class OnePass:
 
     def _called(self, module: int, args: Any, kwargs: Any) -> Any:
         """Answer a call of a denoiser."""
-        with nullcontext() if self.beginning is None else self.beginning.unwatched():
+        with self._unwatched():
             return self._answer(module, args, kwargs)
 
     def _answer(self, module: int, args: Any, kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class OnePass:
         try:
             if observed is not None:
                 self._observed = ObservedStep() if self.single else None
-                with torch.no_grad():
+                with self._unwatched(), torch.no_grad():
                     self.foresight.learn(observed, result)
             elif not self.foresight.take_step(step, result):
                 self._observed = ObservedStep()
@@ -180,6 +180,10 @@ class OnePass:
         self._ahead = self.foresight.begun_step().ahead
         self.alone, self._observed = str(reason), None
         self.foresight.end()
+
+    def _unwatched(self) -> AbstractContextManager[None]:
+        """Watch nothing for a while: what happens here is not the loop's."""
+        return nullcontext() if self.beginning is None else self.beginning.unwatched()
 
     def _can_start_over(self) -> bool:
         """Return whether the loop can be put back as it was: early on, and if no callback has run."""

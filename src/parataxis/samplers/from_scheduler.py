@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,8 @@ def from_scheduler(scheduler: Any, *, timesteps: Tensor | None = None, **options
         TypeError: If it is not a scheduler, or its ``step`` does not take such an option.
         ValueError: If its loop is not linear, with the option or the step that is not.
     """
-    with torch.device("cpu"):  # whatever the default device is
+    # Within a device's context every call of torch takes longer.
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         return _read_sampler(SchedulerLoop(scheduler, timesteps, options))
 
 
@@ -272,19 +274,22 @@ def _clipped(
         return transform  # only what is clipped can be remembered by several steps
     random, seeds = torch.Generator().manual_seed(0), [torch.Generator().manual_seed(0) for _ in range(2)]
     pair = loop.fresh(), loop.fresh(clips)
-    gain = np.ones(loop.steps)
+    responses: list[tuple[Tensor, Tensor, Tensor]] = []  # input, output, and what the option changes in the next state
     for i in range(loop.steps):
         x = torch.randn(SHAPE, generator=random, dtype=torch.float64)
         u, _ = (loop.scale_input(scheduler, i, x) for scheduler in pair)
         f = output_beyond_clip(transform, i, u, random)
         on, off = (loop.step(scheduler, i, f, x, seed)[0] for scheduler, seed in zip(pair, seeds, strict=True))
-        step = torch.full((len(u),), i)
-        plain = dataclasses.replace(transform, clip=None, quantile=None)(step, u, f)
-        cut = transform(step, u, f) - plain
-        used = float(((on - off) * cut).sum() / (cut * cut).sum()) * rows.scale[i + 1]
-        if form.weight[i, 0] == 0:
-            raise loop.unsupported(f"{clips[0]} acts in step {i} on a data prediction that does not enter it")
-        gain[i] = used / form.weight[i, 0]
+        responses.append((u, f, on - off))
+    if not form.weight[:, 0].all():
+        step = int(np.argmin(form.weight[:, 0] != 0))
+        raise loop.unsupported(f"{clips[0]} acts in step {step} on a data prediction that does not enter it")
+    steps = torch.arange(loop.steps).repeat_interleave(SHAPE[0])
+    plain = dataclasses.replace(transform, clip=None, quantile=None)
+    u, f, difference = (torch.cat(values) for values in zip(*responses, strict=True))
+    cut = (transform(steps, u, f) - plain(steps, u, f)).view(loop.steps, -1)
+    used = (difference.view(loop.steps, -1) * cut).sum(1) / cut.square().sum(1)
+    gain = used.numpy() * rows.scale[1:] / form.weight[:, 0]
     return dataclasses.replace(transform, gain=np.where(np.isclose(gain, 1.0, rtol=ZERO), 1.0, gain))
 
 
@@ -299,9 +304,8 @@ def _compare(
     loop: SchedulerLoop, sampler: Sampler, noise: Tensor, states: Tensor, outputs: Tensor, clips: Sequence[str]
 ) -> None:
     """Compare every step of the recurrence with a run of the scheduler's loop, from the states of that run."""
-    entered = torch.stack(
-        [sampler.output(torch.full((len(noise),), i), states[:, i], outputs[:, i]) for i in range(loop.steps)], 1
-    )
+    index = torch.arange(loop.steps).repeat(len(noise))
+    entered = sampler.output(index, states[:, :-1].flatten(0, 1), outputs.flatten(0, 1)).view(outputs.shape)
     local, recurrence = sampler.coefficients, sampler.recurrence(noise, torch.Generator().manual_seed(0))
     size = np.abs(local.state_weight) * _rms(states[:, :-1]) + _rms(states[:, 1:])
     for lag in range(local.lags + 1):
