@@ -93,6 +93,7 @@ LOOPS = [
     "speculation",
     "foresight",
     "one_pass",
+    "stage_solve",
     "solver",
     "roads",
     "auto",

@@ -258,6 +258,23 @@ def test_combination_that_is_not_linear_goes_on_by_itself_where_it_cannot_be_put
     assert next(numbers) == 1
 
 
+def test_gradients_of_a_loop_that_goes_on_by_itself_are_all_there():
+    """Nothing warns of gradients that are missing where every output is the network's own."""
+    net, steps, numbers = Net(DIM).requires_grad_(), SCHEDULERS["ddim"](), iter(range(100))
+
+    def loop(x):
+        steps.set_timesteps(16)
+        next(numbers)  # cannot be put back
+        for t in steps.timesteps:
+            x = steps.step(net(x, t).tanh(), t, x).prev_sample
+        return x
+
+    run = parallel(loop, denoisers=[net])
+    with pytest.warns(RuntimeWarning) as caught:
+        assert run(torch.ones(1, DIM)).requires_grad
+    assert ["not a combination of the denoiser's outputs" in str(warning.message) for warning in caught] == [True]
+
+
 def test_error_of_the_loop_passes_through():
     def fail(i, x, net, world):
         world["trace"].append(i)
@@ -361,6 +378,7 @@ def test_scheduler_class_whose_step_nothing_names_is_no_reason_for_one_pass():
     assert (run.report.mode, run.report.real_calls) == ("recurrence", 0)
 
 
+@pytest.mark.filterwarnings("ignore:the result may be .* away from the loop")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     net, steps, trace = Net(DIM), scheduler(), []

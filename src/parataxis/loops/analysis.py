@@ -16,7 +16,7 @@ from .fit import HeldOutCheck, fit_recurrence
 from .rows import RowMap, StateSlice, answered_box
 from .signals import NotParallelizable
 from .spool import looked_at
-from .structure import Recording, Structure, final_state
+from .structure import Recording, Structure, final_state, unit_of
 
 __all__ = ["check_calls", "find_structure"]
 
@@ -86,6 +86,7 @@ def find_structure(recordings: Sequence[Recording], first: int) -> tuple[Structu
         guidance_weights=[],
         ends_with_state=final_state(ending, samples, dim, dtype) is not None,
         slopes=np.zeros(cut),
+        unit=unit_of(calls[calls_of_step[0][0]], row_maps[calls_of_step[0][0]]),
     )
     return structure, fit_recurrence(structure, recordings, first)
 

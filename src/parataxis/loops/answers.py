@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,21 +59,37 @@ class AffineAnswers:
         known: These evaluations.
         noise: Added to the outputs, relative to them: for measuring the floor.
         slopes: (N, S) of outputs, in the place of those that are known; NaN for these.
+        across: (N, S) by how much more outputs move, in another direction, or None.
     """
 
     records_calls = False
 
-    def __init__(self, known: KnownOutputs, noise: float = 0.0, slopes: Array | None = None) -> None:
-        self.known, self.noise = known, noise
+    def __init__(
+        self, known: KnownOutputs, noise: float = 0.0, slopes: Array | None = None, across: Array | None = None
+    ) -> None:
+        self.known, self.noise, self._across = known, noise, across
         self._slopes = None if slopes is None else np.where(np.isnan(slopes), known.slopes, slopes)
 
     def answer(self, call: int, step: int, states: Tensor) -> list[Any]:
         """Return the affine model's outputs."""
         slopes = None if self._slopes is None else upload(self._slopes[step], states).unsqueeze(1)
-        leaves = self.known.answer(call, step, states, slopes)
+        across = None if self._across is None else partial(self._move_across, call, step)
+        leaves = self.known.answer(call, step, states, slopes, across)
         if self.noise:
             outputs = random_outputs(self.known.structure.outputs[call], PROBE_SEED, call)
             for leaf, noise in zip(leaves, outputs, strict=True):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point():
                     leaf.add_(noise, alpha=self.noise * float(leaf.float().square().mean().sqrt()))
         return leaves
+
+    def _move_across(self, call: int, step: int, moves: Tensor) -> Tensor:
+        """Return moves (R, dim) of inputs with their elements in another order and of other signs, times ``across``.
+
+        The same at all steps, as a network hardly changes from one to the next: so what grows goes on growing.
+        """
+        assert self._across is not None
+        generator = np.random.default_rng(PROBE_SEED)
+        order = upload(generator.permutation(moves.shape[1]), moves.device)
+        rows = self.known.structure.row_maps[call].sample_of_row
+        signs = generator.choice([-1.0, 1.0], moves.shape[1])
+        return moves[:, order] * upload(self._across[step, rows][:, None] * signs, moves)

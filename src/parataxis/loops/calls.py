@@ -313,7 +313,21 @@ def _all_differ(calls: Sequence[Call], members: Sequence[int], leaves: Sequence[
     values = [[calls[c].leaves[i] for i in leaves] for c in members]
     if not leaves or not all(isinstance(value, Tensor) for value in values[0]):
         return False
-    return not any(all(map(equal, a, b)) for n, a in enumerate(values) for b in values[:n])
+    alike: dict[Any, list[list[Any]]] = {}  # by their sums: two of a thousand calls need not be compared pair by pair
+    for value in values:
+        before = alike.setdefault(tuple(map(_sum, value)), [])
+        if any(all(map(equal, value, other)) for other in before):
+            return False
+        before.append(value)
+    return True
+
+
+def _sum(value: Any) -> Any:
+    """Return the sum of a tensor's elements, or another leaf itself."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return float((torch.view_as_real(value) if value.is_complex() else value).double().sum())
 
 
 def _roles(calls: Sequence[Call], row_map: RowMap, members: Sequence[int]) -> tuple[list[Role], bool]:

@@ -60,10 +60,20 @@ class StageEvaluator:
             self.known.store_inputs(int(q), sample[items], states_of_step, finite[items])
         return total.view(batch.x.shape)
 
+    def evaluate_trajectory(self, states: Tensor, width: int) -> int:
+        """Evaluate all steps at states (N + 1, R, dim) of the runs, so many steps at a time; return the rounds made."""
+        steps, runs = self.stage.structure.steps, states.shape[1]
+        firsts = range(0, steps, width)
+        for first in firsts:
+            last = min(first + width, steps)
+            step, run = (torch.from_numpy(index.ravel()) for index in np.mgrid[first:last, :runs])
+            self(EvalBatch(states[first:last].flatten(0, 1), step, run))
+        return len(firsts)
+
     def rounding_error(self) -> float:
         """Return the rounding of outputs, relative to them: see :attr:`Report.floor`."""
         structure = self.stage.structure
-        unit, step = float(torch.finfo(structure.network_dtype).eps), structure.steps // 2
+        unit, step = structure.unit, structure.steps // 2
         inputs = self.known.inputs_at_evaluation[step]
         if inputs is None or not self.known.evaluated[step].all():
             return unit

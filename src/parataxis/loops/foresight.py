@@ -30,6 +30,9 @@ MIN_STEPS = 8  # shorter loops run sequentially
 MAX_MISSES = 3  # more than a loop may have without steps between them that went as expected
 SMALLEST_SHARE = 0.05  # of the tolerance, for a solve behind others that were thrown away
 STEPS_A_MISS = 8  # steps that went as expected and make up for a miss
+FEW_BITS = (  # recording measures what that does to the result
+    "its network computes in 16 bits within the loop, whose rounding moves samples by more than their steps show."
+)
 UNFORESEEN = (RuntimeError, ValueError, TypeError, IndexError)  # the loop must not meet what it would not meet alone
 
 
@@ -78,6 +81,8 @@ class Foresight:
         with _foreseen():
             try:
                 form = self._form = observed.form()
+                if form.few_bits:
+                    raise NotParallelizable(FEW_BITS)
                 if self._chain is None or not self._chain.expects(step):
                     chain = self._chain = Chain.begin(observed)
                     report.steps, report.samples = report.steps + chain.left, form.shape[0]

@@ -160,4 +160,5 @@ def _structure(form: StepForm, calls: RecordedCalls, sampler: Sampler) -> Struct
         guidance_weights=[form.weights] * steps,
         ends_with_state=True,
         slopes=np.zeros(steps),
+        unit=float(torch.finfo(form.network_dtype).eps),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,10 +87,22 @@ class KnownOutputs:
         for call in self.structure.calls_of_step[step]:
             self.outputs[call] = None
 
-    def answer(self, call: int, step: int, states: Tensor, slopes: Tensor | None = None) -> list[Any]:
+    def answer(
+        self,
+        call: int,
+        step: int,
+        states: Tensor,
+        slopes: Tensor | None = None,
+        across: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Any]:
         """Return f_q + d_q (u - u_q) at these states, of this step or of the last evaluated one before it.
 
-        Slopes (S, 1) or (S, dim) may be passed for a step that is evaluated, instead of those that are stored.
+        Args:
+            call: Which call.
+            step: Of it.
+            states: (R, dim) u.
+            slopes: (S, 1) or (S, dim) for a step that is evaluated, instead of those that are stored.
+            across: What a move (R, dim) of the input of such a step adds beside that.
         """
         structure, row_map = self.structure, self.structure.row_maps[call]
         if self.evaluated[step].all():
@@ -102,7 +114,8 @@ class KnownOutputs:
             if structure.samples > 1:
                 index = upload(row_map.sample_of_row, states.device)
                 slopes, inputs = slopes[index], inputs[index]
-            row_map.add(leaves, slopes * (states - inputs))
+            moves = states - inputs
+            row_map.add(leaves, slopes * moves if across is None else slopes * moves + across(moves))
             return leaves
         leaves = [
             torch.zeros_like(leaf, memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf

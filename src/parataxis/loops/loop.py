@@ -146,7 +146,8 @@ class Loop:
         training = tuple(
             getattr(denoiser, "training", False) for denoiser in self.denoisers
         )  # frozen TorchScript has none
-        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state()), training
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return str(spec), tuple(_trait(leaf) for leaf in leaves), repr(self.state()), training, autocast
 
 
 def _trait(leaf: Any) -> Any:

@@ -22,6 +22,7 @@ from .deferred import DeferredOutput
 from .rows import Box, RowMap, StateSlice, answered_box
 from .schedulers import SchedulerStep, unwatched_copy
 from .signals import NotParallelizable
+from .structure import FEW_BITS, unit_of
 
 __all__ = ["ObservedStep", "StepForm"]
 
@@ -110,6 +111,11 @@ class StepForm:
     shape: tuple[int, ...]
     dtype: torch.dtype
     network_dtype: torch.dtype
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether a network computes in 16 bits in a call."""
+        return any(unit_of(call, row_map) > FEW_BITS for call, row_map in zip(self.calls, self.row_maps, strict=True))
 
     def inputs(self, call: Call) -> Tensor:
         """Return the states (B, dim) that the first call of a step is given."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from ..arrays import Array
 from .analysis import check_calls, find_structure
 from .answers import PROBE_SEED, AffineAnswers, PerturbedAnswers
 from .calls import RecordedCalls
+from .error_estimate import satisfies_recurrence
 from .fit import fit_slopes
 from .floor import FloorMeasurement
 from .known_outputs import KnownOutputs
@@ -23,11 +26,12 @@ from .signals import NotParallelizable
 from .stage_plan import CallbackFree, StagePlan
 from .structure import MIN_STEPS, Recording, Stage, Structure
 
-__all__ = ["StageProgress", "probe_stage", "record_stage"]
+__all__ = ["StageProgress", "probe_again", "record_stage"]
 
 # Elements of a step, to fit its coefficients to; smaller loops are recorded more often. The first are enough for steps
 # that use one output or two.
 FIT_ELEMENTS = (12, 48)
+MORE = 2.0  # times what a loop added when it was recorded: it may be that its coefficients have changed
 MAX_EXTRA_RECORDINGS = 16
 STARTS_DIFFERENTLY = (
     "its first call differs from pass to pass: it depends on something that cannot be put back (a clock, a file, "
@@ -79,7 +83,7 @@ class StageProgress:
         """How the next pass answers its calls."""
         if self.floor is None:
             return AffineAnswers(self.known)
-        return AffineAnswers(self.known, self.floor.noise, self.floor.slopes)
+        return AffineAnswers(self.known, self.floor.noise, self.floor.slopes, self.floor.across)
 
     def measures_floor(self, record: StageRecord) -> bool:
         """Return whether a pass through the stage was for the floor: the last of them sets it."""
@@ -95,6 +99,11 @@ class StageProgress:
         """Return how the next pass answers its calls, how far it goes, and from where on it keeps states."""
         known = self.accepted, self.followed, self.callback_free
         return StagePlan(self.structure, self.stage.first, self.answers, last_step, *known, first_step)
+
+    def added(self) -> Array:
+        """Return (N,) what the loop adds at every step, relative to the terms of the step."""
+        pairs = zip(self.noise_terms, self.noise_sizes, strict=True)
+        return np.array([float(term.norm()) / max(size, 1e-30) for term, size in pairs])
 
     def rebase(self) -> None:
         """Take what the loop adds along the way from the latest pass."""
@@ -143,6 +152,25 @@ def record_stage(runner: LoopRunner, plans: Sequence[StagePlan], record: PassRec
         second = probe_stage(runner, plans, structure, followed, seed=PROBE_SEED + 2)
         fit_slopes(structure, progress.record, second.record)
         progress = probe_stage(runner, plans, structure, followed)
+    structure.added = progress.added()
+    return progress
+
+
+def probe_again(runner: LoopRunner, structure: Structure) -> StageProgress | None:
+    """Make the probe pass of a first stage whose structure an earlier call has shown.
+
+    Where the loop now adds much more than it did then, a second one with other outputs must see the same: else the
+    structure is outdated, and this is None.
+
+    Raises:
+        LoopChanged: If the loop does not fit the structure.
+    """
+    progress = probe_stage(runner, [], structure, None)
+    more = structure.added is not None and progress.added() > MORE * structure.added + structure.precision
+    if structure.linear and bool(np.any(more)):
+        second = probe_stage(runner, [], structure, None, seed=PROBE_SEED + 2)
+        if not satisfies_recurrence(second.record, progress.noise_terms, progress.noise_sizes):
+            return None
     return progress
 
 

@@ -47,6 +47,8 @@ class Refinement:
         improving: Whether the error estimate falls from replay to replay.
         structure_outdated: Whether the structure of an earlier call does not fit this one.
         replay_each_round: Whether the loop is replayed in every round: it has no recurrence, or none to be trusted.
+        evaluates_once: Whether all steps are only evaluated once more, at the states of the replay: what a window makes
+            of outputs in 16 bits that hardly differ is their rounding.
         guess: (N + 1, S, dim) trajectory to start from.
     """
 
@@ -55,6 +57,7 @@ class Refinement:
     improving: bool = True
     structure_outdated: bool = False
     replay_each_round: bool = False
+    evaluates_once: bool = False
     guess: Tensor | None = None
 
     def begin(self, progress: StageProgress) -> bool:
@@ -73,6 +76,7 @@ class Refinement:
         usable = progress.structure.linear and not self.replay_each_round and self.improving
         rebase = usable and self.refinements <= MAX_REFINEMENTS
         self.replay_each_round |= not rebase
+        self.evaluates_once = rebase and progress.structure.few_bits
         return rebase
 
     def judge(
@@ -103,8 +107,11 @@ class Refinement:
         as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
         accepted = good or as_small_as_it_gets or (refined and self.replay_each_round)
         # Solving again takes about a round for each window.
-        rounds_needed = -(-structure.steps // (window or structure.steps)) + 2
-        accepted |= self.replay_each_round and not not_linear and rounds_needed > rounds_left
+        rounds_needed = -(-structure.steps // (window or structure.steps))
+        if structure.few_bits and not self.replay_each_round:
+            accepted |= satisfied and estimate <= 4 * allowed and rounds_needed > rounds_left
+        else:
+            accepted |= self.replay_each_round and not not_linear and rounds_needed + 2 > rounds_left
         self.smallest_estimate = min(self.smallest_estimate, estimate)
         within = good and estimate <= max(tolerance, ROUNDING * torch.finfo(structure.dtype).eps)
         return Judgement(accepted and not self.structure_outdated, within, estimate, not_linear)

@@ -84,7 +84,9 @@ def _run_once(one_pass: OnePass, key: Any, args: tuple[Any, ...], kwargs: dict[s
         reason = ""
     part = "the rest of the loop" if report.mode == "one pass" else "the loop"
     because = [f"{part} runs sequentially: {reason}"] if reason else []
-    _warn(loop, report, trainable=one_pass.networks.trainable, more=because)
+    networks = one_pass.networks
+    ahead = networks.answers > networks.real_calls  # what the network has answered for itself carries gradients
+    _warn(loop, report, trainable=networks.trainable and ahead, more=because)
     return value
 
 

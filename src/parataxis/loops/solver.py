@@ -25,41 +25,33 @@ from typing import Any
 import torch
 
 from ..checks import is_finite
-from ..engine.run import Run, drive, start
-from ..samplers.recurrence import Recurrence
 from ..solvers import as_solver
 from ..solvers.base import Solver
 from .answers import Answers
-from .equation import RecordedRecurrence, ReplayedRecurrence
-from .evaluate import StageEvaluator
-from .floor import FloorMeasurement, MeasuredSlopes
 from .loop import Loop
 from .passes import PassRecord, StageRecord
-from .record import StageProgress, probe_stage, record_stage
+from .record import StageProgress, probe_again, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
 from .report import ABOVE_FLOOR, Report
 from .runner import FIRST_CALLS, LoopRunner
-from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, RowsInteract
+from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable
 from .stage_plan import CallbackFree, StagePlan
+from .stage_solve import StageSolver
 from .structure import Structure
 
 __all__ = ["LoopSolver", "check_options"]
 
 MAX_NAMED_PARTS = 8  # of a module, in a message
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
-ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
-REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
 # Of errors of outputs, on their way to the result. Loops have some 10 at most, but for multistep methods of high order,
 # which are not stable: there an error grows along directions that no scalar slope shows, and far beyond its estimate.
 MAX_AMPLIFICATION = 40
 AMPLIFIES = (
     "errors of its outputs grow {:.0f} times on their way to the result, as in a multistep method of high order that "
-    "is not stable, so no estimate of the error would hold: choose a lower order, or smaller steps."
+    "is not stable or in a chaotic network, so no estimate of the error would hold: choose a lower order, smaller "
+    "steps, or a network in more bits."
 )
-AS_MANY_ROUNDS = (
-    "solving it takes as many rounds as it has steps: the tolerance is too small, or a step makes too much of an error "
-    "of the one before."
-)
+NOT_NEAR = "the loop is linear elsewhere, but not near its solution."
 
 
 class Phase(Enum):
@@ -95,7 +87,7 @@ class LoopSolver:
         self.stages: list[StageProgress] = []  # the last one is being solved
         self.refinement = Refinement()  # of that one
         self.measured_floor = False  # whether the latest pass was for that
-        self.outdated_rounds = 0  # of a solve with the structure of an earlier call, which did not fit
+        self.outdated: StageProgress | None = None  # solved with the structure of an earlier call, which did not fit
 
     def run(self) -> Any:
         """Solve every stage, replay, and return what the loop returns."""
@@ -117,8 +109,10 @@ class LoopSolver:
         if structure is None or not (structure.linear or structure.settings == self.runner.world.settings()):
             return Phase.REPLAY  # with other settings a loop may have a recurrence that had none
         try:
-            progress = probe_stage(self.runner, [], structure, None)
+            progress = probe_again(self.runner, structure)
         except LoopChanged:
+            progress = None
+        if progress is None:
             return Phase.REPLAY
         progress.reused = True
         return self.begin_stage(progress)
@@ -127,9 +121,18 @@ class LoopSolver:
         """Take up a stage: it is solved by its recurrence if it has one."""
         self.refinement = Refinement()
         self.stages.append(progress)
+        structure, reason = progress.structure, progress.structure.no_recurrence
+        outdated, self.outdated = self.outdated, None
+        if outdated is not None and outdated.structure.has_form_of(structure):
+            trajectory = outdated.trajectory()
+            self.refinement.guess = trajectory if bool(torch.isfinite(trajectory).all()) else None
+            if structure.linear and outdated.structure.has_coefficients_of(
+                structure
+            ):  # it was not they that did not fit
+                structure.linear, reason = False, NOT_NEAR
         single = self.runner.merger.single = getattr(self.solver, "window", None) == 1
-        self.refinement.replay_each_round = single or not progress.structure.linear
-        self.report.reason = "the window is one step." if single else progress.structure.no_recurrence
+        self.refinement.replay_each_round = single or not structure.linear
+        self.report.reason = "the window is one step." if single else reason
         return Phase.SOLVE
 
     def plans(self) -> list[StagePlan]:
@@ -170,7 +173,7 @@ class LoopSolver:
         """
         progress, refinement = self.stages[-1], self.refinement
         if refinement.structure_outdated:
-            self.outdated_rounds = self.report.rounds
+            self.outdated = progress
             self.stages.clear()
             return Phase.REPLAY
         if refinement.begin(progress):
@@ -179,55 +182,13 @@ class LoopSolver:
 
     def solve_stage(self) -> Answers | None:
         """Solve the last stage; return how the pass goes on, or None if there were passes within it."""
-        progress = self.stages[-1]
-        measured = MeasuredSlopes(progress.structure) if not progress.structure.floor else None
-        evaluator = StageEvaluator(progress.stage, progress.known, self.runner.merger, measured)
-        while True:
-            try:
-                self.run_solver(progress, evaluator)
-                break
-            except RowsInteract:
-                progress.structure.joint_samples = True
-        if measured is not None:
-            measured.forget()
-            progress.floor = FloorMeasurement(evaluator.rounding_error(), measured.slopes)
-        return None if self.refinement.replay_each_round else progress.answers
-
-    def run_solver(self, progress: StageProgress, evaluator: StageEvaluator) -> None:
-        """Make the rounds of a solve."""
-        structure, report, ranks = progress.structure, self.report, self.loop.ranks
+        progress, report = self.stages[-1], self.report
         report.mode = "replay" if self.refinement.replay_each_round or report.mode == "replay" else "recurrence"
-        equation: Recurrence = RecordedRecurrence.of(progress)
-        if self.refinement.replay_each_round:
-            equation = ReplayedRecurrence.of(progress, self.replay_until)
-            if not hasattr(self.solver, "window"):
-                raise ValueError(
-                    f"{self.solver!r} needs a loop that is linear in its denoiser's outputs, and this one is not: "
-                    "choose Secant or Picard."
-                )
-        guess = self.refinement.guess
-        if guess is not None:
-            guess = self.runner.spool.stack([structure.as_runs(states) for states in guess], 1)
-        margin = REPLAY_ESTIMATE_MARGIN if self.refinement.replay_each_round else ESTIMATE_MARGIN
-        tolerance, rounding = _solver_tolerance(self.tolerance / margin, structure)
-        if ranks is not None:
-            ranks.compare(
-                noise=equation.start,
-                added=torch.stack(progress.noise_terms),
-                tolerance=tolerance,
-                solver=self.solver,
-                mode=report.mode,
-            )
-        runs = start(None, equation, self.solver, tolerance=tolerance, guess=guess, rounding=rounding)
         report.steps = sum(stage.structure.steps for stage in self.stages)
-        rounds_left = report.steps - report.rounds + self.outdated_rounds
-        for _ in drive(runs, evaluator):
-            self.loop.on_round(_accepted(runs, structure, rounds_left), structure.steps)
-        if ranks is not None:
-            ranks.end()
-        progress.solution = torch.stack([run.solution.x for run in runs]).view(structure.samples, -1)
-        progress.solver_estimate = margin * max(run.error for run in runs)
-        _count_runs(report, runs, structure.samples)
+        StageSolver(self.runner, self.solver, self.tolerance, report, self.replay_until).solve(
+            progress, self.refinement
+        )
+        return None if self.refinement.replay_each_round else progress.answers
 
     def replay_until(self, first_step: int, last_step: int) -> StageRecord:
         """Replay the loop up to a step of the last stage; states before the first step are not kept."""
@@ -244,7 +205,7 @@ class LoopSolver:
         judgement = self.refinement.judge(record, progress, self.tolerance, getattr(self.solver, "window", None), left)
         if judgement.not_linear:
             progress.structure.linear = False
-            self.report.reason = "the loop is linear elsewhere, but not near its solution."
+            self.report.reason = NOT_NEAR
         progress.accepted = judgement.accepted
         if judgement.accepted:
             _report_stage(self.report, judgement, progress.structure.floor, first=len(self.stages) == 1)
@@ -299,33 +260,6 @@ def _check_stable(structure: Structure) -> None:
     """Raise if errors of outputs grow too much on their way to the result."""
     if structure.amplification > MAX_AMPLIFICATION:
         raise NotParallelizable(AMPLIFIES.format(structure.amplification))
-
-
-def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:
-    """Return the tolerance of a solver, and the unit roundoff of the network."""
-    network = torch.finfo(structure.network_dtype)
-    tolerance = max(tolerance, ROUNDING / 4 * torch.finfo(structure.dtype).eps)  # less is not claimed
-    if network.bits < 32:
-        # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
-        tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
-    return tolerance, float(network.eps) / 2
-
-
-def _accepted(runs: Sequence[Run], structure: Structure, rounds_left: int) -> int:
-    """Return how many steps all runs have accepted, or raise where they have made too many rounds for that."""
-    accepted = min(structure.steps if run.done else run.accepted for run in runs)
-    precise = torch.finfo(structure.network_dtype).bits >= 32  # in fewer a solve begins anew from its replay
-    if precise and accepted < structure.steps and max(run.rounds for run in runs) >= rounds_left:
-        raise NotParallelizable(AS_MANY_ROUNDS)
-    return accepted
-
-
-def _count_runs(report: Report, runs: Sequence[Run], samples: int) -> None:
-    """Add the rounds of a solve."""
-    report.samples = samples
-    report.rounds += max(run.rounds for run in runs)
-    report.evaluations += sum(run.evaluations for run in runs) * samples // len(runs)
-    report.peak_width = max(report.peak_width, *(run.peak_width for run in runs))
 
 
 def _report_stage(report: Report, judgement: Judgement, floor: float, *, first: bool) -> None:

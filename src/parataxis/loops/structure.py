@@ -15,10 +15,12 @@ from ..samplers.coefficients import Coefficients
 from .calls import Call, Output, RecordedCalls
 from .rows import RowMap
 
-__all__ = ["MIN_STEPS", "Recording", "Stage", "Structure", "final_state", "random_outputs"]
+__all__ = ["FEW_BITS", "MIN_STEPS", "Recording", "Stage", "Structure", "final_state", "random_outputs", "unit_of"]
 
 Array = NDArray[np.float64]
 MIN_STEPS = 8  # shorter loops run sequentially
+FEW_BITS = 2.0**-20  # unit of a network above which it computes in 16 bits: float32 has 2^-23, float16 2^-10
+SAME = 1e-3  # of coefficients: how near those of two recordings are at most
 NOT_LINEAR = "the loop is not linear in the denoiser's outputs."
 ALTERNATES = "several parts of its state have calls of their own in turn."
 
@@ -52,6 +54,7 @@ class Structure:
         dim: Elements of a state.
         dtype: Of the states: float32, or float64 where the loop's own is.
         network_dtype: Dtype of the loop's states.
+        unit: In the last place of what the network computes, relative: of its input, its output or its autocast.
         coefficients: The recurrence; a heuristic for the slopes where ``linear`` is false.
         linear: Whether the recurrence was verified.
         alternates: Whether there is a recurrence, but its steps do not follow one another.
@@ -64,6 +67,7 @@ class Structure:
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
         settings: Of the loop, see :meth:`.world.World.settings`.
+        added: (N,) what the loop added at every step when it was recorded, relative to the terms of the step.
         unexplained: Where there is no recurrence, what part of a change of each state the coefficients do not explain.
     """
 
@@ -82,12 +86,14 @@ class Structure:
     guidance_weights: list[Array]
     ends_with_state: bool
     slopes: Array
+    unit: float = 0.0
     final_scale: float = 1.0
     floor: float = 0.0
     amplification: float = 0.0
     precision: float = 0.0
     joint_samples: bool = False
     alternates: bool = False
+    added: Array | None = None
     unexplained: Array | None = None
     settings: int = 0
 
@@ -121,6 +127,17 @@ class Structure:
         largest = np.inf if self.linear else 1.0
         self.slopes = np.where(has_effect & (np.abs(slopes) < 1e3), np.clip(slopes, -largest, largest), 0.0)
 
+    def has_form_of(self, other: Structure) -> bool:
+        """Return whether another structure has as many steps, samples and elements."""
+        return (self.steps, self.samples, self.dim) == (other.steps, other.samples, other.dim)
+
+    def has_coefficients_of(self, other: Structure) -> bool:
+        """Return whether another structure has the same recurrence, up to how well it can be measured."""
+        left, right = (
+            [s.coefficients.state_weight, s.coefficients.output_weight, *s.guidance_weights] for s in (self, other)
+        )
+        return all(a.shape == b.shape and np.allclose(a, b, SAME, SAME) for a, b in zip(left, right, strict=True))
+
     def combine(self, step: int, rows: Sequence[Tensor]) -> Tensor:
         """Return sum_r g_r f_r of the output rows (n, dim) of a sample's guidance group."""
         weights = self.guidance_weights[step]
@@ -128,6 +145,11 @@ class Structure:
         for weight, row in zip(weights[1:], rows[1:], strict=True):
             total.add_(row, alpha=float(weight))
         return total
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether the loop's states have 16 bits."""
+        return torch.finfo(self.network_dtype).bits < 32
 
     def as_runs(self, states: Tensor) -> Tensor:
         """Return states (S, dim) as the solver sees them: a row a run."""
@@ -152,6 +174,17 @@ class Stage:
     def stop(self) -> int:
         """Number of the call behind its last one."""
         return self.first + len(self.structure.row_maps)
+
+
+def unit_of(call: Call, row_map: RowMap) -> float:
+    """Return the unit in the last place of what a network computes in a call: of its input or output.
+
+    Autocast rounds what enters layers, and not what goes around them: half a unit.
+    """
+    places = row_map.slices[0]
+    leaves = [call.leaves[places.leaf], call.output.leaves[places.output]]
+    units = [float(torch.finfo(leaf.dtype).eps) for leaf in leaves if isinstance(leaf, Tensor)]
+    return max([*units, torch.finfo(call.autocast[1]).eps / 2] if call.autocast else units)
 
 
 def final_state(leaves: Sequence[Any] | None, samples: int, dim: int, dtype: torch.dtype) -> Tensor | None:

@@ -503,7 +503,7 @@ class _Tensor:
         return not _equal(self.memory, self.copy)
 
     def is_whole(self) -> bool:
-        return self.copy is not None or (_version(self.owner) == self.version and self.sample() == self.content)
+        return self.copy is not None or self.is_untouched()
 
     def restore(self) -> bool:
         owner, memory = self.owner, self.memory

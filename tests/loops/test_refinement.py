@@ -1,0 +1,61 @@
+"""What is tried where a replay is not good enough: never more rounds than the loop has steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import parataxis as px
+from loop_problems import DIM, LEVELS, Net, ddim, relative, steps
+from parataxis.parallel import parallel
+
+
+@pytest.mark.filterwarnings("ignore:the result may be .* away from the loop")
+@pytest.mark.filterwarnings("ignore:the loop runs sequentially")
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("tolerance", [3e-2, 1e-3])
+def test_loop_in_16_bits_takes_no_more_rounds_than_steps(eta, window, tolerance):
+    """Behind its first solve, all steps are evaluated once more, and not until a window has passed its own test."""
+    net = Net()
+    torch.manual_seed(0)
+    expected = ddim(net, eta=eta, dtype=torch.bfloat16)
+    run = parallel(ddim, px.Secant(window=window), tolerance=tolerance, denoisers=[net])
+    for _ in range(2):
+        torch.manual_seed(0)
+        result, report = run(net, eta=eta, dtype=torch.bfloat16), run.report
+        assert report.rounds <= report.steps
+        assert relative(result, expected) <= max(report.error_estimate, report.floor)
+
+
+class Towards(nn.Module):
+    """A network that leads every element to about a given value."""
+
+    def forward(self, x, t, value):
+        a = LEVELS[t].float()
+        s = (1 - a**2).sqrt()
+        return s * (x - a * value) / (0.1 * a**2 + s**2) + 0.1 * torch.tanh(x.roll(1, 1))
+
+
+def test_loop_that_turns_out_not_to_be_linear_goes_on_from_its_first_solve():
+    """Only the second call goes where the loop has a branch; recorded anew, it shows the same recurrence as before."""
+    net = Towards()
+
+    def loop(x, value):
+        for t, a, s, b, r in steps(25):
+            clean = (x - s * net(x, t, value)) / a
+            x = b * clean + r * (x - a * clean) / s
+            if float(x.mean()) > 0.7 > float(x.std()):
+                x = 0.98 * x
+        return x
+
+    run = parallel(loop, px.Secant(window=8), tolerance=1e-4, denoisers=[net])
+    modes = []
+    for value in (-1, 1, 1):
+        arguments = torch.randn(1, DIM, generator=torch.Generator().manual_seed(3)), torch.full((1, 1), float(value))
+        assert relative(run(*arguments), loop(*arguments)) <= 1e-4
+        assert run.report.converged
+        assert run.report.rounds <= 18
+        modes.append(run.report.mode)
+    assert modes == ["recurrence", "replay", "replay"]
