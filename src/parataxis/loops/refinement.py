@@ -107,11 +107,8 @@ class Refinement:
         as_small_as_it_gets = satisfied and refined and not self.improving and estimate <= 4 * allowed
         accepted = good or as_small_as_it_gets or (refined and self.replay_each_round)
         # Solving again takes about a round for each window.
-        rounds_needed = -(-structure.steps // (window or structure.steps))
-        if structure.few_bits and not self.replay_each_round:
-            accepted |= satisfied and estimate <= 4 * allowed and rounds_needed > rounds_left
-        else:
-            accepted |= self.replay_each_round and not not_linear and rounds_needed + 2 > rounds_left
+        rounds_needed = -(-structure.steps // (window or structure.steps)) + 2
+        accepted |= self.replay_each_round and not not_linear and rounds_needed > rounds_left
         self.smallest_estimate = min(self.smallest_estimate, estimate)
         within = good and estimate <= max(tolerance, ROUNDING * torch.finfo(structure.dtype).eps)
         return Judgement(accepted and not self.structure_outdated, within, estimate, not_linear)

@@ -25,6 +25,9 @@ __all__ = ["StageSolver"]
 
 ESTIMATE_MARGIN = 2  # by which errors may exceed the solver's estimate: of a recurrence,
 REPLAY_ESTIMATE_MARGIN = 4  # of a loop that is replayed in every round
+# Of solvers in 16 bits: below it they follow rounding, for many rounds. Their last states are not far off by then, so
+# evaluating all steps once more, at the states of the replay, does the rest.
+LOOSE = 16  # units in the last place
 ROUGH = 1e-4  # rounding of outputs, relative, above which the network computes in 16 bits, or is chaotic
 AS_MANY_ROUNDS = (
     "solving it takes as many rounds as it has steps: the tolerance is too small, or a step makes too much of an error "
@@ -95,7 +98,7 @@ class StageSolver:
         if guess is not None:
             guess = self.runner.spool.stack([structure.as_runs(states) for states in guess], 1)
         margin = REPLAY_ESTIMATE_MARGIN if replays else ESTIMATE_MARGIN
-        tolerance, rounding = _solver_tolerance(self.tolerance / margin, structure)
+        tolerance, rounding = _solver_tolerance(self.tolerance / margin, structure, replays=replays)
         if ranks is not None:
             ranks.compare(
                 noise=equation.start,
@@ -115,13 +118,15 @@ class StageSolver:
         _count_runs(report, runs, structure.samples)
 
 
-def _solver_tolerance(tolerance: float, structure: Structure) -> tuple[float, float]:
+def _solver_tolerance(tolerance: float, structure: Structure, *, replays: bool) -> tuple[float, float]:
     """Return the tolerance of a solver, and the unit roundoff of the network."""
     network = torch.finfo(structure.network_dtype)
     tolerance = max(tolerance, ROUNDING / 4 * torch.finfo(structure.dtype).eps)  # less is not claimed
-    if network.bits < 32:
+    if structure.few_bits and replays:
         # Nothing is claimed below the floor, and where rounding is large a window never passes a stricter test.
         tolerance = max(tolerance, max(structure.floor, network.eps) / 4)
+    elif structure.few_bits:
+        tolerance = max(tolerance, LOOSE * network.eps)
     return tolerance, float(network.eps) / 2
 
 
