@@ -52,7 +52,8 @@ TASKS = ("reach-v3", "button-press-topdown-v3", "drawer-open-v3")
 FLOW = "button-press-topdown-v3-flow"
 BATCH = 25
 CALIBRATED = (8, 16, 32)  # windows
-COMPILED = ("secant 16", "calibrated 16")  # also solved with a compiled network
+# Also solved with a compiled network.
+COMPILED = ("secant 16", "calibrated 16", "px.parallel(loop), 16", "px.parallel(loop), calibrated 16")
 BUCKETS = (1, 4, 8, 16)
 EPISODE_COLUMNS = ["policy", "method", "seed", "solved", "steps", "plans", "rounds", "evaluations", "deviation"]
 SECONDS_COLUMNS = [
@@ -95,6 +96,31 @@ class Sampler:
         self.rounds += [solution.rounds for solution in drawn]
         self.evaluations += [solution.evaluations for solution in drawn]
         return drawn.x
+
+
+class Unchanged:
+    """Draws plans by the plain loop as it is, through :func:`parataxis.parallel`; keeps rounds and evaluations.
+
+    Args:
+        policy: Whose loop.
+        solver: How it is solved, or a calibration of it.
+        buckets: As for :class:`Sampler`.
+    """
+
+    def __init__(self, policy: Policy, solver: Any, *, buckets: Sequence[int] | None = None) -> None:
+        self.solver = solver
+        self.loop = px.parallel(plain_loop(policy), solver, denoisers=[policy.network], buckets=buckets)
+        self.rounds: list[int] = []
+        self.evaluations: list[int] = []
+
+    def __call__(self, condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return plans (B, horizon, A)."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "running in parallel was slower")
+            drawn: Tensor = self.loop(condition, generators)
+        self.rounds.append(self.loop.report.rounds)
+        self.evaluations.append(self.loop.report.evaluations)
+        return drawn
 
 
 def ddim(policy: Policy, steps: int) -> Plan:
@@ -197,17 +223,17 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
                 ways["packed", f"calibrated {window}"] = Sampler(policies["packed"], setting)
             if calibration_of(name, window, loop=True).exists():
                 setting = px.Calibration.load(calibration_of(name, window, loop=True))
-                ways["packed", f"px.parallel(loop), calibrated {window}"] = unchanged(policies["packed"], setting)
+                ways["packed", f"px.parallel(loop), calibrated {window}"] = Unchanged(policies["packed"], setting)
+        ways |= {
+            ("packed", f"px.parallel(loop), {window}"): Unchanged(policies["packed"], px.Secant(window=window))
+            for window in CALIBRATED
+        }
         compiled, fused = load(folder, pack=False), load(folder)
         ways |= {("compiled", "loop"): plain_loop(compiled), ("packed, compiled", "loop"): plain_loop(fused)}
         for method in COMPILED:
-            if ("packed", method) in ways:
-                solver = ways["packed", method].solver
-                ways["packed, compiled", method] = Sampler(fused, solver, buckets=BUCKETS)
-        ways |= {
-            ("packed", f"px.parallel(loop), {window}"): unchanged(policies["packed"], px.Secant(window=window))
-            for window in CALIBRATED
-        }
+            plan = ways.get(("packed", method))
+            if isinstance(plan, (Sampler, Unchanged)):
+                ways["packed, compiled", method] = type(plan)(fused, plan.solver, buckets=BUCKETS)
         if all((name, *way[:1], count, way[1]) in done for way in ways):
             continue
         policy = policies["plain"]
@@ -233,7 +259,7 @@ def seconds(names: Sequence[str], threads: Sequence[int], repeats: int) -> None:
             row = {"policy": name, "parameters": sum(p.numel() for p in policy.network.parameters()), "threads": count}
             row |= {"convolutions": way[0], "method": way[1], "plans": len(conditions)}
             row |= {"p50_ms": f"{p50:.1f}", "p95_ms": f"{p95:.1f}", "deviation": f"{deviations[way]:.1e}"}
-            if isinstance(plan, Sampler):
+            if isinstance(plan, (Sampler, Unchanged)):
                 row |= {"rounds": statistics.median(plan.rounds), "evaluations": statistics.median(plan.evaluations)}
             append(SECONDS, SECONDS_COLUMNS, row)
             print(name, count, *way, row["p50_ms"], row["p95_ms"], row["deviation"], flush=True)
@@ -280,18 +306,6 @@ def compile_for(policy: Policy, condition: Tensor, sizes: Sequence[int]) -> None
     for size in sizes:
         rows = policy.noise([torch.Generator().manual_seed(row) for row in range(size)])
         policy.network(rows, torch.zeros(size, dtype=torch.int64), global_cond=condition.expand(size, -1))
-
-
-def unchanged(policy: Policy, setting: Any) -> Any:
-    """Return the plain loop as it is, through :func:`parataxis.parallel` with a solver or a calibration."""
-    loop = px.parallel(plain_loop(policy), setting, denoisers=[policy.network])
-
-    def plan(condition: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "running in parallel was slower")
-            return loop(condition, generators)
-
-    return plan
 
 
 def task_of(name: str) -> str:

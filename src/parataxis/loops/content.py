@@ -14,10 +14,13 @@ __all__ = ["Samples", "sample_of"]
 
 WHOLE = 16  # elements of a tensor that are all looked at
 PARTS = 8  # into which a larger one is divided: an element is looked at at every border
+# The same, where many tensors are read before every step: each element that is not in the processor's cache costs as
+# much as a hundred that are.
+FEW_PARTS = 2
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy knows no bfloat16
 
 
-def sample_of(tensor: Tensor) -> NDArray[Any] | None:
+def sample_of(tensor: Tensor, parts: int = PARTS) -> NDArray[Any] | None:
     """Return a view (n,) of a few elements of a tensor, as integers, evenly along its memory.
 
     None where that would need a copy: of tensors on another device, sparse or quantized ones.
@@ -34,7 +37,7 @@ def sample_of(tensor: Tensor) -> NDArray[Any] | None:
         memory = memory[tuple(slice(None) if i == longest else size // 2 for i, size in enumerate(memory.shape))]
     flat = memory.reshape(-1)
     # An odd distance: an even one would meet the same columns again and again.
-    return flat if len(flat) <= WHOLE else flat[:: (len(flat) - 1) // PARTS | 1]
+    return flat if len(flat) <= WHOLE else flat[:: (len(flat) - 1) // parts | 1]
 
 
 class Samples:
@@ -44,7 +47,7 @@ class Samples:
         """Find them; nothing is read yet."""
         self._views: dict[Any, list[NDArray[Any]]] = {}  # by dtype
         for tensor in tensors:
-            if (view := sample_of(tensor)) is not None:
+            if (view := sample_of(tensor, FEW_PARTS)) is not None:
                 self._views.setdefault(view.dtype, []).append(view)
 
     def read(self) -> list[bytes]:
