@@ -55,6 +55,7 @@ def test_logger_says_how_a_call_went(caplog, capsys, level):
 @pytest.fixture
 def pipeline():
     """A pipeline whose bar is drawn at every move."""
+    torch.manual_seed(0)
     unet = UNet2DModel(
         8, 3, 3, block_out_channels=(8,), down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"],
         layers_per_block=1, norm_num_groups=4,
@@ -87,3 +88,17 @@ def test_pipeline_has_one_bar(pipeline, capsys):
     shown = capsys.readouterr().err
     assert "own: " not in shown
     assert "DDIMPipeline: " in shown
+
+
+def test_pipeline_of_several_pipelines_has_no_bar_of_its_own(pipeline):
+    """Such a one hands its bar on to its parts, and returns none."""
+
+    class Combined(DDIMPipeline):
+        def progress_bar(self, iterable=None, total=None):
+            return iterable
+
+    pipe = Combined(pipeline.unet.bfloat16(), pipeline.scheduler)
+    fast = px.parallel(pipe)
+    draw_by(fast)
+    assert fast.report.mode in ("recurrence", "replay")
+    assert fast.report.rounds

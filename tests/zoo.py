@@ -1133,7 +1133,7 @@ def make(name, label="plain", dtype=torch.float32):
 
 def denoisers(pipe):
     """Return the networks that the loop calls, by the name of the component."""
-    names = ("unet", "transformer", "transformer_2", "prior", "prior_prior")
+    names = ("unet", "transformer", "transformer_2", "prior", "prior_prior", "decoder")
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 
@@ -1245,7 +1245,7 @@ def distance(x, y):
 
 
 if __name__ != "__main__":
-    import zoo_staged  # noqa: F401  # they add their pipelines to PIPELINES
+    import zoo_more  # noqa: F401  # they all add their pipelines to PIPELINES
 else:
     import zoo
 

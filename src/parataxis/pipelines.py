@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -222,7 +223,9 @@ class ParallelPipeline:
         if not self._recorded or self.progress:
             return
         if self._bar is None:
-            self._bar = self.pipe.progress_bar(total=steps)
+            bar = self.pipe.progress_bar(total=steps)
+            # A pipeline of several pipelines has none of its own.
+            self._bar = SimpleNamespace(refresh=lambda: None, close=lambda: None) if bar is None else bar
         self._bar.total, self._bar.n = steps, accepted
         self._bar.refresh()
 
