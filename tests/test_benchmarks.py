@@ -38,7 +38,7 @@ def run(module, monkeypatch, folder, *options):
 def test_a_dry_run_of_everything_for_the_gpu(tmp_path):
     """Each part ends by itself and writes its rows."""
     command = ["make", "gpu", "DEVICE=cpu", f"PYTHON={sys.executable}", "BIN=none"]
-    command += [f"OPTIONS=--results {tmp_path} --total 240 --keep {tmp_path}/kept"]
+    command += [f"OPTIONS=--results {tmp_path} --total 600 --keep {tmp_path}/kept"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr
     assert (tmp_path / "kept" / "results.zip").stat().st_size > 1000

@@ -58,7 +58,7 @@ class Network:
 
     def __call__(self, rows: EvalBatch) -> Tensor:
         """Evaluate the rows in one call."""
-        t = upload(self.times[rows.step], rows.x.device)
+        t = upload(self.times.index_select(0, rows.step), rows.x.device)
         if self.condition is None:
             return self.denoise(rows.x, t)
         return self.denoise(rows.x, t, select_condition(self.condition, rows.sample))
@@ -178,7 +178,9 @@ class Executor:
                     raise
                 self._back_off(size, rows.x, error)
             else:
-                outputs = expect(outputs, tuple(part.x.shape), part.x.dtype, part.step.numpy())[:taken]
+                outputs = expect(outputs, tuple(part.x.shape), part.x.dtype, part.step.numpy())
+                if taken < size:
+                    outputs = outputs[:taken]
                 if taken == count:
                     return outputs
                 if first == 0:
