@@ -30,11 +30,12 @@ OPERATIONS = {(px.Speculative, "ddpm"): 130, (px.Speculative, "euler_ancestral")
 def test_operations_a_round_depend_neither_on_n_nor_on_the_number_of_samples(solver, name):
     figures = [
         measure(px.SAMPLERS[name](steps=steps), solver, count, shape=(4, 16, 16))["operations_a_round"]
-        for steps, count in ((40, 1), (40, 6), (200, 1))
+        for steps, count in ((40, 1), (200, 6), (200, 1))
     ]
     if RECENT:
         assert max(figures) <= OPERATIONS.get((type(solver), name), 60)
-    # Among more samples fewer rounds pass in which no run moves its window.
+    # Among more samples fewer rounds pass in which no run moves its window; and once half of them have ended, the
+    # window is made anew for the others, which takes some 170 operations: much in 20 rounds, if it comes to that.
     assert max(figures) <= 1.2 * min(figures)
 
 
