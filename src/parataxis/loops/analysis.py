@@ -13,7 +13,7 @@ from torch import Tensor
 from ..samplers.coefficients import Coefficients
 from .calls import Call, equal
 from .fit import HeldOutCheck, fit_recurrence
-from .rows import RowMap, StateSlice, answered_box
+from .rows import Box, RowMap, StateSlice, answered_box
 from .signals import NotParallelizable
 from .spool import looked_at
 from .structure import Recording, Structure, final_state, unit_of
@@ -184,14 +184,28 @@ def _row_map(call: Call, masks: dict[int, Tensor]) -> RowMap:
         answer = _answer_of(call, answers, place, mask, len(masks))
         leaf = call.output.leaves[answer]
         leaf = leaf if batched else leaf[None]
-        answered = answered_box(tuple(box), mask.shape[1:], leaf.shape[1:]) if len(leaf) == rows else None
-        if answered is None:
-            sizes = [stop - first for first, stop in box]
-            raise NotParallelizable(
-                f"an output of shape {tuple(leaf.shape)} does not match its input, whose state is {(rows, *sizes)}."
-            )
-        slices.append(StateSlice(i, tuple(box), answer, answered))
+        parts = _parts(tuple(box), tuple(leaf.shape[1:])) if len(masks) == 1 else [tuple(box)]
+        for part in parts:
+            answered = answered_box(part, mask.shape[1:], leaf.shape[1:]) if len(leaf) == rows else None
+            if answered is None:
+                sizes = [stop - first for first, stop in box]
+                raise NotParallelizable(
+                    f"an output of shape {tuple(leaf.shape)} does not match its input, whose state is {(rows, *sizes)}."
+                )
+            slices.append(StateSlice(i, part, answer, answered))
     return RowMap(tuple(slices), rows, batched, np.arange(rows))
+
+
+def _parts(box: Box, output: tuple[int, ...]) -> list[Box]:
+    """Return the parts of a state: it may hold the prediction of the step before, behind it along its channels.
+
+    That is so where it has a whole multiple of the output's channels, and is of its shape otherwise.
+    """
+    sizes = [stop - first for first, stop in box]
+    if not output or sizes[1:] != list(output[1:]) or sizes[0] <= output[0] or sizes[0] % output[0]:
+        return [box]
+    first, stop = box[0]
+    return [((part, part + output[0]), *box[1:]) for part in range(first, stop, output[0])]
 
 
 def _answer_of(call: Call, answers: Sequence[int], place: int, mask: Tensor, states: int) -> int:

@@ -59,7 +59,8 @@ def answered_box(box: Box, input_shape: Sequence[int], output_shape: Sequence[in
 
     The same places, where the output is as long as the input, and else the leading ones: channels of a condition are
     not answered, and those of a learned variance come behind. So among the channels of an image it is always the
-    leading ones. A dimension in which the state has size 1 may be missing in the output.
+    leading ones. A dimension in which the state has size 1 may be missing in the output, and the output may have one
+    more of size 1.
 
     Args:
         box: Of the state.
@@ -71,6 +72,12 @@ def answered_box(box: Box, input_shape: Sequence[int], output_shape: Sequence[in
             others = [size for i, size in enumerate(input_shape) if i != axis]
             if stop - first == 1 and others == list(output_shape):
                 return box[:axis] + box[axis + 1 :]
+        return None
+    if len(output_shape) == len(input_shape) + 1:
+        sizes = [stop - first for first, stop in box]
+        for axis, there in enumerate(output_shape):
+            if there == 1 and [*output_shape[:axis], *output_shape[axis + 1 :]] == sizes == list(input_shape):
+                return (*box[:axis], (0, 1), *box[axis:])
         return None
     if len(output_shape) != len(input_shape):
         return None

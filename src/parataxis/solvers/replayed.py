@@ -19,6 +19,8 @@ from .window import Measured, Window
 
 __all__ = ["ReplayedTensors", "ReplayedWindow", "Replays"]
 
+NO_EFFECT = 1e-5  # weight of an output in the next state, relative to the largest, below which it has none
+
 
 class Replays(Protocol):
     """A recurrence with ``replays = True``.
@@ -82,6 +84,11 @@ class ReplayedWindow(Window):
             # A loop that is no scalar recurrence may make more of a change than its coefficients say.
             unexplained = np.append(loop.unexplained, 0.0)[np.minimum(self.steps, len(loop.unexplained))]
             residuals = np.maximum(residuals, unexplained * changes)
+        # An output that does not enter the next state enters a later one, with what its slope missed.
+        delayed = np.abs(self.b_sum) <= NO_EFFECT * np.abs(self.b_sum).max(1, keepdims=True)
+        residuals[:, :-1] = np.where(
+            delayed[:, :-1], np.maximum(residuals[:, :-1], residuals[:, 1:]), residuals[:, :-1]
+        )
         self.take_norms(changes, residuals, None if measured is None else measured.finite)
 
     @property

@@ -1,0 +1,50 @@
+"""A loop that has no recurrence: one pass of its Python says which trajectory follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import parataxis as px
+from loop_problems import LEVELS, relative, steps
+from parataxis.parallel import parallel
+
+
+class Mixture(nn.Module):
+    """The exact noise prediction of a mixture of Gaussians."""
+
+    def __init__(self, dim=192, count=4, std=0.3):
+        super().__init__()
+        self.means, self.std = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), std
+
+    def forward(self, x, t):
+        a = LEVELS[t].float()
+        s = (1 - a**2).sqrt()
+        variance = (a * self.std) ** 2 + s**2
+        mean = torch.softmax(-((x[:, None] - a * self.means) ** 2).sum(2) / (2 * variance), 1) @ self.means
+        clean = mean + a * self.std**2 / variance * (x - a * mean)
+        return (x - a * clean) / s
+
+
+@pytest.mark.parametrize("solver", [px.Picard(window=8), px.Secant()])
+def test_output_that_enters_a_later_state_than_the_next_is_no_free_one(solver):
+    """Guidance by calls at two inputs: the first one's output has no effect on the second one's input."""
+    net = Mixture()
+
+    def loop(x):
+        for t, a, s, b, r in steps(20):
+            without, with_ = net(x, t), net(x + 0.05, t)
+            clean = (x - s * (without + 3 * (with_ - without))) / a
+            limit = torch.quantile(clean.abs(), 0.95, dim=1, keepdim=True).clamp_min(1)
+            clean = clean.clamp(-limit, limit) / limit
+            x = b * clean + r * (x - a * clean) / s
+        return x
+
+    run = parallel(loop, solver, denoisers=[net])
+    for seed in range(100, 103):
+        x = torch.randn(2, 192, generator=torch.Generator().manual_seed(seed))
+        error = relative(run(x), loop(x))
+        assert run.report.mode == "replay"
+        assert error <= max(1e-3, run.report.error_estimate)
+        assert run.report.rounds < run.report.steps == 40
