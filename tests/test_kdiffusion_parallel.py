@@ -100,6 +100,26 @@ def test_what_a_callback_or_a_round_raises_ends_the_sampling():
     assert rounds[-1] == (20, 20)
 
 
+def test_calls_have_the_numbers_of_rows_that_are_allowed():
+    """A model that is compiled for few shapes meets no others."""
+    counts = []
+
+    def counting(x, sigma, **extra):
+        counts.append(len(x))
+        return model(x, sigma, **extra)
+
+    expected = euler(model, noise(), SIGMAS_20, extra_args={}, disable=True)
+    rows = len(noise())
+    run = kdiffusion.parallel(euler, buckets=(4 * rows, 8 * rows))
+    for _ in range(2):
+        counts.clear()
+        assert relative(run(counting, noise(), SIGMAS_20, extra_args={}, disable=True), expected) <= 1e-2
+    assert run.report.mode == "recurrence"
+    assert set(counts) <= {rows, 4 * rows, 8 * rows}
+    with pytest.raises(ValueError, match="max_rows"):
+        kdiffusion.parallel(euler, max_rows=0)
+
+
 def test_noise_of_a_seed_and_of_a_sampler_with_a_state_is_the_loops_own():
     def forward(x, sigma, seed):
         return model(x, sigma)

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .arrays import upload
 from .checks import describe, is_finite
-from .engine.executor import Executor
+from .engine.executor import Executor, row_limits
 from .engine.rows import EvalBatch, OutputError
 from .engine.run import drive, start
 from .loops.auto import run_loop
@@ -335,6 +335,8 @@ def parallel(
     tolerance: float = 1e-2,
     boundaries: Boundaries = (),
     on_round: Callable[[int, int], object] | None = None,
+    max_rows: int | None = None,
+    buckets: Sequence[int] | None = None,
 ) -> Parallel:
     """Return a sampler function that gives the samples of another one, in fewer rounds of model calls.
 
@@ -356,6 +358,8 @@ def parallel(
             boundary, or on it, never share a call.
         on_round: Called after every round with the numbers of accepted steps and of all steps; an exception that it
             raises ends the sampling.
+        max_rows: As in :func:`parataxis.parallel`.
+        buckets: As in :func:`parataxis.parallel`.
 
     Returns:
         A function with the sampler's arguments, options by name, and with ``.report``. What was recorded of a model
@@ -363,11 +367,12 @@ def parallel(
 
     Raises:
         TypeError: If the sampler is not callable, or the solver is not one.
-        ValueError: For a negative tolerance.
+        ValueError: For a negative tolerance, or a number of rows that is not an integer of at least 1.
     """
     if isinstance(sampler, type) or not callable(sampler):
         raise TypeError(f"sampler must be a function with k-diffusion's signature, got {describe(sampler)}.")
-    return Parallel(sampler, *check_options(solver, tolerance), boundaries, on_round)
+    limits = row_limits(max_rows, buckets)
+    return Parallel(sampler, *check_options(solver, tolerance), boundaries, on_round, *limits)
 
 
 class Parallel:
@@ -390,8 +395,11 @@ class Parallel:
         tolerance: float,
         boundaries: Boundaries,
         on_round: Callable[[int, int], object] | None,
+        limit: int | None = None,
+        buckets: tuple[int, ...] = (),
     ) -> None:
         """See :func:`parallel`."""
+        self._limit, self._buckets = limit, buckets
         functools.update_wrapper(self, sampler, updated=())
         self.sampler, self.solver, self.tolerance = sampler, solver, tolerance
         self.boundaries, self.on_round = boundaries, on_round
@@ -468,7 +476,8 @@ class Parallel:
         form = (*map(_identity, networks), *map(_feature, reached))
         loop = self.loops.pop(form, None)
         if loop is None:
-            loop = Loop(self._run, (_Network(),), calls_back=_has_callback)
+            network = (_Network(),)
+            loop = Loop(self._run, network, calls_back=_has_callback, limit=self._limit, buckets=self._buckets)
         self.loops[form] = loop
         if len(self.loops) > FORMS:
             del self.loops[next(iter(self.loops))]
