@@ -143,7 +143,9 @@ class ErrorRecord(PerSample):
         noise = self.note_noise(frame, pairs[..., 1, 1], moved, residuals, near)
         # What a network in few bits makes of a small move is its rounding: smaller moves than before say nothing of
         # growth.
-        telling = near & ~(size < estimates.TELLING * largest)
+        # But where a loop goes one way or another, its error grows by what the smallest moves say.
+        exact = frame.batch.recurrence.replays and frame.batch.output_rounding <= estimates.FINE
+        telling = near.copy() if exact else near & ~(size < estimates.TELLING * largest)
         if noise is not None:
             # Of a residual that is mostly noise, the error of the slope is at most what it says.
             clear = residuals**2 > estimates.CLEAR * noise**2
