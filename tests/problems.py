@@ -149,7 +149,9 @@ def frame_at(lo, evaluated_until, width=5, steps=20, dim=16, strides=(), rounds=
     problem = SimpleNamespace(
         steps=steps, dim=dim, coefficients=coefficients, strides=strides, rounding=1e-7, tolerance=1e-3
     )
-    frame = Frame(SimpleNamespace(problem=problem, active=np.ones(1, bool), output_rounding=1e-7), width)
+    batch = SimpleNamespace(problem=problem, active=np.ones(1, bool), output_rounding=1e-7)
+    batch.recurrence = SimpleNamespace(replays=False)
+    frame = Frame(batch, width)
     frame.seat_frame(np.zeros(1, np.int64))
     frame.lo[:], frame.evaluated_until[:], frame.rounds[:] = lo, evaluated_until, rounds
     frame.look()
