@@ -143,9 +143,9 @@ def law_exact():
 # -- a window without a network ---
 
 
-def frame_at(lo, evaluated_until, width=5, steps=20, dim=16, strides=(), rounds=0):
+def frame_at(lo, evaluated_until, width=5, steps=20, dim=16, strides=(), rounds=0, eta=0.0):
     """Return the window of one sample that begins at a step: DDIM, nothing evaluated but what is said."""
-    coefficients = px.samplers.ddim(px.vp(), steps).coefficients
+    coefficients = px.samplers.ddim(px.vp(), steps, eta=eta).coefficients
     problem = SimpleNamespace(
         steps=steps, dim=dim, coefficients=coefficients, strides=strides, rounding=1e-7, tolerance=1e-3
     )

@@ -57,16 +57,30 @@ def estimate_of(left, carry=0.0):
     return estimates.Estimate(left, np.full_like(left, carry), ones, np.ones(1), nowhere)
 
 
+def accepted(estimate, tolerance, share=1.0, ends=True):
+    """Return how many states of a window are accepted that ends at the sample, or does not."""
+    left = estimate.relative
+    shares, at_sample = np.full_like(left, share), np.array([ends])
+    width = np.array([left.shape[1]])
+    return int(estimates.choose_accepted(estimate, tolerance, shares, shares, width, at_sample, at_sample)[0])
+
+
 def test_the_longest_prefix_within_the_tolerance_is_accepted():
     """Its last step stays for another evaluation, unless it ends the loop."""
-    share = fresh = np.ones((1, 4))
-    width, no, yes = np.array([4]), np.array([False]), np.array([True])
     small = estimate_of([0.0, 1e-4, 1e-4, 1e-4])
-    assert estimates.choose_accepted(small, 1e-2, share, fresh, width, no).tolist() == [3]
-    assert estimates.choose_accepted(small, 1e-2, share, fresh, width, yes).tolist() == [4]
+    assert accepted(small, 1e-2, ends=False) == 3
+    assert accepted(small, 1e-2) == 4
     late = estimate_of([0.0, 1e-4, 1.0, 1e-4])
-    assert estimates.choose_accepted(late, 1e-2, share, fresh, width, yes).tolist() == [2]
-    assert estimates.choose_accepted(late, 0.0, share, fresh, width, yes).tolist() == [1]
+    assert accepted(late, 1e-2) == accepted(late, 1e-2, ends=False) == 2
+    assert accepted(late, 0.0) == 1
+
+
+def test_states_before_a_sample_that_has_to_wait_are_accepted_with_caution():
+    """No round is saved by them, and what grows later can still be corrected."""
+    waiting, ready = estimate_of([0.0, 1e-3, 1e-3, 1.0]), estimate_of([0.0, 1e-3, 1e-3, 1e-3])
+    assert accepted(waiting, 1e-2, ends=False) == 3
+    assert accepted(waiting, 1e-2) == 1
+    assert accepted(ready, 1e-2) == 4
 
 
 def test_published_rule_accepts_up_to_the_first_state_that_fails():
@@ -79,8 +93,7 @@ def test_published_rule_accepts_up_to_the_first_state_that_fails():
 def test_unknown_numbers_are_never_accepted():
     """NaN and infinity count as an error of any size."""
     unknown = estimate_of([0.0, np.nan, np.inf, 0.0])
-    share = np.ones((1, 4))
-    assert estimates.choose_accepted(unknown, 1.0, share, share, np.array([4]), np.array([True])).tolist() == [1]
+    assert accepted(unknown, 1.0) == 1
 
 
 def test_what_was_carried_is_reported():
@@ -121,17 +134,15 @@ def test_independent_errors_add_as_squares():
 def test_the_first_state_is_accepted_whatever_is_known():
     """Even of a state without a number: it is the loop's own step, and every round must accept one."""
     unknown = estimate_of([np.nan, 0.0, 0.0])
-    share = np.ones((1, 3))
-    assert estimates.choose_accepted(unknown, 1e-2, share, share, np.array([3]), np.array([True]))[0] >= 1
+    assert accepted(unknown, 1e-2) >= 1
     assert np.isinf(unknown.relative[0, 0])
 
 
 def test_early_states_have_a_share_of_the_tolerance():
     """An error that the whole loop may have is too large for its first part."""
     small = estimate_of([0.0, 1e-3, 1e-3], carry=1e-3)
-    whole, part, width = np.ones((1, 3)), np.full((1, 3), 0.1), np.array([3])
-    assert estimates.choose_accepted(small, 1e-2, whole, part, width, np.array([True])).tolist() == [3]
-    assert estimates.choose_accepted(small, 1e-2, part, part, width, np.array([True])).tolist() == [1]
+    assert accepted(small, 1e-2) == 3
+    assert accepted(small, 1e-2, share=0.1) == 1
 
 
 def test_something_of_a_move_remains():

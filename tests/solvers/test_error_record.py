@@ -13,13 +13,16 @@ WIDTH, DIM = 5, 16
 SLOPE_ERROR, GROWTH = 0, 1
 
 
-def round_of(record, frame, move, growth=0.5, residual=0.01):
-    """Let every step move by this share of the expected rms, with this growth; return the estimate."""
+def round_of(record, frame, move, growth=0.5, residual=0.01, assumed=None):
+    """Let every step move by this share of the expected rms, with this growth; return the estimate.
+
+    The solver's slopes assume the same growth, or another.
+    """
     moved = move * frame.rms
     df = (growth - frame.a) / frame.b_sum  # over dx, along it
     pairs = np.stack([np.ones_like(df), df, df, df * df], -1).reshape(*df.shape, 2, 2) * (moved**2)[..., None, None]
     moves = np.full_like(moved, move)
-    return record.estimate(frame, pairs, residual * moved, moves, np.full_like(moved, growth))
+    return record.estimate(frame, pairs, residual * moved, moves, np.full_like(moved, assumed or growth))
 
 
 def known(record, what):
@@ -79,6 +82,25 @@ def test_growth_for_gaussian_data_is_a_floor_of_the_growth_that_is_measured():
     estimate = round_of(still, frame, 0.1, 0.0)
     assert (gaussian > 0.5).all()
     assert (estimate.accepted >= 0.99 * expected).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_accepted_errors_grow_as_slopes_say_where_noise_is_added(eta):
+    """Moves are mostly those of the noise: growth along them is not all."""
+    frame = frame_at(3, 8, eta=eta)
+    record = ErrorRecord(frame)
+    record.carried[:] = 1e6  # beside which the errors of this round are nothing
+    steep = round_of(record, frame, 0.1, growth=0.5, assumed=1.2)
+    expected = 1.2 ** np.arange(1, WIDTH + 1) if eta else np.ones(WIDTH)
+    assert steep.accepted[0] == pytest.approx(1e6 * expected)
+
+
+def test_noise_makes_a_loop_forget():
+    """So what may become of an early error is bounded, the more noise the better."""
+    without, some, much = (frame_at(0, 0, eta=eta).reach[0] for eta in (0.0, 0.3, 1.0))
+    assert (without > some).all()
+    assert (some > much).all()
+    assert much == pytest.approx(estimates.REACH_OF_NOISE)
 
 
 def test_data_prediction_that_has_become_larger_is_not_trusted_at_once():

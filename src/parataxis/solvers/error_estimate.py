@@ -13,7 +13,7 @@ With c_j = |new - old| of the state behind step j, du its input's move since the
     local error       P_j = g_j P_{j-1} + m_j c_{j-1},  P_0 = 0,     g = max(G, growth for Gaussian data, |J|)
     at most           K_j = max(c_j, g_j K_{j-1}),      K_0 = c_0
     what remains      left_j = min(K_j, max(s P_j, 0.01 c_j, 0.001 K_j)),  left_0 = 0
-    carried           E_j = E gamma_0 .. gamma_j,       gamma = max(1, G)
+    carried           E_j = E gamma_0 .. gamma_j,       gamma = max(1, G), where steps add noise max(1, g)
     to the sample     gain_j = gamma_{j+1} .. gamma_{h-1} times what may happen from state h on, where nothing is
     measured
 
@@ -59,10 +59,12 @@ SLOPE_ERROR_SAFETY = 4.0  # s: 90 % of local errors were below 1.4 to 4.6 times 
 MIN_REMAINING = 0.01  # of the move itself: rounding of the network is not in P
 MIN_BEHIND_A_MOVE = 1e-3  # of the largest move that can have reached a state: 0 only where nothing moved at all
 PLANNED = 2.5  # times the estimate, so that growth found later changes the report instead of being missed
+EARLY = 10.0  # times better, for states before a sample that has to wait: else 6 % of full sweeps are flagged in vain
 REPORTED = 3.0  # times the estimate: 99 % of 512 runs of third-party networks then stayed below it
 REACH = (
     4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
 )
+REACH_OF_NOISE = 20.0  # at most, where noise takes the place of an error: early in DDPM, 18 was seen on digits
 REACH_UNKNOWN = 16.0  # instead, where the schedule is unknown
 MAX_TRUSTED_MOVE = 0.1  # of a state: a larger move says nothing of slopes at smaller ones
 TELLING = 0.3  # of the largest move by which the growth of a step was measured: smaller ones measure rounding
@@ -199,11 +201,13 @@ class Estimate:
 
 
 def choose_accepted(
-    estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags
+    estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags, at_sample: Flags
 ) -> Indices:
     """Return (S,) how many states to accept: the longest prefix whose estimated error fits in the tolerance's share.
 
-    The last step stays for another evaluation, which measures the error of its slope, unless it ends the loop.
+    The last step stays for another evaluation, which measures the error of its slope, unless it ends the loop. A window
+    that reaches the sample need not move on: unless all of it is accepted, what is accepted saves evaluations but no
+    rounds, and it has to be :data:`EARLY` times better.
 
     Args:
         estimate: Of this round.
@@ -212,15 +216,24 @@ def choose_accepted(
         fresh: (S, W) sqrt of the part of the loop between the accepted state and each state.
         width: (S,) states of each window.
         last: (S,) whether the window ends at the sample, or has no step to keep back.
+        at_sample: (S,) whether it ends at the sample.
     """
-    allowed = tolerance / REPORTED
+    count = _longest_prefix(estimate, tolerance / REPORTED, share, fresh, width)
+    early = at_sample & (count < width)
+    if early.any():
+        count = np.where(early, _longest_prefix(estimate, tolerance / REPORTED / EARLY, share, fresh, width), count)
+    return np.where((count == width) & ~last, np.maximum(count - 1, 1), count)
+
+
+def _longest_prefix(estimate: Estimate, allowed: float, share: Array, fresh: Array, width: Indices) -> Indices:
+    """Return (S,) how many leading states of each window are within the shares of an error."""
     relative = estimate.relative
     fits = (relative == 0) | (
         (relative <= allowed) & ((estimate.planned <= allowed * share) | (relative <= allowed / 2 * fresh))
     )
     fits[:, 0] = True
     count = np.minimum(np.logical_and.accumulate(fits, 1).sum(1), width)
-    return np.where((count == width) & ~last, np.maximum(count - 1, 1), count)
+    return np.asarray(count)
 
 
 def choose_passed(passed: Flags, width: Indices) -> Indices:

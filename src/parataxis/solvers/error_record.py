@@ -53,6 +53,7 @@ class ErrorRecord(PerSample):
         # Whether the data prediction and the size of data are known.
         self.predicts = self.tables.alpha is not None and self.tables.predicts
         self.near_noise = None if self.tables.alpha is None else self.tables.alpha < NEAR_NOISE
+        self.adds_noise = problem.coefficients.stochastic
         self.norm = float(np.sqrt(problem.dim))
         self.smallest_move = 10 * problem.rounding * self.norm  # over the expected rms: less is rounding
         self.largest_move = estimates.MAX_TRUSTED_MOVE * self.norm if self.tables.alpha is not None else np.inf
@@ -211,6 +212,9 @@ class ErrorRecord(PerSample):
         missed[:, 1:] = np.fmax(missed[:, 1:], bend[:, 1:] * moves[:, :-1])
         local = np.fmax(np.where(unknown, ratio_before * gaussian, measured), np.maximum(gaussian, np.abs(growth)))
         gamma = np.fmax(np.where(unknown, growth_before, measured), 1.0)
+        if self.adds_noise:
+            # Moves are mostly those of the noise: along others an error grows as slopes and Gaussian data say.
+            gamma = np.fmax(gamma, local)
         if not frame.uniform:
             local, gamma = np.where(frame.inside, local, 1.0), np.where(frame.inside, gamma, 1.0)
             unknown &= frame.inside

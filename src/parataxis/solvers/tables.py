@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays import Array
 from ..samplers.coefficients import Coefficients
 from . import extrapolation
-from .error_estimate import REACH, REACH_UNKNOWN
+from .error_estimate import REACH, REACH_OF_NOISE, REACH_UNKNOWN
 
 __all__ = ["Tables"]
 
@@ -101,16 +101,13 @@ class Tables:
         self.alpha, self.sigma, self.scale = (None if values is None else padded(values, 1.0) for values in levels)
         self.gaussian = self.predicts and all(values is not None for values in levels)
         self.signal = None
-        self.reach = np.full(self.count, REACH_UNKNOWN)
         if self.alpha is not None and self.sigma is not None:
             self.signal = np.maximum(self.alpha / np.hypot(self.alpha, self.sigma), SMALL)
-            rms_of_sample = self.rms[steps] / self.rms[1:]
-            self.reach = np.maximum(1.0, REACH * rms_of_sample / self.signal[1:])
-        self.reach[steps - 1 :] = 1.0
         self.mm_fixed, self.mm_slope = np.ones(self.count), np.zeros(self.count)
         self.alpha_2, self.sigma_2, self.target = np.ones(self.count), np.ones(self.count), np.zeros(self.count)
         if self.gaussian:
             self._add_gaussian()
+        self.reach = self._reach(coefficients.stochastic)
         self.frozen = padded(coefficients.frozen_prediction_slopes())
         self.extrapolates = "frozen" if coefficients.stochastic or coefficients.alpha is None else "line"
         columns = [*(getattr(self, name)[: self.count] for name in self.COLUMNS), *self.b.T]
@@ -126,6 +123,22 @@ class Tables:
         self.alpha_2, self.sigma_2, self.target = alpha**2, sigma**2, alpha / scale
         self.mm_fixed = self.a - self.b_sum * self.p / self.q
         self.mm_slope = self.b_sum / (self.q * scale) * alpha
+
+    def _reach(self, stochastic: bool) -> Array:
+        """Return what may become of an error of the state behind each step."""
+        steps, reach = self.steps, np.full(self.count, REACH_UNKNOWN)
+        if self.signal is not None:
+            rms_of_sample = self.rms[steps] / self.rms[1:]
+            reach = REACH * rms_of_sample / self.signal[1:]
+            if stochastic and self.gaussian:
+                # Noise makes a loop forget: what is left of an error for Gaussian data, beside a loop without noise.
+                growth = np.abs(self.mm_fixed + self.mm_slope / (self.alpha_2 + self.sigma_2))
+                growth[steps:] = 1.0
+                left = np.append(np.multiply.accumulate(growth[:0:-1])[::-1], 1.0) / rms_of_sample
+                reach = np.minimum(reach, np.maximum(REACH_OF_NOISE * rms_of_sample, left * reach))
+            reach = np.maximum(1.0, reach)
+        reach[steps - 1 :] = 1.0
+        return reach
 
     @classmethod
     def of(cls, coefficients: Coefficients, width: int) -> Tables:

@@ -71,9 +71,10 @@ class Windowed:
         passed = self.passed(window)
         problem = window.problem
         if passed is None:
-            last = (window.hi == problem.steps) | (window.width == 0) | (window.W <= 2)
+            at_sample = window.hi == problem.steps
+            last = at_sample | (window.width == 0) | (window.W <= 2)
             count = estimates.choose_accepted(
-                estimate, problem.tolerance, window.share, window.since_accepted, window.width, last
+                estimate, problem.tolerance, window.share, window.since_accepted, window.width, last, at_sample
             )
         else:
             count = estimates.choose_passed(passed & window.inside, window.width)
