@@ -212,8 +212,9 @@ class ErrorRecord(PerSample):
         missed[:, 1:] = np.fmax(missed[:, 1:], bend[:, 1:] * moves[:, :-1])
         local = np.fmax(np.where(unknown, ratio_before * gaussian, measured), np.maximum(gaussian, np.abs(growth)))
         gamma = np.fmax(np.where(unknown, growth_before, measured), 1.0)
-        if self.adds_noise:
-            # Moves are mostly those of the noise: along others an error grows as slopes and Gaussian data say.
+        # Moves are mostly those of the noise: along others an error grows as slopes and Gaussian data say. Of a network in
+        # few bits slopes are those of its rounding, too.
+        if self.adds_noise and noise is None:
             gamma = np.fmax(gamma, local)
         if not frame.uniform:
             local, gamma = np.where(frame.inside, local, 1.0), np.where(frame.inside, gamma, 1.0)
