@@ -212,8 +212,8 @@ class ErrorRecord(PerSample):
         missed[:, 1:] = np.fmax(missed[:, 1:], bend[:, 1:] * moves[:, :-1])
         local = np.fmax(np.where(unknown, ratio_before * gaussian, measured), np.maximum(gaussian, np.abs(growth)))
         gamma = np.fmax(np.where(unknown, growth_before, measured), 1.0)
-        # Moves are mostly those of the noise: along others an error grows as slopes and Gaussian data say. Of a network in
-        # few bits slopes are those of its rounding, too.
+        # Moves are mostly those of the noise: along others an error grows as slopes and Gaussian data say. Slopes of a
+        # network in few bits are those of its rounding, too.
         if self.adds_noise and noise is None:
             gamma = np.fmax(gamma, local)
         if not frame.uniform:
