@@ -36,6 +36,28 @@ class Net(nn.Module):
         return output.to(x.dtype)
 
 
+class Mixture(nn.Module):
+    """The exact prediction of data, a mixture of Gaussians, from x = a data + s noise."""
+
+    def __init__(self, dim, count=4, std=0.3):
+        super().__init__()
+        self.means, self.std = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), std
+
+    def data(self, x, a, s):
+        variance = (a * self.std) ** 2 + s**2
+        mean = torch.softmax(-((x[:, None] - a * self.means) ** 2).sum(2) / (2 * variance), 1) @ self.means
+        return mean + a * self.std**2 / variance * (x - a * mean)
+
+
+class Noise(Mixture):
+    """The noise that the data leave."""
+
+    def forward(self, x, t):
+        a = LEVELS[t].float()
+        s = (1 - a**2).sqrt()
+        return (x - a * self.data(x, a, s)) / s
+
+
 def steps(count):
     """Return (time, alpha, sigma, alpha', sigma') of each step of a variance-preserving loop."""
     for i in range(count):

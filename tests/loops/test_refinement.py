@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import parataxis as px
-from loop_problems import DIM, LEVELS, Net, ddim, relative, steps
+from loop_problems import DIM, LEVELS, Net, Noise, ddim, relative, steps
 from parataxis.parallel import parallel
 
 
@@ -59,3 +59,25 @@ def test_loop_that_turns_out_not_to_be_linear_goes_on_from_its_first_solve():
         assert run.report.rounds <= 18
         modes.append(run.report.mode)
     assert modes == ["recurrence", "replay", "replay"]
+
+
+def test_replay_of_overlapping_tiles_shows_that_it_has_converged():
+    """Windows that end within a step estimate too much; evaluating all steps once more shows what the error is."""
+    net = Noise(32)
+
+    def loop(x):
+        for t, a, s, b, r in steps(20):
+            total, count = torch.zeros_like(x), torch.zeros_like(x)
+            for first in range(0, 7, 2):
+                tile = x[..., first : first + 4]
+                total[..., first : first + 4] += net(tile.flatten(1), t).view_as(tile)
+                count[..., first : first + 4] += 1
+            f = total / count
+            x = b * (x - s * f) / a + r * f
+        return x
+
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    x = torch.randn(1, 2, 4, 10, generator=torch.Generator().manual_seed(100))
+    assert relative(run(x), loop(x)) <= run.report.error_estimate <= 1e-2
+    assert run.report.converged
+    assert run.report.rounds <= 30 < run.report.steps == 80

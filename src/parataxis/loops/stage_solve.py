@@ -80,7 +80,9 @@ class StageSolver:
         states = self.runner.spool.stack([structure.as_runs(states) for states in guess])
         report.rounds += evaluator.evaluate_trajectory(states, width)
         report.evaluations += structure.steps * structure.samples
-        progress.solution, progress.solver_estimate = guess[-1], 0.0
+        # The next replay has the same rounding, and does not show what the loop makes of it.
+        unseen = structure.floor if refinement.replay_each_round else 0.0
+        progress.solution, progress.solver_estimate = guess[-1], unseen
 
     def _run_solver(self, progress: StageProgress, refinement: Refinement, evaluator: StageEvaluator) -> None:
         """Let the solver make its rounds."""
