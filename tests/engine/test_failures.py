@@ -129,7 +129,7 @@ def test_run_whose_error_is_above_the_tolerance_is_not_called_converged():
         problems.pointwise("sign", 0.5),
         problems.noise(2),
         problems.sampler("ddpm", 40),
-        px.Secant(),
+        px.Secant(window=16),
         tolerance=1e-2,
         generator=problems.generators(2),
     )
