@@ -39,7 +39,9 @@ from .step_arguments import ExpectedCall, argument_tables
 
 __all__ = ["Speculation"]
 
-SOLVERS_SHARE = 0.9  # of the tolerance; the rest is for the loop's way beside the accepted states
+# Of the tolerance: the solver's, which plans for less than it may report, and of the loop's way beside the accepted
+# states.
+SOLVERS_SHARE, LOOPS_SHARE = 0.8, 0.1
 TOGETHER = 1 << 18  # elements of states that are made ready to be answered at a time: their copies take memory
 ROUNDING = 32  # ulps by which the loop's state may differ from the accepted one, whatever the tolerance
 
@@ -76,7 +78,7 @@ class Speculation:
         self.form, self.first, self.merger = form, chain.step, merger
         self.solver, self.tolerance = solver, SOLVERS_SHARE * tolerance
         self.rounding = ROUNDING * float(torch.finfo(form.network_dtype).eps)
-        self.share = max((1 - SOLVERS_SHARE) * tolerance, self.rounding)
+        self.share = max(LOOPS_SHARE * tolerance, self.rounding)
         self.distance = 0.0
         self.answered = self.accepted = self._prepared = 0
         self._rounds: Iterator[int] = iter(())
