@@ -328,7 +328,7 @@ def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(pa
     sampler = KSampler(SAMPLERS[name])
     told, expected_told, guide = [], [], guider(control=control)
     expected = drawn(sampler, guider(control=control), lambda *one: expected_told.append(one), mask, options)
-    parallel = wrapped(package(), sampler)
+    parallel = wrapped(package(), sampler, tolerance=1e-5)
     with caplog.at_level(logging.INFO, "parataxis"):
         x = drawn(parallel, guide, lambda *one: told.append(one), mask, options)
     assert relative(x, expected) <= 1e-5

@@ -78,10 +78,11 @@ class Refinement:
         self.refinements += 1
         usable = progress.structure.linear and not self.replay_each_round and self.improving
         rebase = usable and self.refinements <= MAX_REFINEMENTS
-        # A window may say nothing of outputs that hardly differ: in 16 bits, or of a loop that is replayed.
-        self.evaluates_once = (
-            progress.structure.few_bits if rebase else self.replay_each_round and self.refinements == 1
-        )
+        # A window may say nothing of outputs that hardly differ: in 16 bits, or of a loop that is replayed. Of one that
+        # is replayed in 16 bits, rounding hides what the next replay would show.
+        few_bits = progress.structure.few_bits
+        replayed_once = self.replay_each_round and self.refinements == 1 and not few_bits
+        self.evaluates_once = few_bits if rebase else replayed_once
         self.replay_each_round |= not rebase
         return rebase
 
