@@ -309,7 +309,6 @@ def wrapped(nodes, sampler, window=8, tolerance=0.0):
     return node().execute(sampler, window=window, tolerance=tolerance, solver="secant")[0]
 
 
-@pytest.mark.filterwarnings("ignore:the loop runs sequentially. solving it takes:RuntimeWarning")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(package, name, caplog):
     """A wrapped sampler with ranges and a mask samples what the sampler does."""
@@ -328,15 +327,12 @@ def test_wrapped_sampler_with_ranges_and_a_mask_samples_what_the_sampler_does(pa
     sampler = KSampler(SAMPLERS[name])
     told, expected_told, guide = [], [], guider(control=control)
     expected = drawn(sampler, guider(control=control), lambda *one: expected_told.append(one), mask, options)
-    parallel = wrapped(package(), sampler, tolerance=1e-5)
+    parallel = wrapped(package(), sampler, tolerance=1e-4)
     with caplog.at_level(logging.INFO, "parataxis"):
         x = drawn(parallel, guide, lambda *one: told.append(one), mask, options)
-    assert relative(x, expected) <= 1e-5
+    assert relative(x, expected) <= 1e-4
     assert [(i, steps) for i, _, _, steps in told] == [(i, 20) for i in range(20)]
     assert all(relative(one[1], two[1]) <= 1e-3 for one, two in zip(told, expected_told, strict=True))
-    if name == "dpmpp_sde":  # changes of the prediction between its steps cost it more rounds than it has
-        assert "solving it takes as many rounds as it has steps" in caplog.text
-        return
     assert re.search(f"{name}: .*; recurrence: ", caplog.text)
     assert parallel.sampler_function.report.peak_rows > 3
 
