@@ -334,7 +334,7 @@ class Hidden(Net):
 
     def forward(self, x, t):
         output = Net.forward(self, x, t)
-        return output + 0.3 * (time.perf_counter_ns() % 1000) / 1000
+        return output + 0.3 * (time.perf_counter_ns() % 1_000_003) / 1_000_003
 
 
 @pytest.mark.parametrize("make", [EverySecond, Written, Growing, Momentum, Noisy])
