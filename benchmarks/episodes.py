@@ -305,7 +305,7 @@ def compile_for(policy: Policy, condition: Tensor, sizes: Sequence[int]) -> None
     policy.network.compile(dynamic=False)
     for size in sizes:
         rows = policy.noise([torch.Generator().manual_seed(row) for row in range(size)])
-        policy.network(rows, torch.zeros(size, dtype=torch.int64), global_cond=condition.expand(size, -1))
+        policy.network(rows, torch.zeros(size, dtype=torch.int64), global_cond=condition.repeat(size, 1))
 
 
 def task_of(name: str) -> str:

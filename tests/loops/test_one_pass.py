@@ -693,3 +693,17 @@ def test_output_as_long_as_its_input_answers_the_state_where_it_stands():
     run = parallel(loop, px.Secant(window=8), denoisers=[net])
     assert relative(run(seeded()), loop(seeded())) <= 1e-2
     assert (run.report.mode, run.report.misses, run.report.real_calls) == ("one pass", 0, 1)
+
+
+def test_compiled_network_is_looked_at_once():
+    """What stands in the place of a compiled call comes and goes without a change of the network."""
+    net = Scaled()
+    net.compile(backend="eager")
+    run = parallel(plain_loop(net, DDPMScheduler()), denoisers=[net])
+    expected = plain_loop(net, DDPMScheduler())(torch.Generator().manual_seed(0))
+    watches = []
+    for _ in range(3):
+        assert relative(run(torch.Generator().manual_seed(0)), expected) <= 1e-2
+        watches.append(run.loop.watch)
+    assert run.report.mode == "one pass"
+    assert watches[1] is watches[2]

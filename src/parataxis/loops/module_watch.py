@@ -105,5 +105,6 @@ class ModuleWatch:
         return [get(place) for get, place in zip(self._getters, self._module_dicts, strict=True)]
 
     def _held_by_roots(self) -> list[Any]:
-        """Return what the modules themselves hold, but for the stubs that come and go."""
-        return [value for root in self._roots for value in root.values() if type(value) is not Stub]
+        """Return what the modules themselves hold, with what was there before in the places of stubs."""
+        held = chain.from_iterable(root.values() for root in self._roots)
+        return [part for value in held for part in (value.held if type(value) is Stub else (value,))]

@@ -61,10 +61,16 @@ class StubSwitch:
 
 
 class Stub:
-    """In the place of a call: it answers the loop; real modules, and other threads, make the call itself."""
+    """In the place of a call: it answers the loop; real modules, and other threads, make the call itself.
 
-    def __init__(self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
-        self.switch, self.original, self.answer = switch, original, answer
+    Attributes:
+        held: What its owner held in this place: a list of one, or none where the call is that of its class.
+    """
+
+    def __init__(
+        self, switch: StubSwitch, original: OriginalCall, answer: Callable[[Any, Any], Any], held: Sequence[Any] = ()
+    ) -> None:
+        self.switch, self.original, self.answer, self.held = switch, original, answer, held
         self.__wrapped__ = original  # whoever looks at what a network holds looks behind its stub
         # A function that is given the stub: a method of its own would be a cycle, which keeps all that a call holds.
         self._uncompiled = _uncompiled()
@@ -125,8 +131,9 @@ def install(
 
     def put(owner: Any, name: str, original: OriginalCall, answer: Callable[[Any, Any], Any]) -> None:
         # Through __dict__: wrapped modules send ordinary assignments on to what they wrap.
-        replaced.append((owner.__dict__, name, owner.__dict__.get(name, _MISSING)))
-        owner.__dict__[name] = Stub(switch, original, answer)
+        before = owner.__dict__.get(name, _MISSING)
+        replaced.append((owner.__dict__, name, before))
+        owner.__dict__[name] = Stub(switch, original, answer, () if before is _MISSING else (before,))
 
     # A module's call looks for this attribute first, whatever its class does.
     places = [(owner, "_compiled_call_impl" if name == "__call__" else name) for owner, name in methods]
