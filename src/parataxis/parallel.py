@@ -71,20 +71,20 @@ def parallel(
         ValueError: If the denoisers cannot be found, the tolerance is negative or infinite, or a number of rows is not
             an integer of at least 1.
     """
-    limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets, "mesh": mesh}
+    limits: dict[str, Any] = {"max_rows": max_rows, "buckets": buckets}
     if isinstance(solver, Calibration):
         calibration = solver
         calibration.check_tolerance(tolerance)
         tolerance = calibration.solver_tolerance
-        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, **limits)
+        running = parallel(target, calibration.solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh, **limits)
         running.calibration, running.progress = calibration, progress
         return running
     if not isinstance(target, type) and hasattr(target, "components") and hasattr(target, "register_modules"):
-        running = pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, **limits)
+        running = pipelines.parallel(target, solver, tolerance=tolerance, denoisers=denoisers, mesh=mesh, **limits)
     else:
         _check_target(target)
-        options, ranks = check_options(solver, tolerance), ranks_of(limits.pop("mesh"))
-        running = Parallel(target, *options, check_denoisers(denoisers), ranks, **limits)
+        options = check_options(solver, tolerance)
+        running = Parallel(target, *options, check_denoisers(denoisers), ranks_of(mesh), **limits)
     running.progress = progress
     return running
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import upload
+from ..engine.executor import call_size
 from .calls import Call, CallKind, RecordedCalls, Role, copy_leaves, equal, feeders_of
 from .rows import RowIndex, RowMap, RowRequest, has_rows, row_index
 
@@ -134,7 +135,7 @@ class KindCalls:
             samples = self.row_map(more.call).sample_of_row[more.rows]
             part = np.flatnonzero(samples == samples[0])
             more = RowRequest(more.call, more.rows[part], more.states[row_index(part, more.states)])
-        size = next((size for size in self.buckets if size >= rows and (size - rows) % len(more.rows) == 0), rows)
+        size = call_size(rows, self.buckets, len(more.rows))  # all rows are whole multiples of these
         return [*requests, *[more] * ((size - rows) // len(more.rows))]
 
     def run_mapped(self, requests: Sequence[RowRequest]) -> list[list[Any]]:

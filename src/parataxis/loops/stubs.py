@@ -64,7 +64,7 @@ class Stub:
     """In the place of a call: it answers the loop; real modules, and other threads, make the call itself.
 
     Attributes:
-        held: What its owner held in this place: a list of one, or none where the call is that of its class.
+        held: What its owner held in this place: one value, or none where the call is that of its class.
     """
 
     def __init__(
