@@ -57,12 +57,11 @@ def estimate_of(left, carry=0.0):
     return estimates.Estimate(left, np.full_like(left, carry), ones, np.ones(1), nowhere)
 
 
-def accepted(estimate, tolerance, share=1.0, ends=True):
-    """Return how many states of a window are accepted that ends at the sample, or does not."""
+def accepted(estimate, tolerance, share=1.0, ends=True, whole=False):
+    """Return how many states of a window are accepted that ends at the sample, or does not, or is the whole loop."""
     left = estimate.relative
-    shares, at_sample = np.full_like(left, share), np.array([ends])
-    width = np.array([left.shape[1]])
-    return int(estimates.choose_accepted(estimate, tolerance, shares, shares, width, at_sample, at_sample)[0])
+    shares, last, width = np.full_like(left, share), np.array([ends]), np.array([left.shape[1]])
+    return int(estimates.choose_accepted(estimate, tolerance, shares, shares, width, last, whole=whole)[0])
 
 
 def test_the_longest_prefix_within_the_tolerance_is_accepted():
@@ -75,12 +74,12 @@ def test_the_longest_prefix_within_the_tolerance_is_accepted():
     assert accepted(late, 0.0) == 1
 
 
-def test_states_before_a_sample_that_has_to_wait_are_accepted_with_caution():
-    """No round is saved by them, and what grows later can still be corrected."""
+def test_states_of_a_full_sweep_that_has_to_wait_are_accepted_with_caution():
+    """No round is saved by them, and what grows later can still be corrected. A narrow window has to move on."""
     waiting, ready = estimate_of([0.0, 1e-3, 1e-3, 1.0]), estimate_of([0.0, 1e-3, 1e-3, 1e-3])
-    assert accepted(waiting, 1e-2, ends=False) == 3
-    assert accepted(waiting, 1e-2) == 1
-    assert accepted(ready, 1e-2) == 4
+    assert accepted(waiting, 1e-2) == accepted(waiting, 1e-2, ends=False) == 3
+    assert accepted(waiting, 1e-2, whole=True) == 1
+    assert accepted(ready, 1e-2, whole=True) == 4
 
 
 def test_published_rule_accepts_up_to_the_first_state_that_fails():

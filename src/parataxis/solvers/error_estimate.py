@@ -59,7 +59,7 @@ SLOPE_ERROR_SAFETY = 4.0  # s: 90 % of local errors were below 1.4 to 4.6 times 
 MIN_REMAINING = 0.01  # of the move itself: rounding of the network is not in P
 MIN_BEHIND_A_MOVE = 1e-3  # of the largest move that can have reached a state: 0 only where nothing moved at all
 PLANNED = 2.5  # times the estimate, so that growth found later changes the report instead of being missed
-EARLY = 10.0  # times better, for states before a sample that has to wait: else 6 % of full sweeps are flagged in vain
+EARLY = 10.0  # times better, for states of a full sweep that do not complete it: else 6 % of them are flagged in vain
 REPORTED = 3.0  # times the estimate: 99 % of 512 runs of third-party networks then stayed below it
 REACH = (
     4.0  # over alpha: all that a state u can say of the data is u / alpha; with 2, 6 of 48 runs on digits were above
@@ -201,12 +201,12 @@ class Estimate:
 
 
 def choose_accepted(
-    estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags, at_sample: Flags
+    estimate: Estimate, tolerance: float, share: Array, fresh: Array, width: Indices, last: Flags, *, whole: bool
 ) -> Indices:
     """Return (S,) how many states to accept: the longest prefix whose estimated error fits in the tolerance's share.
 
     The last step stays for another evaluation, which measures the error of its slope, unless it ends the loop. A window
-    that reaches the sample need not move on: unless all of it is accepted, what is accepted saves evaluations but no
+    over the whole loop need not move on: unless all of it is accepted, what is accepted saves evaluations but no
     rounds, and it has to be :data:`EARLY` times better.
 
     Args:
@@ -216,12 +216,12 @@ def choose_accepted(
         fresh: (S, W) sqrt of the part of the loop between the accepted state and each state.
         width: (S,) states of each window.
         last: (S,) whether the window ends at the sample, or has no step to keep back.
-        at_sample: (S,) whether it ends at the sample.
+        whole: Whether the windows reach over the whole loop.
     """
     count = _longest_prefix(estimate, tolerance / REPORTED, share, fresh, width)
-    early = at_sample & (count < width)
-    if early.any():
-        count = np.where(early, _longest_prefix(estimate, tolerance / REPORTED / EARLY, share, fresh, width), count)
+    if whole and (count < width).any():
+        early = _longest_prefix(estimate, tolerance / REPORTED / EARLY, share, fresh, width)
+        count = np.where(count < width, early, count)
     return np.where((count == width) & ~last, np.maximum(count - 1, 1), count)
 
 

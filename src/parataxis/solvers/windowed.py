@@ -71,11 +71,9 @@ class Windowed:
         passed = self.passed(window)
         problem = window.problem
         if passed is None:
-            at_sample = window.hi == problem.steps
-            last = at_sample | (window.width == 0) | (window.W <= 2)
-            count = estimates.choose_accepted(
-                estimate, problem.tolerance, window.share, window.since_accepted, window.width, last, at_sample
-            )
+            last = (window.hi == problem.steps) | (window.width == 0) | (window.W <= 2)
+            shares, whole = (window.share, window.since_accepted), problem.steps == window.W
+            count = estimates.choose_accepted(estimate, problem.tolerance, *shares, window.width, last, whole=whole)
         else:
             count = estimates.choose_passed(passed & window.inside, window.width)
         if window.strided:
