@@ -8,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parataxis as px
 from loop_problems import relative
-from parataxis.loops import spool
+from parataxis.loops import speculation, spool
 from parataxis.loops.spool import Spool
 from parataxis.parallel import parallel
 
@@ -95,6 +96,28 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps(kind, little_memory)
         peaks.append(alive.peak / STATE)
     assert peaks[1] <= peaks[0] + 6  # 16 more steps take a few states of memory at most, not ten each
     assert peaks[1] <= 88
+
+
+def test_peak_memory_of_one_pass_is_that_of_its_window(monkeypatch):
+    """States of a window of 8: 55 of the solver, 4 of its ends, 8 of the query, 9 of the layout's check, 27 of the net."""
+    monkeypatch.setattr(speculation, "TOGETHER", DIM)  # as if states were large
+    net, steps, peaks = Denoiser(), DDIMScheduler(clip_sample=False), []
+
+    def loop(x, count):
+        steps.set_timesteps(count)
+        for t in steps.timesteps:
+            x = steps.step(net(x, t.float()), t, x).prev_sample
+        return x
+
+    x = torch.randn(1, DIM, generator=torch.Generator().manual_seed(0))
+    run = parallel(loop, px.Secant(window=8), denoisers=[net])
+    for count in (12, 40):
+        with Alive() as alive:
+            run(x, count)
+        assert run.report.mode == "one pass"
+        peaks.append(alive.peak / STATE)
+    assert peaks[1] <= peaks[0] + 1
+    assert peaks[1] <= 112
 
 
 def test_kept_tensors_are_tensors_like_any_other():
