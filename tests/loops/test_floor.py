@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 import parataxis as px
-from loop_problems import relative
+from loop_problems import LOOPS, Net, both, relative
 from parataxis.parallel import parallel
 
 DIM = 32
@@ -67,3 +67,75 @@ def test_autocast_within_a_gentle_loop_converges():
     assert run.report.mode == "recurrence"
     assert run.report.converged
     assert run.report.rounds < 25
+
+
+def decide(net, x, limit=9.0):
+    """Go to one of two points, by velocity, in 40 steps: a start in between is chaotic."""
+    for i in range(40):
+        x = (x - net(x, torch.full((len(x),), 1 - i / 40)) / 40).clamp(-limit, limit)
+    return x
+
+
+class TwoPoints(nn.Module):
+    """The exact velocity of data near two points."""
+
+    def __init__(self):
+        super().__init__()
+        self.points = torch.stack([torch.ones(DIM), -torch.ones(DIM)])
+
+    def forward(self, x, t):
+        t = t[:, None].clamp(min=0.02)
+        variance = (0.05 * (1 - t)) ** 2 + t**2
+        weights = torch.softmax(-((x[:, None] - (1 - t)[:, None] * self.points) ** 2).sum(2) / (2 * variance), 1)
+        mean = weights @ self.points
+        return (x - mean - (1 - t) * 0.0025 / variance * (x - (1 - t) * mean)) / t
+
+
+def runs_of_decide(window, means):
+    """Yield the report of one call behind the other, from starts of these means, and the error of each."""
+    net, noise = TwoPoints(), torch.randn(1, DIM, generator=torch.Generator().manual_seed(0))
+    run = parallel(decide, px.Secant(window=window), denoisers=[net])
+    for mean in means:
+        start = noise - noise.mean() + mean
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield relative(run(net, start), decide(net, start)), run.report
+
+
+def test_floor_is_that_of_the_present_call():
+    """An input near a decision moves by rounding as no other does."""
+    floors = []
+    for error, report in runs_of_decide(8, (0.5, 1e-5)):
+        assert error <= report.error_estimate <= 1e-2
+        floors.append(report.floor)
+    assert floors[1] >= 10 * floors[0]
+
+
+def test_chaotic_call_is_sequential_and_the_next_one_is_not():
+    for number, (error, report) in enumerate(runs_of_decide(None, (0.5, 1e-6, 0.6))):
+        assert error <= 1e-5
+        if number == 1:
+            assert report.mode == "sequential"
+            assert "errors of its outputs grow" in report.reason
+        else:
+            assert report.mode == "recurrence"
+            assert report.passes == 2 or not number  # the last one was not recorded anew
+
+
+@pytest.mark.parametrize("name", ["guided", "second order", "heun", "guided by two calls", "clipped"])
+def test_floor_is_what_moved_outputs_show(name):
+    expected, _, run = both(LOOPS[name], Net())
+    generator, moved = torch.Generator().manual_seed(1), []
+
+    class Moved(Net):
+        def forward(self, x, t, condition=None):
+            output = super().forward(x, t, condition)
+            noise = torch.randn(output.shape, generator=generator)
+            return output + 1e-5 * output.square().mean(1, keepdim=True).sqrt() * noise
+
+    for _ in range(4):
+        torch.manual_seed(0)
+        moved.append(relative(LOOPS[name](Moved()), expected) / 1e-5)
+    assert run.report.mode == ("replay" if name == "clipped" else "recurrence")
+    rounding = torch.finfo(torch.float32).eps
+    assert max(moved) / 3 <= run.report.floor / rounding <= 4 * max(moved)

@@ -81,3 +81,41 @@ def test_replay_of_overlapping_tiles_shows_that_it_has_converged():
     assert relative(run(x), loop(x)) <= run.report.error_estimate <= 1e-2
     assert run.report.converged
     assert run.report.rounds <= 30 < run.report.steps == 80
+
+
+class Data(Noise):
+    """The data prediction at a noise level, as variance-exploding loops ask for it."""
+
+    def forward(self, x, sigma):
+        return self.data(x, torch.ones(1, 1), torch.as_tensor(sigma).reshape(-1, 1))
+
+
+def heun_with_churn(net, x):
+    """EDM's sampler: large states shrink on the way, so what is added carries the rounding of large ones."""
+    sigmas = [40.0 * 0.6**i for i in range(16)]
+    x = x * sigmas[0]
+    for sigma, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        higher = 1.2 * sigma
+        x = x + (higher**2 - sigma**2) ** 0.5 * torch.randn_like(x)
+        slope = (x - net(x, higher)) / higher
+        guess = x + (after - higher) * slope
+        if after:
+            slope = (slope + (guess - net(guess, after)) / after) / 2
+        x = x + (after - higher) * slope
+    return x
+
+
+@pytest.mark.parametrize("solver", [px.Secant(window=8), px.Secant(), px.Picard()])
+def test_replay_that_is_off_by_rounding_is_evaluated_once_more(solver):
+    """A solver would take its rounds anew, until there are as many as steps; Picard's slopes would not get nearer."""
+    net = Data(DIM, std=0.5)
+    run = parallel(heun_with_churn, solver, tolerance=0, denoisers=[net])
+    for seed in range(2):
+        noise = torch.randn(2, DIM, generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        expected = heun_with_churn(net, noise)
+        torch.manual_seed(seed)
+        assert relative(run(net, noise), expected) <= 5e-6
+        assert run.report.mode == "recurrence"
+        assert run.report.converged
+        assert run.report.rounds < run.report.steps

@@ -99,7 +99,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps(kind, little_memory)
 
 
 def test_peak_memory_of_one_pass_is_that_of_its_window(monkeypatch):
-    """States of a window of 8: 55 of the solver, 4 of its ends, 8 of the query, 9 of the layout's check, 27 of the net."""
+    """In states: 59 of the solver, 8 of the query, 9 of the layout check, 27 of the network, 7 others."""
     monkeypatch.setattr(speculation, "TOGETHER", DIM)  # as if states were large
     net, steps, peaks = Denoiser(), DDIMScheduler(clip_sample=False), []
 

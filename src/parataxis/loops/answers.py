@@ -57,7 +57,7 @@ class AffineAnswers:
 
     Args:
         known: These evaluations.
-        noise: Added to the outputs, relative to them: for measuring the floor.
+        noise: (N,) added to the outputs, relative to them: for measuring the floor; or None.
         slopes: (N, S) of outputs, in the place of those that are known; NaN for these.
         across: (N, S) by how much more outputs move, in another direction, or None.
     """
@@ -65,7 +65,7 @@ class AffineAnswers:
     records_calls = False
 
     def __init__(
-        self, known: KnownOutputs, noise: float = 0.0, slopes: Array | None = None, across: Array | None = None
+        self, known: KnownOutputs, noise: Array | None = None, slopes: Array | None = None, across: Array | None = None
     ) -> None:
         self.known, self.noise, self._across = known, noise, across
         self._slopes = None if slopes is None else np.where(np.isnan(slopes), known.slopes, slopes)
@@ -75,11 +75,11 @@ class AffineAnswers:
         slopes = None if self._slopes is None else upload(self._slopes[step], states).unsqueeze(1)
         across = None if self._across is None else partial(self._move_across, call, step)
         leaves = self.known.answer(call, step, states, slopes, across)
-        if self.noise:
+        if self.noise is not None:
             outputs = random_outputs(self.known.structure.outputs[call], PROBE_SEED, call)
             for leaf, noise in zip(leaves, outputs, strict=True):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    leaf.add_(noise, alpha=self.noise * float(leaf.float().square().mean().sqrt()))
+                    leaf.add_(noise, alpha=float(self.noise[step]) * float(leaf.float().square().mean().sqrt()))
         return leaves
 
     def _move_across(self, call: int, step: int, moves: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .known_outputs import KnownOutputs
 from .passes import StageRecord
+from .rows import SMALLEST
 
 __all__ = ["estimate_error", "largest_relative_distance", "relative_rounding", "satisfies_recurrence"]
 
@@ -27,7 +28,7 @@ def estimate_error(record: StageRecord, solution: Tensor, solver_estimate: float
 
 def largest_relative_distance(states: Tensor, reference: Tensor) -> float:
     """Return the largest |x - y| / |y| of states (S, dim)."""
-    return float(((states - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=1e-30)).max())
+    return float(((states - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=SMALLEST)).max())
 
 
 def satisfies_recurrence(record: StageRecord, noise_terms: Sequence[Tensor], sizes: Sequence[float]) -> bool:
@@ -39,7 +40,7 @@ def satisfies_recurrence(record: StageRecord, noise_terms: Sequence[Tensor], siz
     """
     structure = record.structure
     pairs = zip(noise_terms, sizes, record.noise_terms_with_sizes())  # noqa: B905  # the pass may have ended before
-    errors = [float((term - before).norm()) / max(size, then, 1e-30) for before, then, (term, size) in pairs]
+    errors = [float((term - before).norm()) / max(size, then, SMALLEST) for before, then, (term, size) in pairs]
     format_ = torch.finfo(structure.network_dtype)
     half_good = format_.bits >= 32 or bool(np.median(errors) <= 2 * format_.eps)
     return half_good and max(errors) <= 4 * structure.precision
@@ -55,4 +56,4 @@ def relative_rounding(known: KnownOutputs, outputs: Sequence[tuple[int, Sequence
         reference = row_map.answers(before, structure.dtype)
         squared_error += float((row_map.answers(output, structure.dtype) - reference).square().sum())
         squared_norm += float(reference.square().sum())
-    return float(np.sqrt(squared_error / max(squared_norm, 1e-30)))
+    return float(np.sqrt(squared_error / max(squared_norm, SMALLEST)))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import upload
+from ..arrays import Array, upload
 from ..engine.rows import EvalBatch
 from .answers import PROBE_SEED
 from .error_estimate import relative_rounding
@@ -20,6 +20,8 @@ from .rows import RowIndex, RowRequest
 from .structure import Stage
 
 __all__ = ["StageEvaluator"]
+
+ROUNDED_STEPS = 4  # at which the rounding of outputs is measured, in one network call
 
 
 class StageEvaluator:
@@ -70,24 +72,30 @@ class StageEvaluator:
             self(EvalBatch(states[first:last].flatten(0, 1), step, run))
         return len(firsts)
 
-    def rounding_error(self) -> float:
-        """Return the rounding of outputs, relative to them: see :attr:`Report.floor`."""
+    def rounding(self) -> Array:
+        """Return (N,) the rounding of outputs, relative to them, see :attr:`Report.floor`: measured at a few steps."""
         structure = self.stage.structure
-        unit, step = structure.unit, structure.steps // 2
-        inputs = self.known.inputs_at_evaluation[step]
-        if inputs is None or not self.known.evaluated[step].all():
-            return unit
-        generator = torch.Generator("cpu").manual_seed(PROBE_SEED)
-        noise = torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)
-        near = inputs + unit * inputs.square().mean(1, keepdim=True).sqrt() * noise
-        calls = structure.calls_of_step[step]
+        unit, steps, count = structure.unit, structure.steps, 1 if self.merger.single else ROUNDED_STEPS
+        chosen = sorted({(2 * k + 1) * steps // (2 * count) for k in range(count)})
+        chosen = [step for step in chosen if self.known.evaluated[step].all()]
+        if not chosen:
+            return np.full(steps, unit)
         requests = []
-        for call in calls:
-            row_map = structure.row_maps[call]
-            states = near[torch.from_numpy(row_map.sample_of_row).to(near.device)]
-            requests.append(RowRequest(call, np.arange(row_map.rows), states))
-        outputs = self.merger.evaluate(self.stage.calls, requests)
-        return float(np.hypot(unit, relative_rounding(self.known, list(zip(calls, outputs, strict=True)))))
+        for step in chosen:
+            inputs = self.known.inputs_at_evaluation[step]
+            assert inputs is not None
+            generator = torch.Generator("cpu").manual_seed(PROBE_SEED)
+            noise = torch.randn(inputs.shape, generator=generator, device="cpu").to(inputs)
+            near = inputs + unit * inputs.square().mean(1, keepdim=True).sqrt() * noise
+            for call in structure.calls_of_step[step]:
+                row_map = structure.row_maps[call]
+                states = near[torch.from_numpy(row_map.sample_of_row).to(near.device)]
+                requests.append(RowRequest(call, np.arange(row_map.rows), states))
+        outputs: dict[int, list[tuple[int, list[Any]]]] = {}
+        for request, output in zip(requests, self.merger.evaluate(self.stage.calls, requests), strict=True):
+            outputs.setdefault(structure.step_of_call[request.call], []).append((request.call, output))
+        measured = [np.hypot(unit, relative_rounding(self.known, outputs[step])) for step in chosen]
+        return np.asarray(np.interp(np.arange(steps), chosen, measured))
 
     def _requests(self, states: Tensor, step: RowIndex, sample: RowIndex) -> tuple[list[RowRequest], list[RowIndex]]:
         """Return the rows of recorded calls that stand for states, and which state is behind each of their rows."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..samplers.coefficients import Coefficients
 from .passes import StageRecord
+from .rows import SMALLEST
 from .signals import NotParallelizable
 from .spool import looked_at
 from .structure import Recording, Structure, final_state, random_outputs
@@ -203,7 +204,7 @@ def _measured(
         if final is not None:
             sample = _at(final, elements)
             if not states:
-                structure.final_scale = max(1.0, _rms(sample) / max(_rms(states_of_pass[-1]), 1e-30))
+                structure.final_scale = max(1.0, _rms(sample) / max(_rms(states_of_pass[-1]), SMALLEST))
             states_of_pass.append(sample / structure.final_scale)
         states.append(states_of_pass)
         outputs.append(outputs_of_pass)

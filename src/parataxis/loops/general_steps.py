@@ -17,8 +17,8 @@ from .evaluate import StageEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import SMALLEST, OutputSlopes, relative_floor
-from .rows import row_index
+from .output_slopes import OutputSlopes, relative_floor
+from .rows import SMALLEST, row_index
 from .structure import Stage, Structure
 
 __all__ = ["GeneralSteps"]

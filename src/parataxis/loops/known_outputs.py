@@ -80,6 +80,10 @@ class KnownOutputs:
                 self.slopes[start : start + count, samples] = row[:count, None]
                 self.extrapolation_slope[samples] = row[count - 1]
 
+    def improve_slopes(self, measured: Array) -> None:
+        """Take slopes (N, S) that have been measured, where they are not NaN: a solver's may be but a rule (Picard)."""
+        self.slopes = np.where(np.isnan(measured), self.slopes, measured)
+
     def forget(self, step: int) -> None:
         """Let go of the evaluations of a step."""
         self.evaluated[step] = False

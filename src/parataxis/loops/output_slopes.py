@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..arrays import Array, Indices, upload
 from ..samplers.sampler import Sampler
+from .rows import SMALLEST
 
-__all__ = ["SMALLEST", "OutputSlopes", "carried_rounding", "relative_floor"]
+__all__ = ["OutputSlopes", "carried_rounding", "relative_floor"]
 
-SMALLEST = 1e-30  # norm of a state
 FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..arrays import Array, read, upload
 from ..samplers.sampler import Sampler
 from .observation import StepForm
-from .output_slopes import SMALLEST, OutputSlopes, relative_floor
+from .output_slopes import OutputSlopes, relative_floor
+from .rows import SMALLEST
 from .step_arguments import ExpectedCall
 from .step_batch import copied
 

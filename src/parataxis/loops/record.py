@@ -21,6 +21,7 @@ from .fit import fit_slopes
 from .floor import FloorMeasurement
 from .known_outputs import KnownOutputs
 from .passes import PassRecord, StageRecord
+from .rows import SMALLEST
 from .runner import FIRST_CALLS, LoopRunner, same_leaves
 from .signals import NotParallelizable
 from .stage_plan import CallbackFree, StagePlan
@@ -56,6 +57,7 @@ class StageProgress:
         solution: (S, dim) the last state as the solver left it.
         solver_estimate: The solver's own estimate of its relative error.
         floor: Set while the next pass measures the floor.
+        measured_floor: Whether it has been measured in this call.
         callback_free: What the stage was without callbacks.
     """
 
@@ -71,6 +73,7 @@ class StageProgress:
     solution: Tensor | None = None
     solver_estimate: float = 0.0
     floor: FloorMeasurement | None = None
+    measured_floor: bool = False
     callback_free: CallbackFree | None = None
 
     @property
@@ -91,9 +94,14 @@ class StageProgress:
             return False
         floor = self.floor.take(record.last_state)
         if floor is not None:
-            self.structure.floor, self.structure.amplification = floor, floor / self.floor.rounding
+            self.set_floor(floor, floor / float(self.floor.rounding.mean()))
             self.floor = None
         return True
+
+    def set_floor(self, floor: float, amplification: float) -> None:
+        """Take what this call of the loop makes of the rounding of its outputs, and of any such change."""
+        self.structure.floor, self.structure.amplification = floor, amplification
+        self.measured_floor = True
 
     def plan(self, last_step: int | None = None, first_step: int = 0) -> StagePlan:
         """Return how the next pass answers its calls, how far it goes, and from where on it keeps states."""
@@ -103,7 +111,7 @@ class StageProgress:
     def added(self) -> Array:
         """Return (N,) what the loop adds at every step, relative to the terms of the step."""
         pairs = zip(self.noise_terms, self.noise_sizes, strict=True)
-        return np.array([float(term.norm()) / max(size, 1e-30) for term, size in pairs])
+        return np.array([float(term.norm()) / max(size, SMALLEST) for term, size in pairs])
 
     def rebase(self) -> None:
         """Take what the loop adds along the way from the latest pass."""

@@ -21,6 +21,8 @@ MAX_REFINEMENTS = 2  # solves of the recurrence from the trajectory of a replay
 # Times what the replay behind an evaluation of all steps shows: where a loop goes one way or another it makes more of
 # an error than its slopes say, 30 times as much in one that was seen.
 UNSEEN = 100
+# The same of a loop with a recurrence, whose outputs stay near their slopes: an error is a part of the latest change.
+CHANGE_MARGIN = 4
 FLOOR_SAFETY = 4  # the floor is measured once, at random: a solution that was refined need not be nearer
 
 
@@ -47,6 +49,7 @@ class Refinement:
     Attributes:
         refinements: Solves from the trajectory of a replay.
         smallest_estimate: Of the error, of all replays.
+        solver_is_content: Whether the solver's own estimate is within the tolerance.
         improving: Whether the error estimate falls from replay to replay.
         structure_outdated: Whether the structure of an earlier call does not fit this one.
         replay_each_round: Whether the loop is replayed in every round: it has no recurrence, or none to be trusted.
@@ -57,6 +60,7 @@ class Refinement:
 
     refinements: int = 0
     smallest_estimate: float = np.inf
+    solver_is_content: bool = True
     improving: bool = True
     structure_outdated: bool = False
     replay_each_round: bool = False
@@ -78,11 +82,12 @@ class Refinement:
         self.refinements += 1
         usable = progress.structure.linear and not self.replay_each_round and self.improving
         rebase = usable and self.refinements <= MAX_REFINEMENTS
-        # A window may say nothing of outputs that hardly differ: in 16 bits, or of a loop that is replayed. Of one that
-        # is replayed in 16 bits, rounding hides what the next replay would show.
+        # Where a solver was content, its replay is off by rounding, mostly, and so near that it would have nothing to
+        # do. A window may say nothing of outputs that hardly differ: in 16 bits, or of a loop that is replayed. Of one
+        # that is replayed in 16 bits, rounding hides what the next replay would show.
         few_bits = progress.structure.few_bits
         replayed_once = self.replay_each_round and self.refinements == 1 and not few_bits
-        self.evaluates_once = few_bits if rebase else replayed_once
+        self.evaluates_once = self.solver_is_content or few_bits if rebase else replayed_once
         self.replay_each_round |= not rebase
         return rebase
 
@@ -100,13 +105,15 @@ class Refinement:
         """
         structure = progress.structure
         assert progress.solution is not None
-        estimate = estimate_error(record, progress.solution, progress.solver_estimate)
+        estimate = shown = estimate_error(record, progress.solution, progress.solver_estimate)
         if self.evaluates_once and self.replay_each_round:
             estimate *= UNSEEN
+        elif self.evaluates_once and not structure.few_bits:
+            estimate *= CHANGE_MARGIN
         floor = (FLOOR_SAFETY if self.refinements else 1) * structure.floor
         allowed = max(tolerance, floor, ROUNDING * torch.finfo(structure.dtype).eps)
-        good = estimate <= allowed
-        self.improving = estimate <= 0.5 * self.smallest_estimate
+        good, self.solver_is_content = estimate <= allowed, progress.solver_estimate <= allowed
+        self.improving = shown <= 0.5 * self.smallest_estimate
         satisfied = not structure.linear or satisfies_recurrence(record, progress.noise_terms, progress.noise_sizes)
         self.structure_outdated = progress.reused and not satisfied
         not_linear = not satisfied and not self.structure_outdated
@@ -118,6 +125,6 @@ class Refinement:
         # Solving again takes about a round for each window.
         rounds_needed = -(-structure.steps // (window or structure.steps)) + 2
         accepted |= self.replay_each_round and not not_linear and rounds_needed > rounds_left
-        self.smallest_estimate = min(self.smallest_estimate, estimate)
+        self.smallest_estimate = min(self.smallest_estimate, shown)
         within = good and estimate <= max(tolerance, ROUNDING * torch.finfo(structure.dtype).eps)
         return Judgement(accepted and not self.structure_outdated, within, estimate, not_linear)

@@ -20,7 +20,7 @@ from .loop import Loop
 from .one_pass import NO_CALL, OnePass
 from .report import ABOVE_FLOOR, Report
 from .runner import LoopRunner
-from .signals import NotParallelizable, StartOver
+from .signals import NotParallelizable, OnlyThisCall, StartOver
 from .solver import LoopSolver
 
 __all__ = ["solve_loop"]
@@ -112,7 +112,8 @@ def _record(runner: LoopRunner, solver: Solver, report: Report, reason: str | No
             return value
     except NotParallelizable as signal:
         reason, raised = str(signal), signal.__cause__ is not None
-        if reason != OUT_OF_MEMORY and runner.merger.calls:  # there may be room, or a call, the next time
+        only_now = isinstance(signal, OnlyThisCall) or reason == OUT_OF_MEMORY or not runner.merger.calls
+        if not only_now:  # there may be room, or a call, the next time
             loop.refuse(runner.key, reason, runner.world.settings())
     except OutputError as error:  # not finite: what the loop makes of it is its own affair
         reason = str(error)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..arrays import upload
 
-__all__ = ["Box", "RowIndex", "RowMap", "RowRequest", "StateSlice", "answered_box", "has_rows", "row_index"]
+__all__ = ["SMALLEST", "Box", "RowIndex", "RowMap", "RowRequest", "StateSlice", "answered_box", "has_rows", "row_index"]
 
 RowIndex = NDArray[np.int64]
+SMALLEST = 1e-30  # norm of a state
 Box = tuple[tuple[int, int], ...]  # (first, last + 1) for every dimension behind the rows
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "CallbackChangedLoop",
     "LoopChanged",
     "NotParallelizable",
+    "OnlyThisCall",
     "PassComplete",
     "RowsInteract",
     "StartOver",
@@ -24,6 +25,10 @@ class NotParallelizable(BaseException):
 
 class LoopChanged(NotParallelizable):
     """A pass called the denoiser in another way than the passes before it."""
+
+
+class OnlyThisCall(NotParallelizable):
+    """This call cannot be solved in parallel; others of the same loop have been."""
 
 
 class Unforeseeable(NotParallelizable):

@@ -34,7 +34,7 @@ from .record import StageProgress, probe_again, record_stage
 from .refinement import ROUNDING, Judgement, Refinement
 from .report import ABOVE_FLOOR, Report
 from .runner import FIRST_CALLS, LoopRunner
-from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable
+from .signals import CallbackChangedLoop, LoopChanged, NotParallelizable, OnlyThisCall
 from .stage_plan import CallbackFree, StagePlan
 from .stage_solve import StageSolver
 from .structure import Structure
@@ -157,8 +157,7 @@ class LoopSolver:
         if solving and self.refinement.replay_each_round:
             return Phase.REPLAY  # the rounds were passes, which left nothing of this one
         if self.measured_floor and progress is not None:  # this pass was for the floor
-            if not self.runner.merger.single:
-                _check_stable(progress.structure)
+            self.check_stable(progress)
             return Phase.REPLAY
         if progress is not None and not progress.accepted:
             return Phase.REFINE
@@ -188,7 +187,19 @@ class LoopSolver:
         StageSolver(self.runner, self.solver, self.tolerance, report, self.replay_until).solve(
             progress, self.refinement
         )
+        self.check_stable(progress)
         return None if self.refinement.replay_each_round else progress.answers
+
+    def check_stable(self, progress: StageProgress) -> None:
+        """Raise if errors of outputs grow too much on their way to the result."""
+        structure = progress.structure
+        if not progress.measured_floor or self.runner.merger.single or structure.amplification <= MAX_AMPLIFICATION:
+            return
+        reason = AMPLIFIES.format(structure.amplification)
+        if not progress.reused:
+            raise NotParallelizable(reason)
+        self.loop.structures[self.runner.key] = self.stages[0].structure
+        raise OnlyThisCall(reason)
 
     def replay_until(self, first_step: int, last_step: int) -> StageRecord:
         """Replay the loop up to a step of the last stage; states before the first step are not kept."""
@@ -254,12 +265,6 @@ def _without_denoiser(loop: Loop, report: Report, passed: PassRecord) -> Any:
         f"it calls none of its denoisers ({names}): pass those that it calls with denoisers=[...]"
         + (f"; its parts are {parts}." if parts else ".")
     )
-
-
-def _check_stable(structure: Structure) -> None:
-    """Raise if errors of outputs grow too much on their way to the result."""
-    if structure.amplification > MAX_AMPLIFICATION:
-        raise NotParallelizable(AMPLIFIES.format(structure.amplification))
 
 
 def _report_stage(report: Report, judgement: Judgement, floor: float, *, first: bool) -> None:

@@ -32,8 +32,8 @@ from .equal_steps import EqualSteps, are_equal
 from .general_steps import GeneralSteps
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import SMALLEST
 from .pins import Pins
+from .rows import SMALLEST
 from .signals import NotParallelizable, RowsInteract
 from .step_arguments import ExpectedCall, argument_tables
 

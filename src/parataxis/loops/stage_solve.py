@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..engine.run import Run, drive, start
 from ..samplers.recurrence import Recurrence
 from ..solvers.base import Solver
+from ..solvers.secant import Secant
 from .equation import RecordedRecurrence, ReplayedRecurrence
 from .evaluate import StageEvaluator
-from .floor import FloorMeasurement, MeasuredSlopes
+from .floor import FloorMeasurement, MeasuredSlopes, carried_to_the_end
 from .passes import StageRecord
 from .record import StageProgress
 from .refinement import ROUNDING, Refinement
@@ -55,7 +57,7 @@ class StageSolver:
 
     def solve(self, progress: StageProgress, refinement: Refinement) -> None:
         """Solve a stage in the way, and from the trajectory, that its refinement says."""
-        measured = MeasuredSlopes(progress.structure) if not progress.structure.floor else None
+        measured = MeasuredSlopes(progress.structure) if not progress.measured_floor else None
         evaluator = StageEvaluator(progress.stage, progress.known, self.runner.merger, measured)
         make_rounds = self._evaluate_once if refinement.evaluates_once else self._run_solver
         while True:
@@ -66,8 +68,26 @@ class StageSolver:
                 progress.structure.joint_samples = True
         if measured is not None:
             measured.forget()
-            rounding = evaluator.rounding_error()
-            across = measured.across(rounding) if rounding > ROUGH else None
+            self._measure_floor(progress, evaluator, measured)
+
+    def _measure_floor(self, progress: StageProgress, evaluator: StageEvaluator, measured: MeasuredSlopes) -> None:
+        """Measure what the loop makes of the rounding of its outputs, or let the next two passes do so."""
+        structure, known, solution = progress.structure, progress.known, progress.solution
+        if structure.rounding is None:
+            structure.rounding = evaluator.rounding()
+        rounding = structure.rounding
+        if not isinstance(self.solver, Secant):  # its own are as good
+            known.improve_slopes(measured.latest)
+        across = measured.across(rounding) if rounding.max() > ROUGH else None
+        if structure.linear and across is None and known.evaluated.all():
+            assert solution is not None
+            solution = solution.view(structure.samples, structure.dim)
+            carried = carried_to_the_end(known, solution, measured.slopes)
+            floors, amplifications = (
+                float(np.sqrt((error**2).sum(0)).max()) for error in (carried * rounding[:, None], carried)
+            )
+            progress.set_floor(floors, amplifications)
+        else:
             progress.floor = FloorMeasurement(rounding, measured.slopes, across)
 
     def _evaluate_once(self, progress: StageProgress, refinement: Refinement, evaluator: StageEvaluator) -> None:

@@ -62,8 +62,10 @@ class Structure:
         ends_with_state: Whether the loop ends with a tensor that is one more state.
         slopes: (N,) of outputs with which states keep their size.
         final_scale: How much larger that tensor is than a state: a decoder's input has been scaled for it.
-        floor: Relative change of the last state when all outputs change by their rounding; 0 until it is measured.
+        floor: Relative change of the last state when all outputs change by their rounding, in the latest call; 0 until
+            it is measured.
         amplification: The floor over the rounding of outputs.
+        rounding: (N,) that, relative to them, once it has been measured.
         precision: Rounding of a step, relative to its terms.
         joint_samples: Samples cannot be evaluated apart: one run for all.
         settings: Of the loop, see :meth:`.world.World.settings`.
@@ -90,6 +92,7 @@ class Structure:
     final_scale: float = 1.0
     floor: float = 0.0
     amplification: float = 0.0
+    rounding: Array | None = None
     precision: float = 0.0
     joint_samples: bool = False
     alternates: bool = False
