@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import parataxis as px
+from parataxis.denoisers import mixture
 from parataxis.solvers import extrapolation
 from parataxis.solvers.tables import Tables
 
@@ -18,17 +20,63 @@ def test_entering_states_follow_from_outputs_on_a_line(name):
     local = px.SAMPLERS[name](steps=STEPS).coefficients
     lags, lo, hi = local.lags, 4, 4 + WIDTH
     outputs = 2.0 - 0.3 * np.arange(STEPS)
-    x = np.ones(STEPS + 1)
-    for i in range(STEPS):
-        terms = [local.output_weight[i, lag] * outputs[i - lag] for lag in range(min(i, lags) + 1)]
-        x[i + 1] = local.state_weight[i] * x[i] + sum(terms)
+    x = trajectory(local, outputs)
     tables, tail = Tables.of(local, WIDTH), extrapolation.HISTORY + lags
     factors = extrapolation.line(tables, np.array([lo]), np.array([hi]), WIDTH, COUNT, tail)[0]
-    rows = np.zeros(tail)
-    late = hi - 1
+    assert factors @ tail_of(x, outputs, hi, tail) == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("width", [6, 8, 17])
+def test_entering_states_follow_from_outputs_on_a_parabola(name, width):
+    """With the bend, outputs that lie on a parabola are continued without an error."""
+    local = px.SAMPLERS[name](steps=30).coefficients
+    lags, hi = local.lags, 20
+    outputs = 2.0 - 0.3 * np.arange(30) + 0.02 * np.arange(30) ** 2
+    x = trajectory(local, outputs)
+    tables, tail = Tables.of(local, width), extrapolation.HISTORY + lags
+    factors = extrapolation.line(tables, np.array([hi - width]), np.array([hi]), width, COUNT, tail)[0]
+    factors = factors + extrapolation.bend(tables, np.array([hi]), width, COUNT, tail)[0]
+    assert factors @ tail_of(x, outputs, hi, tail, width) == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+
+
+def trajectory(local, outputs):
+    """Return the states that follow from outputs of one element."""
+    x = np.ones(len(outputs) + 1)
+    for i in range(len(outputs)):
+        terms = [local.output_weight[i, lag] * outputs[i - lag] for lag in range(min(i, local.lags) + 1)]
+        x[i + 1] = local.state_weight[i] * x[i] + sum(terms)
+    return x
+
+
+def tail_of(x, outputs, hi, tail, width=WIDTH):
+    """Return the rows that states enter from."""
+    rows, late, span = np.zeros(tail), hi - 1, extrapolation.span(width)
     rows[extrapolation.HI], rows[extrapolation.LATE] = x[hi], outputs[late]
-    rows[extrapolation.EARLY] = outputs[max(lo, late - WIDTH // 2)]
-    assert factors @ rows == pytest.approx(x[hi + 1 : hi + 1 + COUNT])
+    rows[extrapolation.MIDDLE], rows[extrapolation.EARLY] = outputs[late - span // 2], outputs[late - span]
+    return rows
+
+
+def test_bends_last_on_smooth_outputs_only():
+    """A bend that stays counts in full, one that fades less, one that turns round or is not a number not at all."""
+    smooth, fading, rough = [[1.0, 1.0], [1.0, 1.0]], [[0.25, 0.5], [0.5, 1.0]], [[1.0, -0.7], [-0.7, 1.0]]
+    growing, nothing, overflow = [[9.0, 3.0], [3.0, 1.0]], np.zeros((2, 2)), np.full((2, 2), np.inf)
+    products = np.array([smooth, fading, rough, growing, nothing, overflow])
+    assert extrapolation.persistence(products).tolist() == [1.0, 0.25, 0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("window", [4, 8, 16])
+def test_smooth_outputs_need_fewer_rounds_than_on_a_line(window, monkeypatch):
+    """The exact network of Gaussian mixtures is smooth: what enters on a parabola is nearer to the trajectory."""
+    network, noise = mixture(64).network(px.vp()), torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+    def rounds():
+        drawn = px.sample(network, noise, px.samplers.ddim(steps=60), px.Secant(window=window), tolerance=1e-2)
+        return sum(solution.rounds for solution in drawn)
+
+    on_a_parabola = rounds()
+    monkeypatch.setattr(extrapolation, "persistence", lambda products: np.zeros(len(products)))
+    assert on_a_parabola < rounds()
 
 
 def test_copies_keep_the_size_that_is_expected_of_their_state():

@@ -2,12 +2,13 @@ r"""Which states enter a window, and outputs between those that were evaluated: 
 
 A state that enters a window is a linear combination of rows that are there already, the *tail*:
 
-    [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early | final outputs of the L steps before hi - 1 | noise of the steps
-     hi - 1, hi, ..]
+    [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_middle, f_early | final outputs of the L steps before hi - 1 | noise of
+     the steps hi - 1, hi, ..]
 
 ``copy``: the last state, in the proportion of expected sizes. ``line``: outputs continue the straight line through two
-of the window. ``frozen``: the last prediction is frozen; used where steps add noise, which a line would follow, and in
-recorded loops, of which less is known.
+of the window; ``bend`` is what a parabola through the one between them adds, and as much of it is taken as bends have
+lasted, see :func:`persistence`. ``frozen``: the last prediction is frozen; used where steps add
+noise, which a line would follow, and in recorded loops, of which less is known.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from .correction import products
 if TYPE_CHECKING:
     from .tables import Tables
 
-__all__ = ["between_nodes", "copied", "frozen", "line"]
+__all__ = ["apart", "bend", "between_nodes", "copied", "frozen", "line", "persistence", "span"]
 
-HI, POINT, LAST_X, LATE, EARLY, HISTORY = range(6)
+HI, POINT, LAST_X, LATE, MIDDLE, EARLY, HISTORY = range(7)
 
 
 def copied(tables: Tables, hi: Indices, count: int, tail: int) -> Array:
@@ -74,32 +75,75 @@ def frozen(tables: Tables, hi: Indices, count: int, tail: int) -> Array:
     return factors[:, 1:]
 
 
+def apart(width: int) -> int:
+    """Return how many steps lie between the outputs that say how outputs bend."""
+    return max(1, width // 8)
+
+
+def span(width: int) -> int:
+    """Return how many steps lie between the two outputs of a line."""
+    return min(2 * apart(width), width // 2)
+
+
 def line(tables: Tables, lo: Indices, hi: Indices, width: int, count: int, tail: int) -> Array:
     """Return factors of the states hi + 1, .. with outputs on the line through those of two steps of the window."""
     late = np.maximum(hi - 1, 0)
-    early = np.maximum(lo, late - width // 2)
-    step = hi[:, None] + np.arange(count)
+    place = _places(tables, hi, count) / np.maximum(np.minimum(span(width), late - lo), 1)[:, None]
+    state, outputs = np.zeros((len(hi), tail)), np.zeros((*place.shape, tail))
+    state[:, HI] = 1.0
+    outputs[..., LATE], outputs[..., EARLY] = 1 + place, -place
+    return _driven(tables, hi, state, outputs)
+
+
+def bend(tables: Tables, hi: Indices, width: int, count: int, tail: int) -> Array:
+    """Return factors of what is added to :func:`line` if outputs follow the parabola through three of the window."""
+    place = _places(tables, hi, count) / span(width)
+    outputs = np.zeros((*place.shape, tail))
+    outputs[..., LATE] = outputs[..., EARLY] = 2 * place * (place + 1)
+    outputs[..., MIDDLE] = -2 * outputs[..., LATE]
+    return _driven(tables, hi, np.zeros((len(hi), tail)), outputs)
+
+
+def persistence(products: Array) -> Array:
+    """Return (S,) how much of a bend of the outputs is still there where states enter, between 0 and 1.
+
+    With the last second difference d of outputs that lie :func:`apart`, and the one before it,
+
+        theta = <d, d_before> / |d_before|^2
+
+    is what has lasted from one to the other. States enter at least twice as far from the last one: theta^2. Of a smooth
+    network theta is near 1; of a rough one each output bends in its own way, and theta is near 0 or below.
+
+    Args:
+        products: (S, 2, 2) inner products of (d, d_before).
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        lasted = products[:, 0, 1] / products[:, 1, 1]
+    return np.where(lasted > 0, np.minimum(lasted, 1.0) ** 2, 0.0)
+
+
+def _places(tables: Tables, hi: Indices, count: int) -> Array:
+    """Return (S, L + count) how far the steps hi - L .. hi + count - 1 lie behind step hi - 1."""
     lags = tables.b.shape[1] - 1
-    factors = np.zeros((len(hi), count, tail))
-    span = np.maximum(late - early, 1)[:, None]
+    behind = (hi - np.maximum(hi - 1, 0))[:, None]
+    return np.asarray(behind + np.arange(-lags, count), dtype=np.float64)
+
+
+def _driven(tables: Tables, hi: Indices, state: Array, outputs: Array) -> Array:
+    """Return factors (S, count, tail) of the states hi + 1, .. from those of state hi and of outputs from hi - L on."""
+    lags = tables.b.shape[1] - 1
+    count = outputs.shape[1] - lags
+    step = hi[:, None] + np.arange(count)
     if lags == 0:
-        place = (step - late[:, None]) / span
         spread = products(tables.a[step])
         after = np.eye(count) + np.zeros_like(spread)
         after[:, :, :-1] += spread[:, :, 1:]
-        weight = tables.b[step, 0]
-        factors[:, :, HI] = spread[:, :, 0]
-        factors[:, :, LATE : EARLY + 1] = after @ np.stack([weight * (1 + place), -weight * place], 2)
-        return factors
-    place = (hi[:, None] - lags + np.arange(lags + count) - late[:, None]) / span
-    state = np.zeros((len(hi), tail))
-    state[:, HI] = 1.0
+        return np.asarray(spread[:, :, :1] * state[:, None] + after @ (tables.b[step, 0][:, :, None] * outputs))
+    factors = np.zeros((len(hi), count, outputs.shape[2]))
     for k in range(count):
         state = tables.a[step[:, k], None] * state
         for lag in range(lags + 1):
-            weight, at = tables.b[step[:, k], lag], place[:, lags + k - lag]
-            state[:, LATE] += weight * (1 + at)
-            state[:, EARLY] -= weight * at
+            state = state + tables.b[step[:, k], lag, None] * outputs[:, lags + k - lag]
         factors[:, k] = state
     return factors
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arrays import Indices
+from . import extrapolation
 
 if TYPE_CHECKING:
     from .seats import Seats
@@ -99,17 +100,22 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
         stop = min(row + size, W + 1)
         factors = window.tables.factors(lo, begins_behind, stop - row, W, tail, kind)[: stop - row]
         enter[s, row:stop] = factors[:, :known]
+        if kind == "extrapolate" and window.bend is not None and window.bend[s]:
+            bend = window.tables.factors(lo, begins_behind, stop - row, W, tail, "bend")[: stop - row]
+            enter[s, row:stop] += window.bend[s] * bend
         if noise is not None:
             numbers["enter_noise"][s, row:stop] = factors[:, known:]
     end = np.maximum(last - 1, 0)
     whole = window.uniform and not window.overflow
     if not (whole and window.tail_is_uniform):  # else it is as it was
-        # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_early]; the state before the first step's is state lo itself.
+        # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_middle, f_early]; before the first step's is state lo itself.
         ends, places = indices["ends"], indices["tail"]
         lo_state, step = window.first_x, tensors.first["step"] - 1 + rows * W
         places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
         places[:, 2], places[:, 3] = ends[0], ends[-2]
-        places[:, 4] = window.first_f + np.maximum(0, end - W // 2)
+        span = extrapolation.span(W)
+        places[:, 4] = window.first_f + np.maximum(0, end - span // 2)
+        places[:, 5] = window.first_f + np.maximum(0, end - span)
         if lags:
             history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
             history[last < width] = len(rows) * (lags + W)

@@ -94,6 +94,7 @@ class Measuring(Seats):
     def take_measured(self, measured: dict[str, Array], finite: Flags | None) -> Measured:
         """Take what the device has measured."""
         self.errors.note_size(self, measured["sizes"])
+        self.bend = extrapolation.persistence(measured["bends"]) if self.tensors.bends else None
         return Measured(measured["gram"], measured["pairs"], finite, measured["corrections"])
 
     def _measure(self, outputs: Tensor, *, pairs: bool) -> dict[str, Array]:

@@ -51,6 +51,8 @@ class Seats(Frame):
             predicts=self.tables.alpha is not None and self.tables.predicts,
             order=order,
             history=history,
+            # Four outputs say whether bends last; nothing enters a window over the whole loop.
+            bends=self.tables.extrapolates == "line" and 4 <= self.W < self.problem.steps,
         )
         self.seat(np.arange(len(batch)), tensors)
         self.reset(self.rows)

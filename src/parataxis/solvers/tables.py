@@ -157,6 +157,8 @@ class Tables:
             hi = np.array([origin])
             if entry == "copy":
                 factors = extrapolation.copied(self, hi, size, tail)
+            elif entry == "bend":
+                factors = extrapolation.bend(self, hi, width, size, tail)
             elif self.extrapolates == "frozen":
                 factors = extrapolation.frozen(self, hi, size, tail)
             else:

@@ -33,6 +33,7 @@ class WindowTensors(RowBlock):
         predicts: Whether the data prediction is known; else the last state of a window stands for its size.
         order: Terms kept of the correction, or None for all.
         history: Rounds of corrections kept, of accelerated methods.
+        bends: Whether to measure how long bends of the outputs last, see :func:`.extrapolation.persistence`.
 
     Attributes:
         x: (S, W + 1, dim) the states lo .. lo + W; ``inputs`` the first W of them, ``targets`` the last W.
@@ -56,16 +57,18 @@ class WindowTensors(RowBlock):
         predicts: bool = True,
         order: int | None = None,
         history: int = 1,
+        bends: bool = False,
     ) -> None:
         self.batch, self.count, self.width, self.lags = batch, count, width, lags
         self.keeps_pairs, self.predicts, self.order, self.history = keeps_pairs, predicts, order, history
+        self.bends = bends
         self.overflowed = False  # whether a residual may be infinite
         self.enters_from = 0  # rows of states before this one have nothing to be filled with
         super().__init__(batch.start, self.regions(), count)
 
     def like(self, count: int) -> WindowTensors:
         """Return tensors of the same kind for another number of samples."""
-        options = {"keeps_pairs": self.keeps_pairs, "predicts": self.predicts, "order": self.order}
+        options = {"keeps_pairs": self.keeps_pairs, "predicts": self.predicts, "order": self.order, "bends": self.bends}
         return type(self)(self.batch, count, self.width, self.lags, **options, history=self.history)  # type: ignore[arg-type]
 
     def regions(self) -> dict[str, int]:
@@ -101,7 +104,8 @@ class WindowTensors(RowBlock):
         """Return the shapes of what a round measures.
 
         The Gram matrix of the residuals, the products of (dx, df) of each step, the norms of the data prediction at
-        the last and at the first step, and the products of corrections of accelerated methods.
+        the last and at the first step, the products of the last two bends of the outputs, and those of corrections of
+        accelerated methods.
         """
         count, width = self.count, self.width
         pairs = (count, width, 2, 2) if self.keeps_pairs else (0,)
@@ -109,6 +113,7 @@ class WindowTensors(RowBlock):
             "gram": (count, width, width),
             "pairs": pairs,
             "sizes": (2, count),
+            "bends": (count, 2, 2) if self.bends else (0,),
             "corrections": (0,),
         }
 
@@ -138,6 +143,13 @@ class WindowTensors(RowBlock):
             first, length = self.first["dx"], count * width + 1
             self.pairs = self.all[first : first + 2 * length].view(2, length, dim)[:, :-1].transpose(0, 1)
             self.pairs_transposed = self.pairs.mT
+        if self.bends:
+            apart = extrapolation.apart(width)
+            self.apart = self.outputs[:, width - 1 - 3 * apart :: apart]  # (S, 4, dim)
+            self.second = self.all.new_empty(count, 2, dim)  # their second differences, the last one first
+            self.second_transposed = self.second.mT
+            differences = self.all.new_tensor([[0.0, 1.0, -2.0, 1.0], [1.0, -2.0, 1.0, 0.0]])
+            self.differences = differences.expand(count, 2, 4)
         shapes = self.measured_shapes()
         self.measured = self.all.new_zeros(sum(int(np.prod(shape)) for shape in shapes.values()))
         self.pieces, self.slices, first = {}, [], 0
@@ -177,6 +189,9 @@ class WindowTensors(RowBlock):
         torch.index_select(self.all, 0, sent["ends"], out=self.end_rows)
         prediction = torch.mul(self.end_inputs, self.p).addcmul_(self.end_outputs, self.q)
         torch.linalg.vector_norm(prediction, dim=2, out=self.pieces["sizes"])
+        if self.bends:
+            torch.bmm(self.differences, self.apart, out=self.second)
+            torch.bmm(self.second, self.second_transposed, out=self.pieces["bends"])
         self.measure_residuals()
 
     def measure_residuals(self) -> None:
