@@ -258,3 +258,21 @@ def test_number_of_tensors_does_not_grow_with_the_number_of_steps():
     assert run.report.mode == "one pass"
     early, late = counts[90, 30], counts[90, 82]
     assert late <= early + 8  # some steps are ready to be answered
+
+
+def test_states_enter_a_window_of_a_loop_whose_recurrence_holds_earlier_outputs():
+    """One pass begins behind a step that multistep schedulers remember: it enters like noise."""
+    net, scheduler = Network(), DPMSolverMultistepScheduler()
+
+    def loop(x):
+        scheduler.set_timesteps(24)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t), t, x).prev_sample
+        return x
+
+    x = torch.randn(1, DIM, generator=torch.Generator().manual_seed(0))
+    run = px.parallel(loop, px.Secant(window=8), denoisers=[net])
+    assert relative(run(x), loop(x)) <= 1e-2
+    assert run.report.mode == "one pass"
+    assert run.report.rounds < 20
+    assert not run.report.reason

@@ -102,7 +102,7 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
         enter[s, row:stop] = factors[:, :known]
         if kind == "extrapolate" and window.bend is not None and window.bend[s]:
             bend = window.tables.factors(lo, begins_behind, stop - row, W, tail, "bend")[: stop - row]
-            enter[s, row:stop] += window.bend[s] * bend
+            enter[s, row:stop] += window.bend[s] * bend[:, :known]
         if noise is not None:
             numbers["enter_noise"][s, row:stop] = factors[:, known:]
     end = np.maximum(last - 1, 0)
