@@ -250,6 +250,37 @@ def test_compiled_networks_run_compiled():
         assert relative(result, expected) <= 1e-4
 
 
+def test_what_is_compiled_is_not_compiled_again():
+    """A network that is compiled in place has one graph of a single call, and one of a bucket."""
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.append([tuple(value.shape) for value in inputs if value.ndim == 2])
+        return graph
+
+    class Plain(nn.Module):
+        def forward(self, x, t):
+            return 0.7 * x + torch.tanh(x.roll(1, 1)) * (1 + t.reshape(-1, 1) / 1000)
+
+    net, x = Plain(), torch.randn(1, DIM)
+    net.compile(backend=backend, dynamic=False)
+
+    def loop(x):
+        with torch.no_grad():
+            for i in range(24):
+                x = x - 0.05 * net(x, torch.tensor([50.0 * i]))
+        return x
+
+    expected = loop(x)
+    assert len(shapes) == 1
+    run = parallel(loop, px.Secant(window=8), denoisers=[net], buckets=(8,))
+    for _ in range(3):
+        assert relative(run(x), expected) <= 1e-2
+    assert "sequential" not in run.report.mode
+    assert relative(loop(x), expected) == 0
+    assert len(shapes) == 2, shapes
+
+
 def test_autocast_of_the_loop_holds_for_its_evaluations():
     seen = []
 

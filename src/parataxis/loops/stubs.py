@@ -172,4 +172,20 @@ def _stub(owner: Any, name: str) -> Stub | None:
 def _original(module: nn.Module) -> OriginalCall:
     """Return what a call of the module runs, hooks and compiled code included."""
     compiled = module.__dict__.get("_compiled_call_impl")
-    return compiled if compiled is not None else module._call_impl
+    return module._call_impl if compiled is None else partial(_call_compiled, module, compiled)
+
+
+def _call_compiled(module: nn.Module, compiled: OriginalCall, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that was compiled in place, with its own ``forward`` in the place of a stub.
+
+    Dynamo begins to compile at ``forward``: behind a stub it would begin at the stub's code, so every shape that is
+    compiled already would be compiled again, and all networks together would count towards its limit.
+    """
+    stub = module.__dict__.get("forward")
+    if not isinstance(stub, Stub):
+        return compiled(*args, **kwargs)
+    module.__dict__["forward"] = stub.original
+    try:
+        return compiled(*args, **kwargs)
+    finally:
+        module.__dict__["forward"] = stub
