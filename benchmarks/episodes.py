@@ -299,6 +299,7 @@ def calibrate(names: Sequence[str], runs: int = 59) -> None:
         print(path.stem, calibration, flush=True)
 
 
+@torch.no_grad()  # Dynamo compiles for each mode, and rows of many steps are evaluated without gradients
 def compile_for(policy: Policy, condition: Tensor, sizes: Sequence[int]) -> None:
     """Compile a network in place, so that a calibration of it still holds, for these numbers of rows."""
     torch._dynamo.config.recompile_limit = 64  # networks of one class share their code, and each shape counts
