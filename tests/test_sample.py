@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import parataxis as px
 import problems
@@ -58,6 +59,28 @@ def test_rows_are_limited_without_changing_the_result():
     limited = px.sample(counted, noise, sampler, px.Picard(), max_rows=7)
     assert max(sizes) == 7
     assert torch.allclose(limited.x, px.sample(network, noise, sampler, px.Picard()).x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize(
+    "solver", [px.Sequential(), px.Secant(window=8), px.Picard(window=8), px.Anderson(), px.Parareal()]
+)
+@pytest.mark.parametrize("name", ["ddpm clipped", "ddim", "dpmpp_2m"])
+def test_network_may_write_into_its_input(name, solver, rows):
+    """Also where outputs are transformed by what the network was given: clipped, or turned into data predictions."""
+    if name == "ddpm clipped":
+        scheduler = DDPMScheduler(30, clip_sample=True)
+        scheduler.set_timesteps(30)
+        sampler = px.from_scheduler(scheduler)
+    else:
+        sampler = px.SAMPLERS[name](steps=30)
+    noise = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw(network):
+        generator = torch.Generator().manual_seed(1)
+        return px.sample(network, noise, sampler, solver, generator=generator, max_rows=rows).x
+
+    assert torch.equal(draw(lambda x, t: x.mul_(0.9).tanh_()), draw(lambda x, t: (0.9 * x).tanh()))
 
 
 def test_conditions_follow_their_sample():

@@ -39,18 +39,20 @@ def test_operations_a_round_depend_neither_on_n_nor_on_the_number_of_samples(sol
     assert max(figures) <= 1.2 * min(figures)
 
 
-# Windows of memory: states, outputs, corrected states, residuals, inputs and outputs of the round before, and what a
-# round needs on the way; more where the corrections of the last rounds are kept.
-WINDOWS = {px.Picard: 9.5, px.Anderson: 11.5, px.Secant: 9.5}
+# Windows of memory: states, outputs, those of the round before, what the network is given and returns; more
+# where the corrections of the last rounds are kept.
+WINDOWS = {px.Picard: 7.25, px.Anderson: 9.25, px.Secant: 7.25}
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_memory_is_bounded_in_windows_and_a_trajectory(solver, name):
+def test_memory_is_bounded_in_windows_and_a_trajectory(solver, name, count):
     width = 16
-    figures = measure(px.SAMPLERS[name](steps=100), dataclasses.replace(solver, window=width), 2, shape=(4, 16, 16))
+    figures = measure(px.SAMPLERS[name](steps=100), dataclasses.replace(solver, window=width), count, shape=(4, 16, 16))
     # The noise of a stochastic sampler is not in "windows"; everything else is, start and rings of W + 1 included.
-    assert figures["windows"] <= WINDOWS[type(solver)]
+    # Where outputs are transformed, they are there twice for a moment.
+    assert figures["windows"] <= WINDOWS[type(solver)] + 1.5 * (name == "dpmpp_2m")
 
 
 @pytest.mark.parametrize("solver", IN_DISTRIBUTION, ids=repr)

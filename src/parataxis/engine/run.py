@@ -44,6 +44,7 @@ class Group:
 
     def __init__(self, sampler: Sampler | None, batch: Batch, solver: Solver, dtype: torch.dtype) -> None:
         self.sampler, self.batch, self.solver, self.dtype = sampler, batch, solver, dtype
+        self.transform = None if sampler is None else sampler.transform
         self.shape = tuple(batch.recurrence.start.shape[1:])
         self.runs: dict[int, Run] = {}
         self.slots = np.arange(len(batch))
@@ -56,11 +57,17 @@ class Group:
     def ask(self) -> Query:
         """Return what the solver waits for."""
         if self._query is None:
-            self._query, self._first = next(self._queries), None
+            self._begin_round(next(self._queries))
         elif self.changed:
-            self._query, self._first = self._queries.send(NOTHING), None
+            self._begin_round(self._queries.send(NOTHING))
         self.changed = False
+        assert self._query is not None
         return self._query
+
+    def _begin_round(self, query: Query) -> None:
+        if self.transform is not None and query.states is None:  # it needs what the network was given
+            query = query._replace(states=query.x.clone())
+        self._query, self._first = query, None
 
     def first_row(self, place: int) -> int:
         """Return where the rows of a place begin in the query."""
@@ -83,21 +90,33 @@ class Group:
         x = x.view(-1, *self.shape).to(self.dtype)
         return EvalBatch(x, torch.from_numpy(step), torch.from_numpy(self.slots[sample]))
 
-    def take(self, share: Share, outputs: Tensor) -> None:
-        """Take the outputs of a share, (R, *shape); the solver goes on with the places that are through."""
-        query = self.ask()
+    def take(self, share: Share, held: list[Tensor]) -> None:
+        """Take the outputs of a share, (R, *shape); the solver goes on with the places that are through.
+
+        Args:
+            share: What was evaluated.
+            held: The outputs, which are taken out: nobody on the way holds them once the solver has copied them.
+        """
+        query, outputs = self.ask(), held.pop()
         if not self.batch.output_rounding:
             self.batch.output_rounding = rounding_of(outputs)
         outputs = outputs.detach().to(self.batch.start)
-        if self.sampler is not None and self.sampler.transform is not None:
-            x, step = query.x, query.step
-            if share.rows is not None:
-                x, step = x.index_select(0, upload(share.rows, x.device)), step[share.rows]
-            outputs = self.sampler.transform(torch.from_numpy(step), x.view(outputs.shape), outputs)
+        if self.transform is not None:
+            states, step = query.states, query.step
+            assert states is not None
+            if share.rows is None:  # what the network was given is done with
+                self._query = query = query._replace(x=states)
+            else:
+                states, step = states.index_select(0, upload(share.rows, states.device)), step[share.rows]
+            columns = upload(self.transform.columns[:, step], outputs)
+            outputs = self.transform.apply(columns, states.view(outputs.shape), outputs)
+            del states
         outputs, widths = outputs.flatten(1), query.width
         del query
         if share.rows is None and not self.partial:
-            self._send(None, outputs, widths)
+            answer = Answer(None, outputs)
+            del outputs
+            self._send(answer, widths)
             return
         through, ready, first = [], [], 0
         for place, count, last in share.parts:
@@ -110,14 +129,12 @@ class Group:
                 # A copy: what a call returns may lie in memory that the next call writes to.
                 self.partial[place] = [*parts[:-1], parts[-1].clone()]
         if through:
-            self._send(np.array(through), torch.cat(ready), widths)
+            self._send(Answer(np.array(through), torch.cat(ready)), widths)
 
-    def _send(self, places: Indices | None, outputs: Tensor, widths: Indices) -> None:
-        accepted, error = self.batch.accepted.copy(), self.batch.error.copy()
+    def _send(self, answer: Answer, widths: Indices) -> None:
+        places, accepted, error = answer.sample, self.batch.accepted.copy(), self.batch.error.copy()
         self._query = None  # so that its rows are gone once the solver makes others
-        answer = Answer(places, outputs)
-        del outputs
-        self._query, self._first = self._queries.send(answer), None
+        self._begin_round(self._queries.send(answer))
         answered = np.flatnonzero(widths).tolist() if places is None else places.tolist()
         ended = [place for place in answered if self.batch.finished[place]]
         if ended:
@@ -493,12 +510,14 @@ def answer_shares(shares: Sequence[Share], outputs: Tensor) -> None:
     """Give the network's outputs for the rows of shares, and let their solvers go on where a sample is through."""
     group, steps = shares[0].group, [share.steps for share in shares]
     if len(shares) == 1:
-        group.take(shares[0], expect(outputs, (len(steps[0]), *group.shape), group.dtype, steps[0]))
+        held = [expect(outputs, (len(steps[0]), *group.shape), group.dtype, steps[0])]
+        del outputs
+        group.take(shares[0], held)
         return
     counts = [len(part) for part in steps]
     outputs = expect(outputs, (sum(counts), *group.shape), group.dtype, np.concatenate(steps))
     for share, part in zip(shares, torch.split(outputs, counts), strict=True):
-        share.group.take(share, part)
+        share.group.take(share, [part])
 
 
 def drive(

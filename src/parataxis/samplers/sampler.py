@@ -67,7 +67,12 @@ class OutputTransform:
             clipped = data.clamp(-self.clip, self.clip)
         else:
             return data
-        return data + gain * (clipped - data)
+        return clipped if self._is_whole else data + gain * (clipped - data)
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether the recurrence uses the clipped prediction alone, at all steps."""
+        return bool((self.gain == 1).all())
 
     def coefficients(self, local: Coefficients) -> Coefficients:
         """Return the coefficients, without a data prediction where these outputs are not one: where a gain is not 1."""

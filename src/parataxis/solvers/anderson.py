@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..arrays import Array, Indices, read
 from ..checks import is_int
@@ -130,13 +131,13 @@ class Anderson(Windowed):
         assert isinstance(window, _Accelerated)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if window.batch.recurrence.replays:
-                measured = window.measure(answer.outputs)
+                measured = window.measure(answer.take())
                 window.correct(self.slopes(window, None), measured)
                 corrections = window.measure_corrections()
             else:
                 # The slopes do not depend on the outputs: the corrections can be measured with everything else.
                 window.correct(self.slopes(window, None))
-                measured = window.measure(answer.outputs)
+                measured = window.measure(answer.take())
                 window.norms(measured)
                 corrections = measured.corrections
             count = self.accept(window, measured)
@@ -196,7 +197,7 @@ def _frozen_growth(coefficients: Coefficients) -> Array:
 class _AcceleratedTensors(WindowTensors):
     """Tensors of windows that keep guess and correction of the last rounds, moved along: old1, new1, old2, .."""
 
-    corrected = False  # whether the corrected states of this round are in place already
+    is_corrected = False  # whether the corrected states of this round are in place already
 
     def regions(self) -> dict[str, int]:
         # The corrections of earlier rounds lie behind the residuals, whose place those of this round take.
@@ -215,21 +216,21 @@ class _AcceleratedTensors(WindowTensors):
 
     def look(self) -> None:
         super().look()
-        length, dim, m = self.count * self.width + 1, self.all.shape[1], self.history
+        length, dim, m = self.count * self.width, self.all.shape[1], self.history
         first = self.first["r"]
-        self.corrections = self.all[first : first + m * length].view(m, length, dim)[:, :-1].transpose(0, 1)
+        self.corrections = self.all[first : first + m * length].view(m, length, dim).transpose(0, 1)
         self.corrections_transposed = self.corrections.mT
         kinds = [f"{kind}{age}" for kind in ("correction", "new") for age in range(1, m)]
-        self.former = {kind: self.flat[kind][:-1] for kind in kinds}
-        self.older = [self.former[f"new{age}"].view(self.step.shape) for age in range(1, m)]
+        self.former = {kind: self.flat[kind] for kind in kinds}
+        self.older = [self.view(f"new{age}") for age in range(1, m)]
         if m > 1:
             self.correction_products = self.pieces["corrections"].view(-1, m, m)
 
     def correct(self) -> None:
         """Put the corrected states in place, once."""
-        if not self.corrected:
+        if not self.is_corrected:
             super().correct()
-        self.corrected = True
+        self.is_corrected = True
 
     def measure_residuals(self) -> None:
         """Measure the residuals, and the corrections that follow from them."""
@@ -239,13 +240,13 @@ class _AcceleratedTensors(WindowTensors):
     def measure_corrections(self) -> None:
         """Correct, and take the inner products of the corrections of the last rounds, (S, W, m, m)."""
         self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
-        self.corrected = False
+        self.is_corrected = False
         self.correct()
         if self.history > 1:
             torch.sub(self.step, self.targets, out=self.r)
             torch.bmm(self.corrections, self.corrections_transposed, out=self.correction_products)
 
-    def move(self, *, enter: bool) -> None:
+    def move(self, *, enter: bool) -> Tensor | None:
         """Mix the corrections, and move what is kept of them."""
         if self.history > 1:
             sent = self.pack.tensors
@@ -259,7 +260,7 @@ class _AcceleratedTensors(WindowTensors):
             for age in range(self.history - 1, 0, -1):
                 self._shift("step" if age == 1 else f"new{age - 1}", f"new{age}")
             self.step.copy_(mixed)
-        super().move(enter=enter)
+        return super().move(enter=enter)
 
     def _shift(self, source: str, target: str) -> None:
         """Move states lo + 1 .. lo + W with their windows into the place of older ones."""
@@ -295,10 +296,9 @@ class _Accelerated(Window):
 
     def move(self, count: Indices, entry: str) -> None:
         """Accept states and move, with what is kept of the last rounds."""
-        # State lo + 1 + j of the window comes from what lies count further on.
-        source = count[:, None] + self.offset[:-1]
-        here = np.where(source < self.width[:, None], self.rows[:, None] * self.W + source, len(count) * self.W)
-        self.pack.indices["shift_history"][:] = here
+        # State lo + 1 + j of the window comes from what lies count further on; behind the end it has no history.
+        source = np.minimum(count[:, None] + self.offset[:-1], np.maximum(self.width - 1, 0)[:, None])
+        np.add(self.rows[:, None] * self.W, source, out=self.pack.indices["shift_history"])
         # Rounds on interpolated outputs begin a new history.
         now = np.stack([self.lo, self.hi], 1)[..., None]
         before = np.where(self.coarse[:, None, None], 0, self.spans)

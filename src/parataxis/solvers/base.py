@@ -28,19 +28,22 @@ class Query(NamedTuple):
     Rows of one sample stand side by side, in the order of their steps.
 
     Attributes:
-        x: (R, dim) network inputs.
+        x: (R, dim) network inputs. The network may write into them.
         step: (R,) which evaluation of the loop each row is.
         sample: (R,) place of its sample in the batch.
         width: (S,) how many rows each place has; 0 for places that are free or finished.
+        states: (R, dim) the same as ``x``, in memory of the solver that nobody writes to before the answer; or None.
     """
 
     x: Tensor
     step: Indices
     sample: Indices
     width: Indices
+    states: Tensor | None = None
 
 
-class Answer(NamedTuple):
+@dataclass(eq=False)
+class Answer:
     """The outputs of those samples of a query whose rows have all been evaluated.
 
     Attributes:
@@ -50,6 +53,12 @@ class Answer(NamedTuple):
 
     sample: Indices | None
     outputs: Tensor
+
+    def take(self) -> Tensor:
+        """Return the outputs, and let go of them: they are as large as the states of all windows."""
+        outputs = self.outputs
+        del self.outputs
+        return outputs
 
 
 Queries = Generator[Query, Answer, None]

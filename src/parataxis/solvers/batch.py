@@ -175,15 +175,28 @@ class Batch:
             self.trajectory[place, 0] = self.start[place]
         self.added.append(place)
 
-    def accept(self, places: Indices, counts: Indices, states: Tensor, error: Array) -> None:
+    @property
+    def keeps_states(self) -> bool:
+        """Whether accepted states are looked at: a trajectory is kept, or somebody is told of them."""
+        return self.trajectory is not None or self.on_accept is not None
+
+    def accept(self, places: Indices, counts: Indices, states: Tensor | None, error: Array) -> None:
         """Note that the next ``counts`` steps of these places are accepted.
 
         Args:
             places: (S',) increasing.
             counts: (S',) at least 0.
             states: (S', n, dim) what they lead to, n at least the largest count; entries beyond a count are ignored.
+                None will do unless :attr:`keeps_states`.
             error: (S',) estimated relative error of the sample accepted so far.
         """
+        if self.keeps_states:
+            assert states is not None
+            self._keep_states(places, counts, states)
+        self.accepted[places] += counts
+        self.error[places] = error
+
+    def _keep_states(self, places: Indices, counts: Indices, states: Tensor) -> None:
         if self.on_accept is not None:
             self.on_accept(places, counts, states)
         if self.trajectory is not None:
@@ -196,8 +209,6 @@ class Batch:
             index = upload(place * (self.problem.steps + 1) + step, states.device)
             rows = states.reshape(-1, states.shape[2])[upload(np.flatnonzero(inside), states.device)]
             self.trajectory.view(-1, states.shape[2]).index_copy_(0, index, rows)
-        self.accepted[places] += counts
-        self.error[places] = error
 
     def note_residuals(self, places: Indices, lo: Indices, width: Indices, norms: Array) -> None:
         """Keep the residuals of a round.

@@ -1,7 +1,7 @@
 """What the host sends to the device in a round: numbers and indices, written into the one copy that is sent.
 
-Indices point to rows of regions of :class:`.tensors.WindowTensors`; those for which there is nothing point to the row
-behind a region, which is zero.
+Indices point to rows of the block of :class:`.tensors.WindowTensors`, those for which there is nothing to its row of
+zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..arrays import Indices
 from . import extrapolation
 
 if TYPE_CHECKING:
+    from .frame import Flags
     from .seats import Seats
     from .window import Window
 
@@ -55,32 +56,46 @@ def write_frame(window: Seats) -> None:
 
 def write_shift(window: Window, count: Indices, last: Indices) -> None:
     """Write down where every row of the next window comes from; states behind ``last`` are not gone on from."""
-    indices, samples, W, lags = window.pack.indices, len(count), window.W, window.lags
+    indices, nothing = window.pack.indices, window.tensors.nothing
     # State lo + j of the window is the corrected state behind step j - 1; only empty windows would keep state lo.
     source = window.offset + count[:, None]
     lost = source > last[:, None]
     if not window.uniform:
         lost |= source == 0
     shift = np.add(source, window.row_step - 1, out=indices["shift"])
-    np.copyto(shift, samples * W, where=lost)
+    np.copyto(shift, nothing, where=lost)
     if window.tensors.keeps_pairs:
         # States and outputs of steps that stay; interpolated outputs are no measurement.
         source = source[:, :-1]
         lost = source >= window.width[:, None]
         if window.strided:
             lost |= window.coarse[:, None]
-        before_x = np.add(source, window.row_x, out=indices["before_x"])
-        np.copyto(before_x, samples * (W + 1), where=lost)
-        before_f = np.add(source, window.row_f, out=indices["before_f"])
-        np.copyto(before_f, samples * (lags + W), where=lost)
-    if lags:
-        indices["history"][:] = window.row_f - lags + count[:, None] + np.arange(lags)
+        before = np.add(source, window.row_before, out=indices["before"])
+        np.copyto(before, nothing, where=lost)
+    if window.lags:
+        _write_history(window, 0, count[:, None] + np.arange(-window.lags, 0))
+
+
+def _write_history(window: Window, which: int, place: Indices, lost: Flags | None = None) -> None:
+    """Write down the outputs of steps lo + ``place`` (S, L), and what moves them; of the samples ``lost`` (S,) none.
+
+    Steps before lo are final, and so is the input of step lo.
+    """
+    rows, slopes = window.pack.indices["history_rows"][:, which], window.pack.numbers["history"][which, ..., 0]
+    moved = place > 0
+    rows[0] = window.row_f + place
+    rows[1] = np.where(moved, window.row_step - 1 + place, window.tensors.nothing)
+    rows[2] = np.where(moved, window.row_x + place, window.tensors.nothing)
+    slopes[:] = np.where(moved, np.take_along_axis(window.slopes, np.maximum(place, 0), 1), 0.0)
+    if lost is not None:
+        rows[:, lost] = window.tensors.nothing
+        slopes[lost] = 0.0
 
 
 def write_entering(window: Window, count: Indices, last: Indices, entering: Indices, entry: str) -> None:
     """Write down the states that enter as combinations of the tail; see :mod:`.extrapolation`."""
     numbers, indices, tensors = window.pack.numbers, window.pack.indices, window.tensors
-    W, lags, rows, width, noise = window.W, window.lags, window.rows, window.width, window.batch.noise
+    W, lags, width, noise = window.W, window.lags, window.width, window.batch.noise
     enter = numbers["enter"]
     enter[:] = 0.0
     known, tail = enter.shape[2], enter.shape[2]
@@ -110,17 +125,15 @@ def write_entering(window: Window, count: Indices, last: Indices, entering: Indi
     if not (whole and window.tail_is_uniform):  # else it is as it was
         # [new_hi, new_{hi-1}, u_{hi-1}, f_{hi-1}, f_middle, f_early]; before the first step's is state lo itself.
         ends, places = indices["ends"], indices["tail"]
-        lo_state, step = window.first_x, tensors.first["step"] - 1 + rows * W
+        lo_state, step = window.first_x, window.row_step[:, 0] - 1
         places[:, 0], places[:, 1] = np.where(last > 0, step + last, lo_state), np.where(end > 0, step + end, lo_state)
         places[:, 2], places[:, 3] = ends[0], ends[-2]
         span = extrapolation.span(W)
         places[:, 4] = window.first_f + np.maximum(0, end - span // 2)
         places[:, 5] = window.first_f + np.maximum(0, end - span)
-        if lags:
-            history = rows[:, None] * (lags + W) + end[:, None] + np.arange(lags)
-            history[last < width] = len(rows) * (lags + W)
-            indices["tail_history"][:] = history
         window.tail_is_uniform = whole
+    if lags:
+        _write_history(window, 1, end[:, None] + np.arange(-lags, 0), lost=last < width)
     if noise is not None:
         steps = np.minimum((window.lo + end)[:, None] + window.offset, window.problem.steps - 1)
         steps = window.batch.noise_at(window.places, np.maximum(window.lo - 1, 0), steps)

@@ -46,9 +46,12 @@ class Measuring(Seats):
         self.chosen: Indices | None = None  # places of the outputs, if they are not all
         if self.uniform and not self.coarse.any():
             widths[self.places] = self.W
-            rows = self.tensors.inputs.clone()  # the network may write into its input
-            return Query(rows.view(-1, rows.shape[2]), self.steps.reshape(-1), self.rows_of_all, widths)
-        nodes = self.nodes()
+            # A copy, as the network may write into its input.
+            inputs, self.entered = self.entered, None
+            if inputs is None:
+                inputs = self.tensors.inputs.clone().view(-1, self.tensors.x.shape[2])
+            return Query(inputs, self.steps.reshape(-1), self.rows_of_all, widths, self.tensors.states)
+        nodes, self.entered = self.nodes(), None
         widths[self.places] = nodes.sum(1)
         sample, offset = np.nonzero(nodes)
         self.chosen = sample * (self.lags + self.W) + self.lags + offset

@@ -108,7 +108,7 @@ class ReplayedWindow(Window):
             self.places[rows], hi[rows] - 1, np.ones(len(rows), np.int64), frozen[hi[rows] - 1][:, None]
         )
         self._loop.run_pass(int(hi[rows].min()), int((hi + entering)[rows].max()))
-        x = self.tensors.x
+        x, self.entered = self.tensors.x, None
         for row in rows:
             states = self._loop.states(int(self.places[row]), int(hi[row]) + 1, int(hi[row] + entering[row]))
             first = int(hi[row] - self.lo[row]) + 1

@@ -9,17 +9,15 @@ from ..arrays import Indices, upload
 
 __all__ = ["RowBlock"]
 
-SCRATCH = ("step", "r")  # written anew in every round
-
 
 class RowBlock:
-    """Regions of rows; each ends with a row that stays zero, for indices that are to point to nothing.
+    """Regions of rows. Behind the first lies one that stays zero, for indices that are to point to nothing.
 
     Attributes:
         count: S.
         rows: How many rows each region has for a sample.
         all: (rows, dim) the block.
-        flat: Each region with the row behind it; ``first`` where it begins.
+        flat: The regions; ``first`` where each begins, and ``nothing`` where the row of zeros lies.
         ends: (n, S, dim) rows that lie apart, as the regions are read while they are written.
     """
 
@@ -27,21 +25,21 @@ class RowBlock:
 
     def __init__(self, like: Tensor, rows: dict[str, int], count: int) -> None:
         self.count, self.rows = count, rows
-        self.all = like.new_zeros(sum(size * count + 1 for size in rows.values()), like.shape[1])
+        self.all = like.new_zeros(sum(rows.values()) * count + 1, like.shape[1])
         self.look()
 
     def look(self) -> None:
         """Make the views that every round uses: slicing them anew would cost as much as a small product."""
         self.first: dict[str, int] = {}
         self.flat: dict[str, Tensor] = {}
-        first = 0
+        first, self.nothing = 0, next(iter(self.rows.values())) * self.count
         for name, rows in self.rows.items():
-            self.first[name], self.flat[name] = first, self.all[first : first + rows * self.count + 1]
-            first += rows * self.count + 1
+            self.first[name], self.flat[name] = first, self.all[first : first + rows * self.count]
+            first += rows * self.count + (first == 0)
 
     def view(self, name: str) -> Tensor:
         """Return a region as (S, rows, dim)."""
-        return self.flat[name][:-1].view(self.count, -1, self.all.shape[1])
+        return self.flat[name].view(self.count, -1, self.all.shape[1])
 
     def copy_rows(self, rows: Indices, into: RowBlock) -> None:
         """Copy the tensors of some samples to others of as many samples."""
@@ -58,14 +56,13 @@ class RowBlock:
     def state(self, row: int) -> dict[str, Tensor]:
         """Return the rows of a sample that are kept from round to round."""
         at = upload(np.array([row]), self.all.device)
-        rows = {name: self.view(name).index_select(0, at) for name in self.rows if name not in SCRATCH}
-        return {f"rows.{name}": value for name, value in rows.items()} | {"rows.ends": self.ends[:, row]}
+        rows = {f"rows.{name}": self.view(name).index_select(0, at) for name in self.rows}
+        return rows | {"rows.ends": self.ends[:, row]}
 
     def load(self, row: int, state: dict[str, Tensor]) -> None:
         """Take such rows."""
         for name in self.rows:
-            if name not in SCRATCH:
-                self.view(name)[row] = state[f"rows.{name}"][0].to(self.all)
+            self.view(name)[row] = state[f"rows.{name}"][0].to(self.all)
         self.ends[:, row] = state["rows.ends"].to(self.all)
 
     def clear_rows(self, rows: Indices) -> None:
@@ -81,8 +78,10 @@ class RowBlock:
             index = (rows[:, None] * size + np.arange(size)).reshape(-1)
             block = self.flat[name].index_select(0, upload(index, self.all.device))
             self.all[first : first + len(block)].copy_(block)
-            self.all[first + len(block)].zero_()
-            first += len(block) + 1
+            if first == 0:
+                self.all[len(block)].zero_()
+                first = 1
+            first += len(block)
         self.count = len(rows)
         self.all = self.all[:first]
         self.look()

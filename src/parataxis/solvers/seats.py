@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from ..arrays import Indices, upload
 from .batch import Batch
@@ -32,6 +33,7 @@ class Seats(Frame):
         tensors: States and outputs, on the device.
         errors: What is known of their errors.
         slopes: (S, W) of the last round, or NaN.
+        entered: (W, dim) a copy of the inputs of a single sample, for the network; None if there is none.
     """
 
     tensors_type: type[WindowTensors] = WindowTensors
@@ -63,17 +65,18 @@ class Seats(Frame):
         self.tensors, self.pack = tensors, tensors.pack
         self.errors = ErrorRecord(self)
         self.slopes = self.errors.slopes
-        # Where the rows of each sample begin: of its noise; of its steps, states and outputs within their region; and
-        # of the last two in the block.
+        # Where the rows of each sample begin: of its noise; in the block its states, its outputs and its steps.
         self.first_noise = (places * (self.problem.steps if self.batch.held is None else self.batch.held.steps))[
             :, None
         ]
-        self.row_step, self.row_x, self.row_f = (
-            (self.rows * size + skipped)[:, None]
-            for size, skipped in ((self.W, 0), (self.W + 1, 0), (self.lags + self.W, self.lags))
-        )
-        self.first_x, self.first_f = tensors.first["x"] + self.row_x[:, 0], tensors.first["f"] + self.row_f[:, 0]
+        first, W = tensors.first, self.W
+        self.row_x = first["x"] + self.rows[:, None] * (W + 1)
+        self.row_f = first["f"] + self.rows[:, None] * (self.lags + W) + self.lags
+        self.row_step = first["step"] + self.rows[:, None] * W
+        self.row_before = np.stack([self.row_x, self.row_f])
+        self.first_x, self.first_f = self.row_x[:, 0], self.row_f[:, 0]
         self.rows_of_all = np.repeat(places, self.W)
+        self.entered: Tensor | None = None
         self.frame_sent = self.ends_are_uniform = self.tail_is_uniform = False
 
     def take(self, rows: Indices) -> Self:
@@ -113,7 +116,7 @@ class Seats(Frame):
     def refresh(self) -> None:
         """Look again at which samples are being solved."""
         self.look()
-        self.frame_sent = False
+        self.frame_sent, self.entered = False, None
 
     def shrink(self) -> None:
         """Drop samples that have ended, once they are at least half."""

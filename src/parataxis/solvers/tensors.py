@@ -38,9 +38,10 @@ class WindowTensors(RowBlock):
     Attributes:
         x: (S, W + 1, dim) the states lo .. lo + W; ``inputs`` the first W of them, ``targets`` the last W.
         f: (S, L + W, dim) the outputs of the steps lo - L .. lo + W - 1; ``outputs`` the last W.
-        step: (S, W, dim) the step of each state, later the corrected states lo + 1 .. lo + W.
-        r: (S, W, dim) residuals.
-        dx, df: (S, W, dim) input and output of the evaluation before, and once measured the moves since then.
+        step: (S, W, dim) from round to round the inputs of the evaluation before, in their place the moves since then
+            while they are measured, then the step of each state, and at last the corrected states lo + 1 .. lo + W.
+        r: (S, W, dim) the outputs of the evaluation before, their moves, then the residuals.
+        corrected: (S, W, dim) a copy of the corrected states, if ``keeps_corrected``.
         ends: (4 or 5, S, dim) input of the last step of each window as it was evaluated last, the state behind it where
             that stands for the size of data, input of the first step, and outputs of the last and of the first step.
         measured: What a round measures, in one piece: the arrays of :meth:`measured_shapes`, one behind the other.
@@ -64,6 +65,8 @@ class WindowTensors(RowBlock):
         self.bends = bends
         self.overflowed = False  # whether a residual may be infinite
         self.enters_from = 0  # rows of states before this one have nothing to be filled with
+        self.keeps_corrected = False  # whether somebody looks at the states behind a round
+        self.corrected: Tensor | None = None
         super().__init__(batch.start, self.regions(), count)
 
     def like(self, count: int) -> WindowTensors:
@@ -72,10 +75,12 @@ class WindowTensors(RowBlock):
         return type(self)(self.batch, count, self.width, self.lags, **options, history=self.history)  # type: ignore[arg-type]
 
     def regions(self) -> dict[str, int]:
-        """Return how many rows each region has for a sample."""
+        """Return how many rows each region has for a sample.
+
+        What is moved from the first two to the others is one slice of the block, and never overlaps them.
+        """
         width = self.width
-        rows = {"x": width + 1, "step": width, "f": self.lags + width}
-        return rows | ({"dx": width, "df": width} if self.keeps_pairs else {}) | {"r": width}
+        return {"x": width + 1, "f": self.lags + width, "step": width, "r": width}
 
     def numbers(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the numbers that the host sends."""
@@ -83,7 +88,12 @@ class WindowTensors(RowBlock):
         numbers: dict[str, tuple[int, ...]] = {
             "weights": (lags + 2, count, width, 1),  # A, then B of each lag
             "prediction": (2, 2, count, 1),  # p and q, of the last and of the first step
-            "slopes": (count, width, 1),
+            "history": (
+                2,
+                count,
+                lags,
+                1,
+            ),  # slopes of the outputs that steps of the next window, and the tail, look back on
             "enter": (count, width + 1, extrapolation.HISTORY + lags),
         }
         if self.batch.noise is not None:
@@ -95,9 +105,11 @@ class WindowTensors(RowBlock):
     def indices(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the indices that the host sends."""
         width, lags = self.width, self.lags
-        indices = {"step": width, "noise": width, "before_x": width, "before_f": width, "shift": width + 1}
-        indices |= {"history": lags, "tail": extrapolation.HISTORY, "tail_history": lags, "tail_noise": width + 1}
-        shapes = {name: (self.count, size) for name, size in indices.items()}
+        indices = {"step": width, "noise": width, "shift": width + 1}
+        indices |= {"tail": extrapolation.HISTORY, "tail_noise": width + 1}
+        shapes: dict[str, tuple[int, ...]] = {name: (self.count, size) for name, size in indices.items()}
+        # Of the history: outputs, corrected inputs and inputs as they were evaluated.
+        shapes |= {"before": (2, self.count, width), "history_rows": (3, 2, self.count, lags)}
         return {**shapes, "ends": (4 if self.predicts else 5, self.count)}
 
     def measured_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,23 +138,19 @@ class WindowTensors(RowBlock):
         self.a, *self.b = self.pack.tensors["weights"]
         self.p, self.q = self.pack.tensors["prediction"]
         self.x, self.f, self.step, self.r = (self.view(name) for name in ("x", "f", "step", "r"))
-        self.x_rows, self.step_rows, self.r_transposed = self.flat["x"][:-1], self.flat["step"][:-1], self.r.mT
+        self.r_transposed = self.r.mT
         self.inputs, self.targets = self.x[:, :width], self.x[:, 1:]
+        self.states = self.inputs[0] if count == 1 else None  # for one sample, in rows
         self.lagged = [self.f[:, lags - lag : lags - lag + width] for lag in range(lags + 1)]
         self.outputs, self.past = self.lagged[0], self.f[:, :lags]
-        # Of the states behind the first: corrected, as they were, how far that is, their outputs and slopes.
-        rows = self.step[:, :-1], self.inputs[:, 1:], self.r[:, 1:], self.outputs[:, 1:]
-        self.behind = *rows, self.pack.tensors["slopes"][:, 1:]
         self.ends = self.all.new_zeros(4 if self.predicts else 5, count, dim)
         self.end_rows, self.last_x, self.last_f = self.ends.view(-1, dim), self.ends[0], self.ends[-2]
         self.end_inputs, self.end_outputs = self.ends[-4:-2], self.ends[-2:]
-        if self.keeps_pairs:
-            self.dx, self.df = self.view("dx"), self.view("df")
-            self.dx_rows, self.df_rows = self.flat["dx"][:-1], self.flat["df"][:-1]
-            # (S W, 2, dim): both regions are as long, so that a stride leads from one to the other.
-            first, length = self.first["dx"], count * width + 1
-            self.pairs = self.all[first : first + 2 * length].view(2, length, dim)[:, :-1].transpose(0, 1)
-            self.pairs_transposed = self.pairs.mT
+        # Both regions are as long, so that a stride leads from one to the other: (S W, 2, dim).
+        middle = self.first["step"]
+        self.front, self.before = self.all[:middle], self.all[middle : middle + 2 * count * width]
+        self.pairs = self.before.view(2, -1, dim).transpose(0, 1)
+        self.pairs_transposed = self.pairs.mT
         if self.bends:
             apart = extrapolation.apart(width)
             self.apart = self.outputs[:, width - 1 - 3 * apart :: apart]  # (S, 4, dim)
@@ -170,22 +178,22 @@ class WindowTensors(RowBlock):
     def measure(self, *, pairs: bool) -> None:
         """Measure a round whose outputs are in their places; see :meth:`measured_shapes`.
 
-        With ``pairs`` the moves take the place of what was kept of the evaluation before.
+        With ``pairs`` the moves since the evaluation before are measured first: what was kept of it is gone then.
         """
         sent, noise, step, r = self.pack.tensors, self.batch.noise_rows, self.step, self.r
+        if pairs:
+            torch.sub(self.inputs, step, out=step)
+            torch.sub(self.outputs, r, out=r)
+            torch.bmm(self.pairs, self.pairs_transposed, out=self.pair_products)
         if noise is None:
             torch.mul(self.outputs, self.b[0], out=step)
         else:
-            torch.index_select(noise, 0, sent["noise"], out=self.step_rows)
+            torch.index_select(noise, 0, sent["noise"], out=self.flat["step"])
             step.addcmul_(self.outputs, self.b[0])
         for lag in range(1, self.lags + 1):
             step.addcmul_(self.lagged[lag], self.b[lag])
         step.addcmul_(self.inputs, self.a)
         torch.sub(step, self.targets, out=r)
-        if pairs:
-            torch.sub(self.inputs, self.dx, out=self.dx)
-            torch.sub(self.outputs, self.df, out=self.df)
-            torch.bmm(self.pairs, self.pairs_transposed, out=self.pair_products)
         torch.index_select(self.all, 0, sent["ends"], out=self.end_rows)
         prediction = torch.mul(self.end_inputs, self.p).addcmul_(self.end_outputs, self.q)
         torch.linalg.vector_norm(prediction, dim=2, out=self.pieces["sizes"])
@@ -200,31 +208,35 @@ class WindowTensors(RowBlock):
 
     # -- move -----------------------------------------------------------------------------------------------------
 
-    def move(self, *, enter: bool) -> None:
-        """Put the corrected states, the shift of every window and, with ``enter``, the entering states in place."""
-        sent, flat = self.pack.tensors, self.flat
+    def move(self, *, enter: bool) -> Tensor | None:
+        """Put the corrected states, the shift of every window and, with ``enter``, the entering states in place.
+
+        Returns:
+            (W, dim) a copy of the inputs of a single sample, which the network may write into; None for several.
+        """
+        sent = self.pack.tensors
         self.correct()
-        if self.keeps_pairs:
-            torch.index_select(flat["x"], 0, sent["before_x"], out=self.dx_rows)
-            torch.index_select(flat["f"], 0, sent["before_f"], out=self.df_rows)
+        self.corrected = self.step.clone() if self.keeps_corrected else None
         tail = self.all.index_select(0, sent["tail"]).view(self.count, -1, self.all.shape[1]) if enter else self.x
         if self.lags:
-            # What was evaluated at an earlier guess, moved along its slope to the accepted state.
-            # The accepted state has not moved. The residuals are done with: their place is free.
-            corrected, before, moved, outputs, slopes = self.behind
-            outputs.addcmul_(torch.sub(corrected, before, out=moved), slopes)
+            # What was evaluated at an earlier guess, moved along its slope to the corrected state.
+            outputs, corrected, before = self.all.index_select(0, sent["history_rows"]).view(3, 2, *self.past.shape)
+            past, history = outputs.addcmul_(corrected.sub_(before), sent["history"])
             if enter:
-                history = flat["f"].index_select(0, sent["tail_history"]).view(self.past.shape)
                 tail = torch.cat([tail, history], 1)
-            self.past.copy_(flat["f"].index_select(0, sent["history"]).view(self.past.shape))
-        torch.index_select(flat["step"], 0, sent["shift"], out=self.x_rows)
+            self.past.copy_(past)
+        entered = self.all.index_select(0, sent["shift"])
+        if self.keeps_pairs:
+            torch.index_select(self.front, 0, sent["before"], out=self.before)
         if enter:
-            self.fill(tail)
+            self.fill(entered.view(self.x.shape), tail)
+        self.flat["x"].copy_(entered)
+        return entered[:-1] if self.count == 1 else None
 
-    def fill(self, tail: Tensor) -> None:
+    def fill(self, states: Tensor, tail: Tensor) -> None:
         """Put the states that enter in place, at the end of each window: combinations of the tail and of noise."""
         sent, first, noise = self.pack.tensors, self.enters_from, self.batch.noise_rows
-        entering, factors = self.x, sent["enter"]
+        entering, factors = states, sent["enter"]
         if first:
             entering, factors = entering[:, first:], factors[:, first:]
         entering.baddbmm_(factors, tail)

@@ -69,8 +69,6 @@ class Window(Measuring):
         self.chunks = correction.propagation(self.a, self.b, slopes, self.order)
         for i, chunk in enumerate(self.chunks):
             self.pack.numbers[f"chunk{i}"][:] = chunk
-        if self.lags:
-            self.pack.numbers["slopes"][:, :, 0] = slopes
         self.batch.recurrence.note_slopes(self.places, self.lo, self.width, slopes)
         self.overflow = False
         if measured is not None:
@@ -133,9 +131,10 @@ class Window(Measuring):
         self.rounds = self.rounds + present
         self.look()
         write_frame(self)
+        self.tensors.keeps_corrected = self.batch.keeps_states
         self.carry_out(enter=enter)
         self.frame_sent = True
-        self.batch.accept(self.places, count, self.tensors.step, self.errors.used)
+        self.batch.accept(self.places, count, self.tensors.corrected, self.errors.used)
         if guessed and entering.any():
             self._load_guess(entering)
         for row in np.flatnonzero((ended == steps) & present):
@@ -146,11 +145,11 @@ class Window(Measuring):
     def carry_out(self, *, enter: bool) -> None:
         """Send what has been written, and move the tensors."""
         self.pack.send()
-        self.tensors.move(enter=enter)
+        self.entered = self.tensors.move(enter=enter)
 
     def _load_guess(self, entering: Indices) -> None:
         """Fill the states that enter from the given trajectories."""
-        guess = self.batch.guess
+        guess, self.entered = self.batch.guess, None
         assert guess is not None
         state = self.lo[:, None] + self.offset
         new = (state > (self.hi - entering)[:, None]) & (state <= self.hi[:, None])
@@ -194,3 +193,4 @@ class Window(Measuring):
         self.load_states(row, state)
         self.errors.load_states(row, state)
         self.tensors.load(row, state)
+        self.entered = None

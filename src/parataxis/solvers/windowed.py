@@ -53,7 +53,7 @@ class Windowed:
 
     def round(self, window: Window, answer: Answer) -> None:
         """Do one round behind its evaluation."""
-        measured = window.measure(answer.outputs)
+        measured = window.measure(answer.take())
         self.decide(window, measured)
 
     def decide(self, window: Window, measured: Measured) -> None:
@@ -105,4 +105,3 @@ def iterate(solver: Windowed, batch: Batch) -> Queries:
             part.query()
             solver.round(part, answer)
             window.put(rows, part)
-        del answer  # its outputs are in their places; they are not kept while the network works
