@@ -100,7 +100,7 @@ class Group:
         query, outputs = self.ask(), held.pop()
         if not self.batch.output_rounding:
             self.batch.output_rounding = rounding_of(outputs)
-        outputs = outputs.detach().to(self.batch.start)
+        outputs = (outputs.detach() if outputs.requires_grad else outputs).to(self.batch.start)
         if self.transform is not None:
             states, step = query.states, query.step
             assert states is not None
