@@ -257,7 +257,7 @@ def test_number_of_tensors_does_not_grow_with_the_number_of_steps():
     run(90)
     assert run.report.mode == "one pass"
     early, late = counts[90, 30], counts[90, 82]
-    assert late <= early + 8  # some steps are ready to be answered
+    assert late <= early + 16  # up to four steps are ready to be answered; 52 have been answered in between
 
 
 def test_states_enter_a_window_of_a_loop_whose_recurrence_holds_earlier_outputs():
