@@ -79,9 +79,11 @@ def blocks(networks: Sequence[str] | None) -> Iterator[Block]:
             if name in (networks or here()):
                 yield from ((name, sampler, n) for n in steps for sampler in known(name).samplers)
 
-    def each(names: Sequence[str], steps: Sequence[int], first: int, count: int) -> Iterator[Block]:
+    def each(
+        names: Sequence[str], steps: Sequence[int], first: int, count: int, windows: Sequence[int | None] = WINDOWS
+    ) -> Iterator[Block]:
         for cell in cells(names, steps):
-            yield from (Block(*cell, window, 1.0, first, count) for window in WINDOWS)
+            yield from (Block(*cell, window, 1.0, first, count) for window in windows)
 
     def scales(names: Sequence[str], first: int, count: int, windows: Sequence[int] = (8, 16)) -> Iterator[Block]:
         for cell in cells(names, (100,)):
@@ -89,6 +91,8 @@ def blocks(networks: Sequence[str] | None) -> Iterator[Block]:
                 yield from (Block(*cell, window, scale, first, count) for scale in SCALES)
 
     yield from each(CHEAP, (50, 100), 0, 16)
+    # One seed near a tie is flagged with every sampler: shares of a few percent need more than 16.
+    yield from each(CHEAP, (50, 100), 16, CALIBRATION - 16, (32, None))
     for name in TRAINED:
         yield from each((name,), (50, 100), 0, 8)
     yield from scales(CHEAP, 0, 16)
