@@ -22,6 +22,7 @@ from .calls import RecordedCalls, copy_leaves, equal
 from .evaluated_rounds import EvaluatedRounds
 from .merger import Merger
 from .observation import StepForm
+from .output_slopes import ErrorGrowth
 from .ready_steps import ReadySteps
 from .rows import has_rows
 from .signals import NotParallelizable
@@ -48,6 +49,7 @@ class EqualSteps:
     Attributes:
         rounding: How far the combined rows of the observed call came out of the batch from what they were by
             themselves, relative, but at least the unit roundoff of the network.
+        growth: Of errors.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class EqualSteps:
         self._layout: Layout | None = None  # until it is needed
         self._unchecked = self._writes = True  # the network into its input, as far as anybody knows
         self._slopes = np.zeros((sampler.steps, samples))  # d
+        self.growth = ErrorGrowth(sampler.steps, samples)
         self._evaluated = EvaluatedRounds((sampler.steps, samples), self._batched)
 
     # -- evaluate -------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ class EqualSteps:
 
     def floor(self, steps: int) -> float:
         """Return what the rounding of the outputs of the first steps does to the states behind them, relative."""
-        return self._ready.floor(steps, self._slopes, self.rounding)
+        return self._ready.floor(steps, self._slopes, self.rounding, self.growth.beyond(self.rounding))
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

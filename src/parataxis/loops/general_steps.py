@@ -17,7 +17,7 @@ from .evaluate import StageEvaluator
 from .known_outputs import KnownOutputs
 from .merger import Merger
 from .observation import StepForm
-from .output_slopes import OutputSlopes, relative_floor
+from .output_slopes import ErrorGrowth, OutputSlopes, relative_floor
 from .rows import SMALLEST, row_index
 from .structure import Stage, Structure
 
@@ -33,6 +33,9 @@ class GeneralSteps:
         sampler: Of these steps.
         merger: Makes the network calls.
         joint: Whether samples cannot be evaluated apart.
+
+    Attributes:
+        growth: Of errors.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class GeneralSteps:
         self._output_slopes = OutputSlopes(sampler, float(form.weights.sum()))
         shape = sampler.steps, self.structure.samples
         self._solved_slopes = np.zeros(shape)  # d
+        self.growth = ErrorGrowth(*shape, joint=joint)
         self._output_norms: Tensor | None = None  # (N S,) of combined outputs
         self._sizes: Tensor | None = None  # (S,) of the latest answered states
         # Of accepted steps: states (S, dim), their norms (S,), and slopes (S, 1) or (S, dim) or None.
@@ -115,7 +119,7 @@ class GeneralSteps:
         measured = [layout.rounding for layout in self._merger.checked.values()]
         rounding = max([float(torch.finfo(self.form.network_dtype).eps) / 2, *measured])
         norms, sizes = read(self._output_norms).reshape(self._solved_slopes.shape)[:steps], read(self._sizes)
-        return relative_floor(self.sampler, self._solved_slopes, rounding * norms, sizes)
+        return relative_floor(self.sampler, self._solved_slopes, rounding * norms, sizes, self.growth.beyond(rounding))
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

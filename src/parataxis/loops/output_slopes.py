@@ -17,8 +17,9 @@ from ..arrays import Array, Indices, upload
 from ..samplers.sampler import Sampler
 from .rows import SMALLEST
 
-__all__ = ["OutputSlopes", "carried_rounding", "relative_floor"]
+__all__ = ["ErrorGrowth", "OutputSlopes", "carried_rounding", "relative_floor"]
 
+CLEAR_MOVE = 64  # roundings, relative to an input, above which a move shows how errors grow
 FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 
 
@@ -81,17 +82,44 @@ class OutputSlopes:
         return torch.where(data > limit, outside, divided)
 
 
-def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array) -> Array:
+class ErrorGrowth:
+    """The largest growth of an error, from step to step, that the rounds have shown.
+
+    Args:
+        steps: N.
+        samples: S.
+        joint: Whether one run stands for all samples.
+
+    """
+
+    def __init__(self, steps: int, samples: int, *, joint: bool = False) -> None:
+        self._known, self._joint = np.zeros((2, steps, samples)), joint  # growth, and the size of moves
+
+    def note(self, sample: Indices, first: Indices, counts: Indices, growth: Array, size: Array) -> None:
+        """Note what a round knows; see :meth:`Recurrence.note_growth`."""
+        rows = np.stack([growth, size], 1)
+        for s, start, count, row in zip(sample.tolist(), first.tolist(), counts.tolist(), rows, strict=True):
+            known = self._known[:, start : start + count, slice(None) if self._joint else slice(s, s + 1)]
+            np.fmax(known, row[:, :count, None], out=known)
+
+    def beyond(self, rounding: float) -> Array:
+        """Return (N, S) |du_{i+1}| / |du_i| of moves that are far more than rounding; 0 where there were none."""
+        growth, size = self._known
+        return np.where(size > CLEAR_MOVE * rounding, growth, 0.0)
+
+
+def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array, measured: Array | None = None) -> Array:
     """Return (S,) the norm of the error of the last states, when outputs err independently at every step.
 
     An error is carried on by J_i = A_i + B_i d_i. A slope that is measured means nothing where it was rounding that
-    moved, so J_i lies between A_i, of an output that stays, and the growth of the states' expected size. Errors of
-    different steps add up as their squares do.
+    moved, so J_i lies between A_i, of an output that stays, and the growth of the states' expected size, unless moves
+    have shown that errors grow more. Errors of different steps add up as their squares do.
 
     Args:
         sampler: Its recurrence, u_{i+1} = A_i u_i + sum_l B_{i,l} y_{i-l}, of N steps.
         slopes: (N, S) d.
         rounding: (n, S) norm of the error of the combined outputs of the first steps; y has q times as much.
+        measured: (N, S) growth of errors, see :class:`ErrorGrowth`.
     """
     local, steps = sampler.coefficients, len(rounding)
     if sampler.transform is not None:
@@ -106,18 +134,19 @@ def carried_rounding(sampler: Sampler, slopes: Array, rounding: Array) -> Array:
     growth = np.full_like(rounding, np.inf)
     if not local.lags:
         growth = np.abs(local.state_weight[:steps, None] + local.output_weight[:steps, 0, None] * slopes[:steps])
-    squares = np.clip(growth, np.minimum(still, usual), np.maximum(still, usual)) ** 2
+    growth = np.clip(growth, np.minimum(still, usual), np.maximum(still, usual))
+    squares = (growth if measured is None else np.fmax(growth, measured[:steps])) ** 2
     variance = np.zeros(rounding.shape[1])
     for square, added in zip(squares, entering**2, strict=True):
         variance = square * variance + added
     return np.asarray(np.sqrt(variance))
 
 
-def relative_floor(sampler: Sampler, slopes: Array, rounding: Array, sizes: Array) -> float:
+def relative_floor(sampler: Sampler, slopes: Array, rounding: Array, sizes: Array, measured: Array) -> float:
     """Return the largest error of :func:`carried_rounding`, relative to the norms (S,) of the states.
 
     Infinite for states that are not finite.
     """
     with np.errstate(invalid="ignore"):
-        floors = carried_rounding(sampler, slopes, rounding) / sizes.clip(min=SMALLEST)
+        floors = carried_rounding(sampler, slopes, rounding, measured) / sizes.clip(min=SMALLEST)
     return float(np.where(np.isnan(floors), np.inf, floors).max())

@@ -120,17 +120,18 @@ class ReadySteps:
             output[place.answer] += slope * moved
         return outputs, distance
 
-    def floor(self, steps: int, slopes: Array, rounding: float) -> float:
+    def floor(self, steps: int, slopes: Array, rounding: float, growth: Array) -> float:
         """Return what the rounding of the outputs of the first steps does to the states behind them, relative.
 
         Args:
             steps: How many.
             slopes: (N, S) d, of the solver.
             rounding: Of combined outputs, relative.
+            growth: (N, S) of errors, as moves have shown it.
         """
         assert self._output_norms is not None
         norms = read(self._output_norms)[:steps]
-        return relative_floor(self.sampler, slopes, rounding * norms, np.array(self._sizes))
+        return relative_floor(self.sampler, slopes, rounding * norms, np.array(self._sizes), growth)
 
     def forget(self, step: int) -> None:
         """Let go of a step."""

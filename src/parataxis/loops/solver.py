@@ -43,9 +43,9 @@ __all__ = ["LoopSolver", "check_options"]
 
 MAX_NAMED_PARTS = 8  # of a module, in a message
 MAX_CACHED_STRUCTURES = 16  # keys of calls whose first stage a loop remembers, the latest ones
-# Of errors of outputs, on their way to the result. Loops have some 10 at most, but for multistep methods of high order,
+# Of errors of outputs, on their way to the result. Loops have some 10, mostly, but for multistep methods of high order,
 # which are not stable: there an error grows along directions that no scalar slope shows, and far beyond its estimate.
-MAX_AMPLIFICATION = 40
+MAX_AMPLIFICATION = 50
 AMPLIFIES = (
     "errors of its outputs grow {:.0f} times on their way to the result, as in a multistep method of high order that "
     "is not stable or in a chaotic network, so no estimate of the error would hold: choose a lower order, smaller "

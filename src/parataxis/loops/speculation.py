@@ -305,6 +305,11 @@ class _HeldRecurrence(Recurrence):
         assert self.steps is not None
         self.steps.note_slopes(sample, first, counts, slopes)
 
+    def note_growth(self, sample: Indices, first: Indices, counts: Indices, growth: Array, size: Array) -> None:
+        """Keep by how much errors grow."""
+        assert self.steps is not None
+        self.steps.growth.note(sample, first, counts, growth, size)
+
 
 class _AcceptedErrors:
     """Estimated errors after every round: what was accepted but thrown away is no error of the loop."""

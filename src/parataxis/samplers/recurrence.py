@@ -70,6 +70,17 @@ class Recurrence:
             slopes: (S, W) d_i; entries beyond a count are to be ignored.
         """
 
+    def note_growth(self, sample: Indices, first: Indices, counts: Indices, growth: Array, size: Array) -> None:
+        """Called at each correction likewise, with the largest growth of an error that the moves so far have shown.
+
+        Args:
+            sample: (S,) which samples.
+            first: (S,) their first steps.
+            counts: (S,) how many steps.
+            growth: (S, W) |du_{i+1}| / |du_i|, NaN where unknown; entries beyond a count are to be ignored.
+            size: (S, W) of the largest of these moves, over the expected size of a state.
+        """
+
     @classmethod
     def from_dense(cls, weight: Array, base: Tensor) -> Recurrence:
         """Build u_p = base_p + sum_q weight[p, q] f_q.

@@ -16,7 +16,7 @@ __all__ = ["ErrorRecord"]
 NOISY = 0.3  # signal below which a data prediction is mostly the network's error
 NEAR_NOISE = 0.05  # alpha below which it is that error divided by alpha
 SMALL = 1e-12  # growth for Gaussian data below which no ratio to it is taken
-SIZE, SLOPES = 3, 5
+GROWTH, SIZE, SLOPES = 1, 3, 5
 
 
 class ErrorRecord(PerSample):
@@ -78,6 +78,12 @@ class ErrorRecord(PerSample):
     @known.setter
     def known(self, values: Array) -> None:
         self.room[:, :, : 2 * self.W] = values
+
+    @property
+    def growth(self) -> tuple[Array, Array]:
+        """(S, W) the largest growth of an error that moves of each step have shown, or NaN, and their size over rms."""
+        known = self.room[:, :, self.W : 2 * self.W]
+        return known[:, GROWTH], known[:, SIZE] / self.norm
 
     def note_size(self, frame: Frame, norms: Array) -> None:
         """Take the mean square of the data prediction, from its norms (2, S) at the last and the first step.
