@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..arrays import Array
+from ..arrays import Array, Indices
 from ..samplers.recurrence import Recurrence
 from ..samplers.sampler import Sampler
 from ..solvers.batch import Batch
@@ -95,8 +95,8 @@ class CapturedWindow(Window):
     always_enters = True
     replay: Callable[[], None]
 
-    def carry_out(self, *, enter: bool) -> None:
-        """Launch the graph that sends what has been written and moves the tensors."""
+    def carry_out(self, count: Indices, *, enter: bool) -> None:
+        """Launch the graph that sends what has been written, and corrects and moves the tensors."""
         self.replay()
 
 
@@ -169,10 +169,11 @@ class CapturedRounds:
         self.measured.copy_(tensors.measured, non_blocking=True)
 
     def move(self) -> None:
-        """Send what the host has written, and move the tensors."""
+        """Send what the host has written, and correct and move the tensors."""
         pack, tensors = self.window.pack, self.window.tensors
         pack.send()
         tensors.overflowed = True  # costs one operation, and saves a second graph
+        tensors.correct()
         tensors.move(enter=True)
 
     def read(self) -> dict[str, Array]:

@@ -197,8 +197,6 @@ def _frozen_growth(coefficients: Coefficients) -> Array:
 class _AcceleratedTensors(WindowTensors):
     """Tensors of windows that keep guess and correction of the last rounds, moved along: old1, new1, old2, .."""
 
-    is_corrected = False  # whether the corrected states of this round are in place already
-
     def regions(self) -> dict[str, int]:
         # The corrections of earlier rounds lie behind the residuals, whose place those of this round take.
         earlier = {f"{kind}{age}": self.width for kind in ("correction", "new") for age in range(1, self.history)}
@@ -226,22 +224,18 @@ class _AcceleratedTensors(WindowTensors):
         if m > 1:
             self.correction_products = self.pieces["corrections"].view(-1, m, m)
 
-    def correct(self) -> None:
-        """Put the corrected states in place, once."""
-        if not self.is_corrected:
-            super().correct()
-        self.is_corrected = True
-
     def measure_residuals(self) -> None:
         """Measure the residuals, and the corrections that follow from them."""
         super().measure_residuals()
+        self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
+        super().correct()
         self.measure_corrections()
 
+    def correct(self) -> None:
+        """Do nothing: the corrected states are there since they were measured."""
+
     def measure_corrections(self) -> None:
-        """Correct, and take the inner products of the corrections of the last rounds, (S, W, m, m)."""
-        self.r.nan_to_num_(0.0, 0.0, 0.0)  # an overflow must not reach the states before it
-        self.is_corrected = False
-        self.correct()
+        """Take the inner products of the corrections of the last rounds, (S, W, m, m)."""
         if self.history > 1:
             torch.sub(self.step, self.targets, out=self.r)
             torch.bmm(self.corrections, self.corrections_transposed, out=self.correction_products)
@@ -250,7 +244,6 @@ class _AcceleratedTensors(WindowTensors):
         """Mix the corrections, and move what is kept of them."""
         if self.history > 1:
             sent = self.pack.tensors
-            self.correct()
             for age in range(self.history - 1, 0, -1):
                 self._shift("r" if age == 1 else f"correction{age - 1}", f"correction{age}")
             # The corrections of this round are kept now: their place is free.
@@ -311,9 +304,6 @@ class _ReplayedTensors(_AcceleratedTensors):
 
     def measure_residuals(self) -> None:
         """Do nothing: residuals are not known."""
-
-    def correct(self) -> None:
-        """Do nothing: the corrected states are there."""
 
 
 class _ReplayedAccelerated(_Accelerated, ReplayedWindow):

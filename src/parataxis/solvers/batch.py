@@ -59,7 +59,7 @@ class Batch:
         streams: Random streams of places that have been asked for.
         failures: Why samples have ended so, by their places.
         origin: Says of a place and a step which rank evaluated it, for errors.
-        on_accept: Called with the arguments of every :meth:`accept` but the error, before they are noted; or None.
+        on_accept: Called with the arguments of every :meth:`keep`; or None.
     """
 
     def __init__(
@@ -175,28 +175,29 @@ class Batch:
             self.trajectory[place, 0] = self.start[place]
         self.added.append(place)
 
-    @property
-    def keeps_states(self) -> bool:
-        """Whether accepted states are looked at: a trajectory is kept, or somebody is told of them."""
-        return self.trajectory is not None or self.on_accept is not None
-
     def accept(self, places: Indices, counts: Indices, states: Tensor | None, error: Array) -> None:
         """Note that the next ``counts`` steps of these places are accepted.
 
         Args:
             places: (S',) increasing.
             counts: (S',) at least 0.
-            states: (S', n, dim) what they lead to, n at least the largest count; entries beyond a count are ignored.
-                None will do unless :attr:`keeps_states`.
+            states: What they lead to, see :meth:`keep`; None if that has been called.
             error: (S',) estimated relative error of the sample accepted so far.
         """
-        if self.keeps_states:
-            assert states is not None
-            self._keep_states(places, counts, states)
+        if states is not None:
+            self.keep(places, counts, states)
         self.accepted[places] += counts
         self.error[places] = error
 
-    def _keep_states(self, places: Indices, counts: Indices, states: Tensor) -> None:
+    def keep(self, places: Indices, counts: Indices, states: Tensor) -> None:
+        """Keep accepted states in the trajectory, and tell of them, before :meth:`accept` counts them.
+
+        Args:
+            places: (S',) increasing.
+            counts: (S',) at least 0.
+            states: (S', n, dim) behind the next ``counts`` steps, n at least the largest count; entries beyond a count
+                are ignored.
+        """
         if self.on_accept is not None:
             self.on_accept(places, counts, states)
         if self.trajectory is not None:

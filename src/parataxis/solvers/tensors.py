@@ -41,7 +41,6 @@ class WindowTensors(RowBlock):
         step: (S, W, dim) from round to round the inputs of the evaluation before, in their place the moves since then
             while they are measured, then the step of each state, and at last the corrected states lo + 1 .. lo + W.
         r: (S, W, dim) the outputs of the evaluation before, their moves, then the residuals.
-        corrected: (S, W, dim) a copy of the corrected states, if ``keeps_corrected``.
         ends: (4 or 5, S, dim) input of the last step of each window as it was evaluated last, the state behind it where
             that stands for the size of data, input of the first step, and outputs of the last and of the first step.
         measured: What a round measures, in one piece: the arrays of :meth:`measured_shapes`, one behind the other.
@@ -65,8 +64,6 @@ class WindowTensors(RowBlock):
         self.bends = bends
         self.overflowed = False  # whether a residual may be infinite
         self.enters_from = 0  # rows of states before this one have nothing to be filled with
-        self.keeps_corrected = False  # whether somebody looks at the states behind a round
-        self.corrected: Tensor | None = None
         super().__init__(batch.start, self.regions(), count)
 
     def like(self, count: int) -> WindowTensors:
@@ -209,14 +206,12 @@ class WindowTensors(RowBlock):
     # -- move -----------------------------------------------------------------------------------------------------
 
     def move(self, *, enter: bool) -> Tensor | None:
-        """Put the corrected states, the shift of every window and, with ``enter``, the entering states in place.
+        """Move the windows along, with :meth:`correct` done: their states and, with ``enter``, those that enter.
 
         Returns:
             (W, dim) a copy of the inputs of a single sample, which the network may write into; None for several.
         """
         sent = self.pack.tensors
-        self.correct()
-        self.corrected = self.step.clone() if self.keeps_corrected else None
         tail = self.all.index_select(0, sent["tail"]).view(self.count, -1, self.all.shape[1]) if enter else self.x
         if self.lags:
             # What was evaluated at an earlier guess, moved along its slope to the corrected state.

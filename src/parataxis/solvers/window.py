@@ -131,10 +131,9 @@ class Window(Measuring):
         self.rounds = self.rounds + present
         self.look()
         write_frame(self)
-        self.tensors.keeps_corrected = self.batch.keeps_states
-        self.carry_out(enter=enter)
+        self.carry_out(count, enter=enter)
         self.frame_sent = True
-        self.batch.accept(self.places, count, self.tensors.corrected, self.errors.used)
+        self.batch.accept(self.places, count, None, self.errors.used)
         if guessed and entering.any():
             self._load_guess(entering)
         for row in np.flatnonzero((ended == steps) & present):
@@ -142,9 +141,11 @@ class Window(Measuring):
             self.batch.finished[place] = True
             self.batch.results[place] = self.tensors.x[row, 0].clone()
 
-    def carry_out(self, *, enter: bool) -> None:
-        """Send what has been written, and move the tensors."""
+    def carry_out(self, count: Indices, *, enter: bool) -> None:
+        """Send what has been written, and correct and move the tensors."""
         self.pack.send()
+        self.tensors.correct()
+        self.batch.keep(self.places, count, self.tensors.step)
         self.entered = self.tensors.move(enter=enter)
 
     def _load_guess(self, entering: Indices) -> None:
