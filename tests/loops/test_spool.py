@@ -99,7 +99,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps(kind, little_memory)
 
 
 def test_peak_memory_of_one_pass_is_that_of_its_window(monkeypatch):
-    """In states: 59 of the solver, 8 of the query, 9 of the layout check, 27 of the network, 7 others."""
+    """Live tensors: what the allocator makes of them differs from run to run."""
     monkeypatch.setattr(speculation, "TOGETHER", DIM)  # as if states were large
     net, steps, peaks = Denoiser(), DDIMScheduler(clip_sample=False), []
 
