@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import parataxis as px
 import problems
@@ -148,6 +149,16 @@ def outcomes(errors_of_scale):
 def chosen(errors_of_scale, coverage=0.95):
     lists = [[px.Setting(px.Secant(window=8), scale) for scale in errors_of_scale]]
     return choose_setting(lists, outcomes(errors_of_scale), 1e-2, coverage, 0.95, 50)
+
+
+def test_sampler_that_has_been_used_is_the_same():
+    """What a sampler keeps to be quicker the next time is no part of it."""
+    scheduler = DDPMScheduler(30, clip_sample=True)
+    scheduler.set_timesteps(30)
+    calibration = px.calibrate(EXACT, noise(3), px.from_scheduler(scheduler), px.Secant(window=8))
+    used = px.from_scheduler(scheduler)
+    px.sample(EXACT, noise(1), used, px.Secant(window=8))
+    assert px.sample(EXACT, noise(1), used, calibration)[0].rounds > 0
 
 
 def test_list_ends_at_the_first_rejection():
