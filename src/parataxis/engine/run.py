@@ -43,7 +43,7 @@ class Group:
     """
 
     def __init__(self, sampler: Sampler | None, batch: Batch, solver: Solver, dtype: torch.dtype) -> None:
-        self.sampler, self.batch, self.solver, self.dtype = sampler, batch, solver, dtype
+        self.batch, self.solver, self.dtype = batch, solver, dtype
         self.transform = None if sampler is None else sampler.transform
         self.shape = tuple(batch.recurrence.start.shape[1:])
         self.runs: dict[int, Run] = {}
@@ -108,8 +108,7 @@ class Group:
                 self._query = query = query._replace(x=states)
             else:
                 states, step = states.index_select(0, upload(share.rows, states.device)), step[share.rows]
-            columns = upload(self.transform.columns[:, step], outputs)
-            outputs = self.transform.apply(columns, states.view(outputs.shape), outputs)
+            outputs = self.transform(step, states.view(outputs.shape), outputs)
             del states
         outputs, widths = outputs.flatten(1), query.width
         del query

@@ -51,7 +51,8 @@ class MeasuredSlopes:
         self.latest = self.slopes.copy()
         self._across: list[tuple[tuple[int, int], float, float]] = []  # step and sample, size of the move, across
         self._growth = np.full(self.slopes.shape, -1.0)  # of an error along a clear move, from step to step
-        self._coefficients = structure.coefficients
+        coefficients = structure.coefficients
+        self._weights = coefficients.state_weight, coefficients.output_weight.sum(1)
         rounding = max(structure.unit, float(torch.finfo(structure.network_dtype).eps))
         self._smallest, self._clear = SMALLEST_MOVE * rounding, CLEAR_MOVE * rounding
         self._evaluated: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -87,8 +88,8 @@ class MeasuredSlopes:
 
     def _growth_along(self, step: int, slope: float) -> float:
         """Return by how much an error grows along a slope."""
-        weights = self._coefficients.state_weight, self._coefficients.output_weight.sum(1)
-        return abs(float(weights[0][step] + weights[1][step] * slope))
+        by_state, by_output = self._weights
+        return abs(float(by_state[step] + by_output[step] * slope))
 
     def across(self, rounding: Array) -> Array:
         """Return (N, S) |f' - f - d (u' - u)| / |u' - u| of the latest moves beyond the rounding (N,); else 0."""

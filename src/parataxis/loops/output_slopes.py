@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..arrays import Array, Indices, upload
 from ..samplers.sampler import Sampler
+from .floor import CLEAR_MOVE
 from .rows import SMALLEST
 
 __all__ = ["ErrorGrowth", "OutputSlopes", "carried_rounding", "relative_floor"]
 
-CLEAR_MOVE = 64  # roundings, relative to an input, above which a move shows how errors grow
 FLAT = 1e-3  # derivative of a clipped prediction below which no output moves it
 
 
@@ -89,7 +89,6 @@ class ErrorGrowth:
         steps: N.
         samples: S.
         joint: Whether one run stands for all samples.
-
     """
 
     def __init__(self, steps: int, samples: int, *, joint: bool = False) -> None:

@@ -305,10 +305,12 @@ class _HeldRecurrence(Recurrence):
         assert self.steps is not None
         self.steps.note_slopes(sample, first, counts, slopes)
 
-    def note_growth(self, sample: Indices, first: Indices, counts: Indices, growth: Array, size: Array) -> None:
+    def note_growth(
+        self, sample: Indices, first: Indices, counts: Indices, measured: Callable[[], tuple[Array, Array]]
+    ) -> None:
         """Keep by how much errors grow."""
         assert self.steps is not None
-        self.steps.growth.note(sample, first, counts, growth, size)
+        self.steps.growth.note(sample, first, counts, *measured())
 
 
 class _AcceptedErrors:

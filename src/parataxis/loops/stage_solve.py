@@ -83,10 +83,10 @@ class StageSolver:
             assert solution is not None
             solution = solution.view(structure.samples, structure.dim)
             carried = carried_to_the_end(known, solution, measured.slopes)
-            floors, amplifications = (
+            floor, amplification = (
                 float(np.sqrt((error**2).sum(0)).max()) for error in (carried * rounding[:, None], carried)
             )
-            progress.set_floor(floors, amplifications)
+            progress.set_floor(floor, amplification)
         else:
             progress.floor = FloorMeasurement(rounding, measured.slopes, across)
 

@@ -284,7 +284,7 @@ def _clipped(
     if not form.weight[:, 0].all():
         step = int(np.argmin(form.weight[:, 0] != 0))
         raise loop.unsupported(f"{clips[0]} acts in step {step} on a data prediction that does not enter it")
-    steps = torch.arange(loop.steps).repeat_interleave(SHAPE[0])
+    steps = np.arange(loop.steps).repeat(SHAPE[0])
     plain = dataclasses.replace(transform, clip=None, quantile=None)
     u, f, difference = (torch.cat(values) for values in zip(*responses, strict=True))
     cut = (transform(steps, u, f) - plain(steps, u, f)).view(loop.steps, -1)

@@ -11,6 +11,7 @@ zero exactly where U is the loop's own trajectory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,15 +71,17 @@ class Recurrence:
             slopes: (S, W) d_i; entries beyond a count are to be ignored.
         """
 
-    def note_growth(self, sample: Indices, first: Indices, counts: Indices, growth: Array, size: Array) -> None:
+    def note_growth(
+        self, sample: Indices, first: Indices, counts: Indices, measured: Callable[[], tuple[Array, Array]]
+    ) -> None:
         """Called at each correction likewise, with the largest growth of an error that the moves so far have shown.
 
         Args:
             sample: (S,) which samples.
             first: (S,) their first steps.
             counts: (S,) how many steps.
-            growth: (S, W) |du_{i+1}| / |du_i|, NaN where unknown; entries beyond a count are to be ignored.
-            size: (S, W) of the largest of these moves, over the expected size of a state.
+            measured: Returns (S, W) |du_{i+1}| / |du_i|, NaN where unknown, and (S, W) the size of the largest of these
+                moves, over the expected size of a state; entries beyond a count are to be ignored.
         """
 
     @classmethod

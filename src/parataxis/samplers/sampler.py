@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import upload
+from ..arrays import Indices, upload
 from .coefficients import Coefficients
 from .recurrence import Recurrence
 from .redrawn import RedrawnNoise, draw_steps, own_generator, rows_of
@@ -46,9 +46,9 @@ class OutputTransform:
     quantile: float | None = None
     largest: float = float("inf")
 
-    def __call__(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
-        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the steps (R,), on the CPU."""
-        return self.apply(upload(self.columns[:, step.numpy()], f), u, f)
+    def __call__(self, step: Indices, u: Tensor, f: Tensor) -> Tensor:
+        """Transform outputs f (R, *shape) at inputs u (R, *shape) of the steps (R,)."""
+        return self.apply(upload(self.columns[:, step], f), u, f)
 
     @cached_property
     def columns(self) -> Array:
@@ -223,7 +223,7 @@ class Sampler:
 
     def output(self, step: Tensor, u: Tensor, f: Tensor) -> Tensor:
         """Return what enters the recurrence for the network's outputs f at inputs u; the engine applies it."""
-        return f if self.transform is None else self.transform(step, u, f)
+        return f if self.transform is None else self.transform(step.numpy(), u, f)
 
     def __repr__(self) -> str:
         """Return the name and the number of steps, without arrays."""

@@ -218,8 +218,6 @@ class _AcceleratedTensors(WindowTensors):
         first = self.first["r"]
         self.corrections = self.all[first : first + m * length].view(m, length, dim).transpose(0, 1)
         self.corrections_transposed = self.corrections.mT
-        kinds = [f"{kind}{age}" for kind in ("correction", "new") for age in range(1, m)]
-        self.former = {kind: self.flat[kind] for kind in kinds}
         self.older = [self.view(f"new{age}") for age in range(1, m)]
         if m > 1:
             self.correction_products = self.pieces["corrections"].view(-1, m, m)
@@ -258,7 +256,7 @@ class _AcceleratedTensors(WindowTensors):
     def _shift(self, source: str, target: str) -> None:
         """Move states lo + 1 .. lo + W with their windows into the place of older ones."""
         index = self.pack.tensors["shift_history"]
-        torch.index_select(self.flat[source], 0, index, out=self.former[target])
+        torch.index_select(self.flat[source], 0, index, out=self.flat[target])
 
 
 class _Accelerated(Window):

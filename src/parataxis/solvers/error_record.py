@@ -79,9 +79,8 @@ class ErrorRecord(PerSample):
     def known(self, values: Array) -> None:
         self.room[:, :, : 2 * self.W] = values
 
-    @property
     def growth(self) -> tuple[Array, Array]:
-        """(S, W) the largest growth of an error that moves of each step have shown, or NaN, and their size over rms."""
+        """Return (S, W) the largest growth that moves of each step have shown, or NaN, and their size over rms."""
         known = self.room[:, :, self.W : 2 * self.W]
         return known[:, GROWTH], known[:, SIZE] / self.norm
 

@@ -7,8 +7,8 @@ A state that enters a window is a linear combination of rows that are there alre
 
 ``copy``: the last state, in the proportion of expected sizes. ``line``: outputs continue the straight line through two
 of the window; ``bend`` is what a parabola through the one between them adds, and as much of it is taken as bends have
-lasted, see :func:`persistence`. ``frozen``: the last prediction is frozen; used where steps add
-noise, which a line would follow, and in recorded loops, of which less is known.
+lasted, see :func:`persistence`. ``frozen``: the last prediction is frozen; used where steps add noise, which a line
+would follow, and in recorded loops, of which less is known.
 """
 
 from __future__ import annotations

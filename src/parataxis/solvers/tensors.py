@@ -85,12 +85,8 @@ class WindowTensors(RowBlock):
         numbers: dict[str, tuple[int, ...]] = {
             "weights": (lags + 2, count, width, 1),  # A, then B of each lag
             "prediction": (2, 2, count, 1),  # p and q, of the last and of the first step
-            "history": (
-                2,
-                count,
-                lags,
-                1,
-            ),  # slopes of the outputs that steps of the next window, and the tail, look back on
+            # Slopes of the outputs that steps of the next window, and the tail, look back on.
+            "history": (2, count, lags, 1),
             "enter": (count, width + 1, extrapolation.HISTORY + lags),
         }
         if self.batch.noise is not None:

@@ -68,7 +68,7 @@ class Windowed:
         """Return (S,) how many states of each window are accepted; the window takes their error."""
         errors, growth = window.errors, window.growth(window.slopes)
         estimate = errors.estimate(window, measured.pairs, window.residuals, window.moves, growth)
-        window.batch.recurrence.note_growth(window.places, window.lo, window.width, *errors.growth)
+        window.batch.recurrence.note_growth(window.places, window.lo, window.width, errors.growth)
         passed = self.passed(window)
         problem = window.problem
         if passed is None:
